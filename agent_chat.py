@@ -13,14 +13,22 @@ The rooms of this house, in order. Each one names only rooms above it:
 
     SETTINGS   constants, one frozen Settings, the only reader of the environment
     WORDS      the nouns: Message, Agent, Receipt, names, the family of errors
-    STORE      the log: one SQLite file, one writer
+    LOG        the schema, and reading it
+    STORE      the one writer of the one SQLite file
     HUB        the bell: who is connected, who waits, what to wake
-    API        the rules of the chat
-    SERVER     sockets, HTTP, WebSocket, JSON; one thread that owns all of them
+    ROSTER     who is who: names, sessions, groups, presence
+    POST       sending, and the loop guard
+    API        the rules of the chat, whole: reading, receipts, sockets, background work
+    WIRE       what bytes may look like: HTTP heads, addresses, JSON
+    CONNECTION one client: requests and answers, or WebSocket frames
+    SERVER     the one thread that owns all sockets, in turns
     CLIENT     towards a hub, from the plugin and the command line
     DOORS      ways to reach a running agent: its own inbox, else its tmux pane
-    PLUGIN     nine MCP tools and the doorbell's patience
-    SETUP      the agents' configuration files, hooks, and the proof that the chain works
+    BELL       what the doorbell says, and when it is rung
+    PLUGIN     nine MCP tools, one socket to the hub
+    SETUP      the agents' configuration files and hooks
+    DOCTOR     the proof that the whole chain works
+    DAEMON     the hub in the background: its pid file, its start, its end
     COMMANDS   argparse, print, exit
 
 How a message travels. The Store is the log, the Hub is only a bell:
@@ -41,7 +49,6 @@ before the commit of the turn it was made in, so a 200 means: on disk.
 
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import functools
@@ -50,7 +57,6 @@ import hmac
 import json
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,13 +64,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import argparse
-    import asyncio
     import http.client
     import selectors
     import socket
     import sqlite3
-
-    from websockets.server import ServerProtocol
 
 __version__ = "1.0.0"
 
@@ -74,7 +77,6 @@ __version__ = "1.0.0"
 # Knows: os.environ (its only reader), the configuration file.  Never: sockets, the database.
 # ======================================================================================
 
-DEFAULT_PORT = 9420
 MAX_BODY_BYTES = 1 << 20  # a message is a note, not a file transfer
 MAX_HEAD_BYTES = 16 << 10  # request line and headers
 MAX_FRAME_BYTES = 64 << 10  # clients only send acknowledgements and keys
@@ -101,7 +103,7 @@ class Settings(NamedTuple):
     home: str = ""  # ~/.agent-chat
     config: str = ""  # the file that was read, "" if none
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
+    port: int = 9420
     db: str = ""
     retention: float = 30.0  # days, 0 = keep for ever
     api_key: str = ""
@@ -126,6 +128,8 @@ ENVIRONMENT = {"AGENT_CHAT_API_KEY": "api_key", "AGENT_CHAT_SERVER": "server",
                "AGENT_CHAT_PROMPTS": "prompts", "AGENT_NAME": "agent_name",
                "AGENT_TYPE": "agent_type", "AGENT_GROUPS": "groups"}
 LOG_LEVELS = ("debug", "info", "warning", "error")
+CONFIG_LINE = (r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
+               r"(?:(?:^|\s+)#.*)?\s*")
 
 
 class ChatError(Exception):
@@ -139,14 +143,11 @@ class BadConfig(ChatError):
 
 
 def environ() -> Mapping[str, str]:
-    """The process environment."""
     return os.environ
 
 
 def fingerprint() -> str:
     """First 12 hex digits of sha256 over this file: tells copies of one version apart."""
-    import hashlib
-
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()[:12]
 
@@ -154,27 +155,20 @@ def fingerprint() -> str:
 def load_settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> Settings:
     """Settings from flags (None = not given), environment, file and defaults.
 
-    Raises BadConfig with file and line for anything in the file that is not understood.
+    Raises BadConfig for the first value that is not understood, with file and line if it has one.
     """
     home = os.path.join(os.path.expanduser("~"), ".agent-chat")
-    chosen: dict[str, Any] = {"home": home}
-    named = flags.get("config")
-    path = os.path.expanduser(named) if named else os.path.join(home, "config.yaml")
-    if named or os.path.exists(path):
-        chosen |= read_config(path)
-        chosen["config"] = path
-    chosen |= {field: made_of(field, env[variable])
-               for variable, field in ENVIRONMENT.items() if env.get(variable)}
+    path = os.path.expanduser(flags.get("config") or os.path.join(home, "config.yaml"))
+    if not flags.get("config") and not os.path.exists(path):
+        path = ""
+    chosen = read_config(path) if path else {}
+    chosen |= {field: made_of(field, env[name]) for name, field in ENVIRONMENT.items()
+               if env.get(name)}
     chosen |= {k: v for k, v in flags.items() if v is not None and k in Settings._fields}
-    chosen["config"] = path if "config" in chosen else ""
-    settings = Settings(**chosen)
-    database = os.path.expanduser(settings.db or os.path.join(home, "agent-chat.db"))
-    server = settings.server or f"http://127.0.0.1:{settings.port}"
-    return checked_settings(settings._replace(db=os.path.abspath(database), server=server))
-
-
-def checked_settings(settings: Settings) -> Settings:
-    """The settings, or BadConfig naming the first value that makes no sense."""
+    settings = Settings(**{**chosen, "home": home, "config": path})
+    settings = settings._replace(
+        db=os.path.abspath(os.path.expanduser(settings.db or os.path.join(home, "agent-chat.db"))),
+        server=settings.server or f"http://127.0.0.1:{settings.port}")
     if settings.log_level not in LOG_LEVELS:
         raise BadConfig(f"log_level is one of {', '.join(LOG_LEVELS)}, not {settings.log_level!r}")
     if not 0 <= settings.port <= 65535:
@@ -204,14 +198,12 @@ def read_config(path: str) -> dict[str, Any]:
         raise BadConfig(f"{path}: cannot be read: {error}") from None
     values: dict[str, Any] = {}
     for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if re.fullmatch(r"\s*(#.*)?", line):
-            continue
-        match = re.fullmatch(r"""(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?(\s+#.*)?\s*""",
-                             line)
+        where, match = f"{path}:{number}", re.fullmatch(CONFIG_LINE, line)
         if not match:
             raise BadConfig(f"{where}: not understood; a line has the form key: value")
         key, text = match[1], (match[2] or "").strip()
+        if not key:
+            continue
         if key not in FILE_KEYS:
             raise BadConfig(f"{where}: unknown key {key!r}; known are {', '.join(FILE_KEYS)}")
         if key in values:
@@ -254,7 +246,7 @@ class Unreachable(ChatError):
 HUMAN = "human"  # the person at the dashboard or the command line: an address like any other
 SERVER_NAME = "server"  # the sender of notices; nobody can write as it or to it
 RESERVED = {HUMAN, SERVER_NAME, "system", "all"}
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 DOORBELL = "[agent-chat]"
 MUTED, LOOPING = "muted", "loop"  # why a message waits without a ring
 
@@ -265,23 +257,22 @@ class Message(NamedTuple):
     seq: int
     id: str
     from_agent: str
-    to_agent: str  # "" for a group message
-    group: str  # "" for a direct message
-    content: str
-    in_reply_to: str
-    created_at: str  # RFC 3339, UTC, microseconds
-    verified: bool  # the sender showed its session
-    thread: str  # id of the first message of its thread, "" for that one itself
+    to_agent: str = ""  # for a group message
+    group: str = ""  # for a direct message
+    content: str = ""
+    in_reply_to: str = ""
+    created_at: str = ""  # RFC 3339, UTC, microseconds
+    verified: bool = False  # the sender showed its session
+    thread: str = ""  # id of the first message of its thread, "" for that one itself
+    depth: int = 0  # replies since a human spoke, or since the loop guard was told to go on
+    client_id: str | None = None  # the sender's own, by which a repeated send is known
 
     def to_json(self) -> dict[str, Any]:
         """The message on the wire; in_reply_to only where there is one, as clients expect."""
-        data: dict[str, Any] = {
-            "id": self.id, "seq": self.seq, "from_agent": self.from_agent,
-            "to_agent": self.to_agent, "group": self.group, "content": self.content,
-            "created_at": self.created_at, "verified": bool(self.verified)}
-        if self.in_reply_to:
-            data["in_reply_to"] = self.in_reply_to
-        return data
+        data = {"id": self.id, "seq": self.seq, "from_agent": self.from_agent,
+                "to_agent": self.to_agent, "group": self.group, "content": self.content,
+                "created_at": self.created_at, "verified": bool(self.verified)}
+        return data | {"in_reply_to": self.in_reply_to} if self.in_reply_to else data
 
 
 class Receipt(NamedTuple):
@@ -298,61 +289,47 @@ class Receipt(NamedTuple):
     quiet: str  # "", LOOPING or MUTED: stored, but no bell
 
     def to_json(self) -> dict[str, Any]:
-        state = "stored"
-        for name in ("pushed", "rung", "seen", "read"):
-            state = name if getattr(self, name + "_at") else state
+        state = next(state for state in ("read", "seen", "rung", "pushed", "stored")
+                     if getattr(self, state + "_at"))
         return {**self._asdict(), "state": state}
 
 
 class Agent:
-    """A registered agent as the hub remembers it: a cache of its rows in the Store."""
+    """A registered agent as the hub remembers it: a cache of its row in the Store."""
 
-    __slots__ = ("name", "groups", "status", "registered_at", "last_seen_at", "session_hash",
-                 "verified", "type", "host", "cwd", "doors", "mute", "allow", "unread", "door",
-                 "active", "shown")
+    STORED = ("name", "status", "registered_at", "last_seen_at", "session_hash", "verified",
+              "type", "host", "cwd", "groups", "doors", "mute", "allow")  # as the columns stand
+    status = ""  # declared: idle or working, "" if neither
+    session_hash = type = host = cwd = ""
+    verified = False  # it has shown its session; older clients never do
+    groups: tuple[str, ...] = ()
+    doors: tuple[str, ...] = ()
+    mute: tuple[str, ...] = ()  # whose mail does not ring; "*" is everybody
+    allow: tuple[str, ...] = ()  # if not empty, only their mail rings
+    unread = 0
+    door: dict[str, str] | None = None  # the last ring: outcome, door, at
+    active = 0.0  # monotonic time of the last request, 0 = gone
+    shown = "offline"  # the status that was last told to others
 
     def __init__(self, name: str, registered_at: str) -> None:
-        self.name = name
-        self.groups: tuple[str, ...] = ()
-        self.status = ""  # declared: idle or working, "" if neither
-        self.registered_at = registered_at
-        self.last_seen_at = registered_at
-        self.session_hash = ""
-        self.verified = False  # it has shown its session; older clients never do
-        self.type = self.host = self.cwd = ""
-        self.doors: tuple[str, ...] = ()
-        self.mute: tuple[str, ...] = ()  # whose mail does not ring; "*" is everybody
-        self.allow: tuple[str, ...] = ()  # if not empty, only their mail rings
-        self.unread = 0
-        self.door: dict[str, str] | None = None  # the last ring: outcome, door, at
-        self.active = 0.0  # monotonic time of the last request, 0 = gone
-        self.shown = "offline"  # the status that was last told to others
+        self.name, self.registered_at, self.last_seen_at = name, registered_at, registered_at
 
     def rings_for(self, sender: str) -> bool:
         """False where the agent's own lists say that this sender's mail waits silently."""
         if sender in (HUMAN, SERVER_NAME):
             return "*" not in self.mute or sender == HUMAN
-        if sender in self.mute or "*" in self.mute:
-            return False
-        return not self.allow or sender in self.allow
+        muted = sender in self.mute or "*" in self.mute
+        return not muted and (not self.allow or sender in self.allow)
 
 
 def checked_name(name: object, what: str = "agent name") -> str:
     """The name, or BadRequest: letters, digits and . _ - , 1 to 64 of them."""
     if not isinstance(name, str) or not name:
         raise BadRequest(f"{what} is required")
-    if not NAME_PATTERN.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BadRequest(f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', "
                          "beginning with a letter or digit")
     return name
-
-
-def checked_own_name(name: object) -> str:
-    """A name somebody may register: well formed and not reserved."""
-    fit = checked_name(name)
-    if fit.lower() in RESERVED:
-        raise BadRequest(f"the name {fit!r} is reserved; choose another")
-    return fit
 
 
 def checked_text(value: object, what: str, most: int = MAX_BODY_BYTES) -> str:
@@ -386,26 +363,18 @@ def printable(text: str) -> str:
 # Each step runs in one transaction and ends with its number in PRAGMA user_version.
 SCHEMA_STEPS = ["""
     CREATE TABLE agents (
-        name TEXT PRIMARY KEY COLLATE NOCASE, status TEXT NOT NULL DEFAULT '',
-        registered_at TEXT NOT NULL, last_seen_at TEXT NOT NULL,
-        session_hash TEXT NOT NULL DEFAULT '', verified INTEGER NOT NULL DEFAULT 0,
-        type TEXT NOT NULL DEFAULT '',
-        host TEXT NOT NULL DEFAULT '', cwd TEXT NOT NULL DEFAULT '',
-        doors TEXT NOT NULL DEFAULT '', mute TEXT NOT NULL DEFAULT '',
-        allow TEXT NOT NULL DEFAULT '');
-    CREATE TABLE agent_groups (
-        agent TEXT NOT NULL, grp TEXT NOT NULL, PRIMARY KEY (agent, grp)) WITHOUT ROWID;
+        name TEXT PRIMARY KEY COLLATE NOCASE, status TEXT, registered_at TEXT, last_seen_at TEXT,
+        session_hash TEXT, verified INTEGER, type TEXT, host TEXT, cwd TEXT,
+        groups TEXT, doors TEXT, mute TEXT, allow TEXT);
     CREATE TABLE messages (
         seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, from_agent TEXT NOT NULL,
-        to_agent TEXT NOT NULL, grp TEXT NOT NULL, content TEXT NOT NULL,
-        in_reply_to TEXT NOT NULL, created_at TEXT NOT NULL, verified INTEGER NOT NULL,
-        thread TEXT NOT NULL, depth INTEGER NOT NULL, client_id TEXT);
+        to_agent TEXT NOT NULL, grp TEXT NOT NULL, content TEXT NOT NULL, in_reply_to TEXT NOT NULL,
+        created_at TEXT NOT NULL, verified INTEGER, thread TEXT, depth INTEGER, client_id TEXT);
     CREATE INDEX by_pair ON messages (from_agent, to_agent, seq);
     CREATE INDEX by_sender ON messages (from_agent, seq);
     CREATE INDEX by_group ON messages (grp, seq) WHERE grp != '';
     CREATE INDEX by_thread ON messages (thread, seq) WHERE thread != '';
-    CREATE UNIQUE INDEX by_client ON messages (from_agent, client_id)
-        WHERE client_id IS NOT NULL;
+    CREATE UNIQUE INDEX by_client ON messages (from_agent, client_id) WHERE client_id IS NOT NULL;
     -- A rowid table on purpose: the planner ignores a partial index of a WITHOUT ROWID one.
     CREATE TABLE inbox (
         seq INTEGER NOT NULL, agent TEXT NOT NULL, pushed_at TEXT, rung_at TEXT, seen_at TEXT,
@@ -420,14 +389,16 @@ SCHEMA_STEPS = ["""
         detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2");
     CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     """]
-COLUMNS = ("m.seq, m.id, m.from_agent, m.to_agent, m.grp, m.content, m.in_reply_to, "
-           "m.created_at, m.verified, m.thread")
-INBOX_COLUMNS = "m.created_at, i.pushed_at, i.rung_at, i.seen_at, i.read_at, i.door, i.outcome"
+END = 1 << 62  # above every seq
+UNREAD = "read_at IS NULL"
+RINGING = "read_at IS NULL AND seen_at IS NULL AND quiet = ''"
 
 
 class Log:
     """The reading side, over one connection of one thread. Sees what is committed, and, on
     the writer's own connection, what this turn has written."""
+
+    lately: Mapping[int, Message] = {}  # what need not be fetched again
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
@@ -435,170 +406,131 @@ class Log:
     def rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         return self.connection.execute(sql, values).fetchall()
 
+    def seqs(self, sql: str, *values: object) -> list[int]:
+        return [row[0] for row in self.rows(sql, *values)]
+
     def number(self, sql: str, *values: object) -> int:
         """The one number that a SELECT is after, 0 if it found none."""
-        found = self.connection.execute(sql, values).fetchone()
-        return int(found[0] or 0) if found else 0
+        return int(next(iter(self.seqs(sql, *values)), 0) or 0)
 
-    def messages(self, sql: str, *values: object, most: int = MAX_PAGE_BYTES) -> list[Message]:
-        """Messages of a SELECT that starts with COLUMNS, cut at so many characters."""
-        page, size = [], 0
-        for row in self.connection.execute(sql, values):
-            page.append(Message._make(row))
-            size += len(row[5])
-            if size > most:
+    def messages(self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES) -> list[Message]:
+        """These messages, cut at so many characters."""
+        page: list[Message] = []
+        for seq in seqs:
+            found = self.lately.get(seq)
+            page += [found] if found else map(
+                Message._make, self.rows("SELECT * FROM messages WHERE seq = ?", seq))
+            most -= len(page[-1].content) if page else 0
+            if most < 0:
                 break
         return page
 
-    def after(self, seq: int, limit: int) -> list[Message]:
-        """Everything after a cursor, oldest first."""
-        return self.messages(f"SELECT {COLUMNS} FROM messages m WHERE seq > ? "
-                             "ORDER BY seq LIMIT ?", seq, limit, most=OUT_HIGH_WATER)
+    def find(self, limit: int, *, query: str = "", agent: str = "", other: str = "",
+             group: str = "", low: int = 0, high: int = END, newest: bool = True,
+             most: int = MAX_PAGE_BYTES) -> list[Message]:
+        """Messages of low <= seq < high, the newest or the oldest: all of them, those of an agent,
+        of a pair or in a group, those that hold every word of a query (with a * at its end, the
+        last one may be a beginning). Each branch walks one index in order, so that no cost grows
+        with the log."""
+        terms = re.findall(r"[^\W_]+", query)
+        if query and not terms:
+            return []
+        match = " ".join(f'"{term}"' for term in terms)
+        match += "*" if query.endswith("*") and len(terms[-1]) > 2 else ""
+        order = "DESC" if newest else "ASC"
+        branches: list[str] = []
+        values: list[object] = []
+        for sender, recipient in {(agent, other), (other, agent)}:
+            table, key = "messages m", "m.seq"
+            received = "EXISTS (SELECT 1 FROM inbox i WHERE i.seq = m.seq AND i.agent = ?)"
+            if query:
+                table, key = "words CROSS JOIN messages m ON m.seq = words.rowid", "words.rowid"
+            elif group:
+                table = "messages m INDEXED BY by_group"
+            elif sender and recipient:  # what they said to each other, not in groups
+                table, received = "messages m INDEXED BY by_pair", "to_agent = ?"
+            elif sender:
+                table = "messages m INDEXED BY by_sender"
+            elif recipient:
+                table, received = "inbox m INDEXED BY by_recipient", "agent = ?"
+            wanted = {"words MATCH ?": match, "grp != '' AND grp = ?": group,
+                      "from_agent = ?": sender, received: recipient}
+            where = [condition for condition, value in wanted.items() if value]
+            branches.append(f"SELECT * FROM (SELECT {key} FROM {table} WHERE "
+                            f"{' AND '.join([*where, f'{key} >= ? AND {key} < ?'])} "
+                            f"ORDER BY {key} {order} LIMIT ?)")
+            values += [*filter(None, wanted.values()), low, high, limit]
+        return self.messages(self.seqs(f"{' UNION '.join(branches)} ORDER BY 1 {order} LIMIT ?",
+                                       *values, limit), most)
 
-    def unread(self, agent: str, limit: int) -> tuple[list[Message], list[int]]:
-        """The oldest unread messages of an agent, and the seqs among them it never saw."""
-        page = self.messages(
-            f"SELECT {COLUMNS} FROM inbox i INDEXED BY unread CROSS JOIN messages m "
-            "ON m.seq = i.seq WHERE i.agent = ? AND i.read_at IS NULL ORDER BY i.seq LIMIT ?",
-            agent, limit)
-        if not page:
-            return page, []
-        unseen = self.rows("SELECT seq FROM inbox INDEXED BY unread WHERE agent = ? "
-                           "AND read_at IS NULL AND seq <= ? AND seen_at IS NULL",
-                           agent, page[-1].seq)
-        return page, [row[0] for row in unseen]
+    def unread(self, agent: str, limit: int) -> tuple[list[Message], list[Message]]:
+        """The oldest unread messages of an agent, and those among them it never saw."""
+        rows = self.rows("SELECT seq, seen_at IS NULL FROM inbox INDEXED BY unread WHERE agent = ? "
+                         f"AND {UNREAD} ORDER BY seq LIMIT ?", agent, limit)
+        page = self.messages(seq for seq, _ in rows)
+        return page, [m for m, (_, unseen) in zip(page, rows, strict=False) if unseen]
 
     def unrung(self, agent: str, after: int, limit: int) -> list[Message]:
         """What still has to ring for an agent, after a cursor, oldest first."""
-        return self.messages(
-            f"SELECT {COLUMNS} FROM inbox i INDEXED BY unrung CROSS JOIN messages m "
-            "ON m.seq = i.seq WHERE i.agent = ? AND i.seq > ? AND i.rung_at IS NULL "
-            "AND i.seen_at IS NULL AND i.read_at IS NULL AND i.quiet = '' "
-            "ORDER BY i.seq LIMIT ?", agent, after, limit, most=OUT_HIGH_WATER)
+        return self.messages(self.seqs(
+            f"SELECT seq FROM inbox INDEXED BY unrung WHERE agent = ? AND seq > ? AND {RINGING} "
+            "AND rung_at IS NULL ORDER BY seq LIMIT ?", agent, after, limit), OUT_HIGH_WATER)
 
-    def history(self, agent: str, other: str, group: str, low: int, high: int,
-                limit: int) -> list[Message]:
-        """Newest first within low <= seq < high: of a pair, a group, an agent, or all.
+    def newest_unread(self, agent: str, which: str = UNREAD) -> dict[int, str]:
+        """An agent's newest hundred unread messages, oldest first: seq -> id."""
+        return dict(self.rows(
+            "SELECT seq, id FROM inbox INDEXED BY unread CROSS JOIN messages USING (seq) "
+            f"WHERE agent = ? AND {which} ORDER BY seq DESC LIMIT 100", agent)[::-1])
 
-        Each branch walks one index backwards, so its cost does not grow with the log.
-        """
-        branches: list[str] = []
-        bound: list[Any] = []
-
-        def walk(table: str, where: str, *values: str) -> None:
-            branches.append(f"SELECT * FROM (SELECT seq FROM {table} WHERE {where} AND seq >= ? "
-                            "AND seq < ? ORDER BY seq DESC LIMIT ?)")
-            bound.extend([*values, low, high, limit])
-
-        if not agent:
-            agent, other = other, ""
-        if agent and other and group:
-            sent = ("grp != '' AND grp = ? AND from_agent = ? AND EXISTS (SELECT 1 FROM inbox i "
-                    "WHERE i.seq = messages.seq AND i.agent = ?)")
-            walk("messages INDEXED BY by_group", sent, group, agent, other)
-            walk("messages INDEXED BY by_group", sent, group, other, agent)
-        elif agent and other:
-            pair = "messages INDEXED BY by_pair", "from_agent = ? AND to_agent = ?"
-            walk(*pair, agent, other)
-            walk(*pair, other, agent)
-        elif group:
-            member = "OR EXISTS (SELECT 1 FROM inbox i WHERE i.seq = messages.seq AND agent = ?)"
-            walk("messages INDEXED BY by_group", "grp != '' AND grp = ? AND "
-                 f"(? = '' OR from_agent = ? {member})", group, agent, agent, agent)
-        elif agent:
-            walk("messages INDEXED BY by_sender", "from_agent = ?", agent)
-            walk("inbox INDEXED BY by_recipient", "agent = ?", agent)
-        else:
-            walk("messages", "1")
-        return self.messages(f"SELECT {COLUMNS} FROM messages m WHERE seq IN "
-                             f"({' UNION '.join(branches)}) ORDER BY seq DESC LIMIT ?",
-                             *bound, limit)
-
-    def search(self, query: str, agent: str, group: str, low: int, high: int,
-               limit: int) -> list[Message]:
-        """Newest first: messages that hold every word; the last word may be a beginning."""
-        terms = re.findall(r"[^\W_]+", query)
-        if not terms:
-            return []
-        match = " ".join(f'"{term}"' for term in terms) + ("*" if len(terms[-1]) > 2 else "")
-        return self.messages(
-            f"SELECT {COLUMNS} FROM words w CROSS JOIN messages m ON m.seq = w.rowid "
-            "WHERE w.words MATCH ? AND w.rowid >= ? AND w.rowid < ? AND (? = '' OR m.grp = ?) "
-            "AND (? = '' OR m.from_agent = ? OR m.to_agent = ? OR EXISTS (SELECT 1 FROM inbox i "
-            "WHERE i.seq = m.seq AND i.agent = ?)) ORDER BY w.rowid DESC LIMIT ?",
-            match, low, high, group, group, agent, agent, agent, agent, limit)
-
-    def message(self, message_id: str) -> Message | None:
-        return next(iter(self.messages(f"SELECT {COLUMNS} FROM messages m WHERE id = ?",
-                                       message_id)), None)
-
-    def by_client(self, sender: str, client_id: str) -> Message | None:
-        return next(iter(self.messages(
-            f"SELECT {COLUMNS} FROM messages m INDEXED BY by_client WHERE from_agent = ? "
-            "AND client_id = ?", sender, client_id)), None)
-
-    def thread(self, root: str, limit: int) -> list[Message]:
-        """A thread, oldest first; its first message is found by id, the rest by index."""
-        return self.messages(
-            f"SELECT {COLUMNS} FROM messages m WHERE id = ? UNION ALL SELECT * FROM (SELECT "
-            f"{COLUMNS} FROM messages m WHERE thread = ? AND thread != '' ORDER BY seq LIMIT ?)",
-            root, root, limit)
-
-    def receipts(self, seq: int, limit: int = 50) -> list[Receipt]:
-        """How far a message got, per recipient; cut for very large groups."""
-        return [Receipt._make(row) for row in self.rows(
-            f"SELECT i.agent, {INBOX_COLUMNS}, i.quiet FROM inbox i JOIN messages m USING (seq) "
-            "WHERE i.seq = ? ORDER BY i.agent LIMIT ?", seq, limit)]
-
-    def parent(self, message_id: str) -> tuple[str, int] | None:
-        """Root id and depth of the message that is replied to."""
-        found = self.rows("SELECT CASE thread WHEN '' THEN id ELSE thread END, depth "
-                          "FROM messages WHERE id = ?", message_id)
-        return (found[0][0], found[0][1]) if found else None
-
-    def seqs_of(self, ids: Iterable[str]) -> list[int]:
-        return [row[0] for one in ids for row in
-                self.rows("SELECT seq FROM messages WHERE id = ?", one)]
-
-    def ids_of(self, seqs: Iterable[int]) -> list[str]:
-        return [row[0] for one in seqs for row in
-                self.rows("SELECT id FROM messages WHERE seq = ?", one)]
+    def known(self, ids: Iterable[str]) -> dict[int, str]:
+        """Those of the ids that messages have: seq -> id."""
+        return {row[0]: one for one in ids for row in
+                self.rows("SELECT seq FROM messages WHERE id = ?", one)}
 
     def count_unread(self, agent: str) -> int:
         return self.number("SELECT count(*) FROM inbox INDEXED BY unread "
-                           "WHERE agent = ? AND read_at IS NULL", agent)
+                           f"WHERE agent = ? AND {UNREAD}", agent)
 
-    def count_unseen(self, agent: str) -> int:
-        """What a doorbell is for, counted no further than to a hundred."""
-        return self.number(
-            "SELECT count(*) FROM (SELECT 1 FROM inbox INDEXED BY unread WHERE agent = ? "
-            "AND read_at IS NULL AND seen_at IS NULL AND quiet = '' LIMIT 100)", agent)
+    def message(self, message_id: str) -> Message | None:
+        return next(iter(self.messages(self.known([message_id]))), None)
+
+    def by_client(self, sender: str, client_id: str) -> Message | None:
+        return next(iter(self.messages(self.seqs(
+            "SELECT seq FROM messages INDEXED BY by_client WHERE from_agent = ? AND client_id = ?",
+            sender, client_id))), None)
+
+    def thread(self, root: str, limit: int) -> list[Message]:
+        """A thread, oldest first; its first message is found by id, the rest by index."""
+        return self.messages(self.seqs(
+            "SELECT seq FROM messages WHERE id = ? UNION ALL SELECT * FROM (SELECT seq FROM "
+            "messages WHERE thread = ? AND thread != '' ORDER BY seq LIMIT ?)", root, root, limit))
+
+    def receipts(self, message: Message) -> list[Receipt]:
+        """How far a message got, per recipient; cut for very large groups."""
+        return [Receipt._make(row) for row in self.rows(
+            "SELECT agent, ?, pushed_at, rung_at, seen_at, read_at, door, outcome, quiet "
+            "FROM inbox WHERE seq = ? ORDER BY agent LIMIT 50", message.created_at, message.seq)]
 
     def quieted(self) -> list[tuple[Any, ...]]:
         """Sender, agent, thread, depth and time of what the loop guard keeps quiet."""
         return self.rows(
-            "SELECT m.from_agent, i.agent, m.thread, max(m.depth), min(m.created_at) FROM inbox i "
-            "INDEXED BY quieted JOIN messages m USING (seq) WHERE i.quiet = 'loop' "
-            "AND i.read_at IS NULL GROUP BY 1, 2")
+            "SELECT from_agent, agent, thread, max(depth), min(created_at) FROM inbox INDEXED BY "
+            f"quieted JOIN messages USING (seq) WHERE quiet = 'loop' AND {UNREAD} GROUP BY 1, 2")
 
     def unseen(self, low: int, high: int) -> list[tuple[Any, ...]]:
         """Sender, agent, count and last id of what nobody saw in low <= seq < high."""
         return self.rows(
-            "SELECT m.from_agent, i.agent, count(*), max(m.id) FROM messages m JOIN inbox i "
-            "USING (seq) WHERE m.seq >= ? AND m.seq < ? AND i.seen_at IS NULL "
-            f"AND i.read_at IS NULL AND m.from_agent != '{SERVER_NAME}' GROUP BY 1, 2", low, high)
+            "SELECT from_agent, agent, count(*), max(id) FROM messages JOIN inbox USING (seq) "
+            f"WHERE seq >= ? AND seq < ? AND {UNREAD} AND seen_at IS NULL "
+            f"AND from_agent != '{SERVER_NAME}' GROUP BY 1, 2", low, high)
 
     def seq_at(self, moment: str) -> int:
-        """The first seq stored at or after a time, found by bisection over the log.
-
-        Exact while the clock only moves forward; a clock that jumped shifts a time filter,
-        never an order.
-        """
+        """The first seq stored at or after a time, found by bisection over the log. A clock that
+        jumped shifts a time filter, never an order."""
         low, high = 0, self.number("SELECT max(seq) FROM messages") + 1
         while low < high:
             middle = (low + high) // 2
-            found = self.rows("SELECT seq, created_at FROM messages WHERE seq >= ? LIMIT 1",
-                              middle)
+            found = self.rows("SELECT seq, created_at FROM messages WHERE seq >= ? LIMIT 1", middle)
             if found and found[0][1] < moment:
                 low = found[0][0] + 1
             else:
@@ -612,131 +544,112 @@ class Log:
 # ======================================================================================
 
 # What the existing Go program of this protocol leaves behind, as rows of the tables above.
+ADOPTED = ("agents", "messages", "message_reads", "agent_groups")
 ADOPTION = """
-    INSERT OR IGNORE INTO agents (name, registered_at, last_seen_at)
-        SELECT name, rfc3339(registered_at), rfc3339(registered_at) FROM old_agents
-        WHERE fit_name(name);
-    INSERT INTO agent_groups
-        SELECT agent_name, group_name FROM old_agent_groups WHERE fit_name(group_name);
+    INSERT OR IGNORE INTO agents SELECT name, '', rfc3339(registered_at), rfc3339(registered_at),
+        '', 0, '', '', '', coalesce((SELECT group_concat(group_name, ' ') FROM old_agent_groups
+            WHERE agent_name = name AND fit_name(group_name)), ''), '', '', ''
+        FROM old_agents WHERE fit_name(name);
     INSERT INTO messages SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent,
-        to_agent, grp, content, in_reply_to, rfc3339(created_at), 0, '', 0, NULL
-        FROM old_messages;
+        to_agent, grp, content, in_reply_to, rfc3339(created_at), 0, '', 0, NULL FROM old_messages;
     INSERT OR IGNORE INTO inbox (seq, agent)
         SELECT seq, to_agent FROM messages WHERE to_agent != '' AND to_agent != from_agent
-        UNION ALL SELECT m.seq, g.agent_name FROM messages m
-        JOIN old_agent_groups g ON g.group_name = m.grp AND g.agent_name != m.from_agent
-        UNION ALL SELECT m.seq, r.agent_name FROM messages m
-        JOIN old_message_reads r ON r.message_id = m.id
-        WHERE m.grp != '' AND r.agent_name != m.from_agent;
+        UNION ALL SELECT seq, agent_name FROM messages JOIN old_agent_groups ON group_name = grp
+            WHERE agent_name != from_agent
+        UNION ALL SELECT seq, agent_name FROM messages JOIN old_message_reads ON message_id = id
+            WHERE grp != '' AND agent_name != from_agent;
     UPDATE inbox SET read_at = (SELECT rfc3339(r.read_at) FROM old_message_reads r
-        JOIN messages m ON m.id = r.message_id
-        WHERE m.seq = inbox.seq AND r.agent_name = inbox.agent);
-    UPDATE messages SET thread = in_reply_to
-        WHERE in_reply_to != '' AND EXISTS (SELECT 1 FROM messages p
-            WHERE p.id = messages.in_reply_to AND p.seq < messages.seq);
+        JOIN messages m ON m.id = r.message_id WHERE m.seq = inbox.seq AND agent_name = agent);
+    UPDATE messages SET thread = in_reply_to WHERE EXISTS (SELECT 1 FROM messages p
+        WHERE p.id = messages.in_reply_to AND p.seq < messages.seq);
     INSERT INTO words (rowid, content) SELECT seq, content FROM messages;
     INSERT INTO facts SELECT 'unseen', coalesce(max(seq), 0) FROM messages;
     INSERT INTO facts SELECT 'indexed', coalesce(max(seq), 0) FROM messages;
-    DROP TABLE old_agents; DROP TABLE old_messages;
-    DROP TABLE old_message_reads; DROP TABLE old_agent_groups;
     """
+DAMAGED = ("{0} is damaged or not a database ({1}); move it away and start again, "
+           "`sqlite3 FILE .recover` saves what can still be read")
+FAILURES = (  # the beginning of SQLite's name for it, what it is to us, and the sentence
+    ("SQLITE_FULL", StoreFull, "the disk that holds {0} is full; free some space and send again"),
+    ("SQLITE_BUSY", StoreBusy, "another program holds {0} locked; try again in a moment"),
+    ("SQLITE_LOCKED", StoreBusy, "another program holds {0} locked; try again in a moment"),
+    ("SQLITE_READONLY", StoreBusy, "{0} cannot be written to; make it writable and send again"),
+    ("SQLITE_CORRUPT", BadConfig, DAMAGED), ("SQLITE_NOTADB", BadConfig, DAMAGED),
+    ("", StoreBusy, "{0} cannot be used now ({1}); try again in a moment"))
+INDEX_BATCH = 1 << 18  # characters, and 512 a message, that search lags behind, for a second
+LATELY = 2000  # messages of less than 4 KiB kept in memory: 20 unread take 8 us, not 46
 
 
 def store_error(error: Exception, path: str) -> ChatError:
-    """The sentence for a database that cannot do what was asked of it."""
-    name = getattr(error, "sqlite_errorname", "") or ""
-    if name.startswith("SQLITE_FULL"):
-        return StoreFull(f"the disk that holds {path} is full; free some space and send again")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StoreBusy(f"another program holds {path} locked; try again in a moment")
-    if name.startswith("SQLITE_READONLY"):
-        return StoreBusy(f"{path} cannot be written to; make it writable and send again")
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return BadConfig(f"{path} is damaged or not a database ({error}); move it away and start "
-                         f"again, `sqlite3 FILE .recover` saves what can still be read")
-    return StoreBusy(f"{path} cannot be used now ({error}); try again in a moment")
+    """What a database says that cannot do what was asked of it."""
+    name = getattr(error, "sqlite_errorname", "")
+    kind, sentence = next(row[1:] for row in FAILURES if name.startswith(row[0]))
+    return kind(sentence.format(path, error))
 
 
 class Store(Log):
-    """The one writer. Callers write inside a turn; `commit` ends it, synced to disk.
-
-    Raises only ChatErrors. Any failed write spoils the turn: `commit` then raises, and the
-    caller forgets what it has not yet said to anybody.
-    """
+    """The one writer. Callers write inside a turn; `commit` ends it, synced to disk. Raises only
+    ChatErrors. Any failed write spoils the turn: `commit` then raises, and the caller forgets
+    what it has not yet said to anybody."""
 
     def __init__(self, path: str) -> None:
         import sqlite3
         import threading
-
-        self.path = path
-        self.database_error = sqlite3.Error
-        self._readers = threading.local()
-        self._lock = locked_file(path)
+        self.path, self.database_error = path, sqlite3.Error
+        self._readers, self._lock = threading.local(), locked_file(path)
+        self.spoilt: ChatError | None = None  # why this turn must fail: what it wrote is incomplete
+        self.lately: dict[int, Message] = {}
         try:
             super().__init__(self._connect())
             self._prepare()
         except sqlite3.Error as error:
             raise BadConfig(str(store_error(error, path))) from None
         self._files = self._identity()
-        self._spoilt: ChatError | None = None
-        self.last_seq = self.indexed = 0  # full-text search knows all up to `indexed`
         self.reload()
 
     def _connect(self) -> sqlite3.Connection:
         import sqlite3
-
-        connection = sqlite3.connect(self.path, isolation_level=None, cached_statements=256,
-                                     check_same_thread=False)
-        connection.execute("PRAGMA busy_timeout = 40")  # ms; the I/O thread may not wait longer
+        connection = sqlite3.connect(  # the I/O thread may not wait longer for a lock
+            self.path, 0.04, isolation_level=None, check_same_thread=False, cached_statements=256)
         connection.execute("PRAGMA cache_size = -4000")  # KiB
         return connection
 
     def _prepare(self) -> None:
-        """Check the file, bring its schema up to date, choose durability."""
+        """Check the file, choose durability, bring the schema up to date. A file that is refused
+        stays untouched."""
         version = self.number("PRAGMA user_version")
-        if os.path.getsize(self.path) < 64 << 20:  # larger files are checked while they serve
-            self.check()
+        if os.path.getsize(self.path) < 64 << 20:  # a second or more for larger ones
+            verdict = self.rows("PRAGMA quick_check(1)")[0][0]
+            if verdict != "ok":
+                raise BadConfig(DAMAGED.format(self.path, verdict.splitlines()[-1]))
         tables = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
-        older = {"agents", "messages", "message_reads", "agent_groups"}
-        if not version and tables and not tables >= older:
+        if not version and tables and not tables.issuperset(ADOPTED):
             raise BadConfig(f"{self.path} holds tables of another program; choose another --db")
         if version > len(SCHEMA_STEPS):
             raise BadConfig(f"{self.path} was made by a newer agent-chat (schema {version}); "
                             "upgrade this one")
         for pragma in ("journal_mode = WAL", "synchronous = FULL",  # a 200 survives a power cut
-                       "wal_autocheckpoint = 400",  # pages; keeps p99 flat
-                       "journal_size_limit = 16777216"):
-            self.connection.execute("PRAGMA " + pragma)
-        for number, step in enumerate(SCHEMA_STEPS[version:], version + 1):
-            self._step(number, step, sorted(older) if tables and number == 1 else [])
-        self.number("SELECT max(seq) FROM messages")  # makes the -wal file, to know it by
-
-    def check(self) -> None:
-        """Raises BadConfig if the file is damaged."""
-        verdict = self.reader().rows("PRAGMA quick_check(1)")[0][0]
-        if verdict != "ok":
-            raise BadConfig(f"{self.path} is damaged ({verdict.splitlines()[-1]}); move it away "
-                            "and start again, `sqlite3 FILE .recover` saves what can be read")
-
-    def _step(self, number: int, step: str, older: list[str]) -> None:
-        """One schema step, whole or not at all; the first may adopt an older client's tables."""
+                       "wal_autocheckpoint = 400", "journal_size_limit = 16777216"):
+            self.connection.execute("PRAGMA " + pragma)  # 400 pages keep p99 flat
         self.connection.create_function("rfc3339", 1, rfc3339)
-        self.connection.create_function("fit_name", 1,
-                                        lambda name: bool(NAME_PATTERN.fullmatch(name)))
-        self.connection.executescript("BEGIN IMMEDIATE;" + "".join(
-            f"ALTER TABLE {name} RENAME TO old_{name};" for name in older) + step
-            + (ADOPTION if older else "") + f"PRAGMA user_version = {number}; COMMIT;")
+        self.connection.create_function("fit_name", 1, lambda name: bool(NAME.fullmatch(name)))
+        for number, step in enumerate(SCHEMA_STEPS[version:], version + 1):
+            if tables and number == 1:
+                aside = [f"ALTER TABLE {name} RENAME TO old_{name};" for name in ADOPTED]
+                gone = [f"DROP TABLE old_{name};" for name in ADOPTED]
+                step = "".join([*aside, step, ADOPTION, *gone])
+            self.connection.executescript(
+                f"BEGIN IMMEDIATE; {step} PRAGMA user_version = {number}; COMMIT;")
+        self.number("SELECT max(seq) FROM messages")  # makes the -wal file, to know it by
 
     def reader(self) -> Log:
         """This thread's own read-only view of what is committed."""
         if not hasattr(self._readers, "log"):
-            connection = self._connect()
-            connection.execute("PRAGMA query_only = ON")
-            self._readers.log = Log(connection)
+            self._readers.log = Log(self._connect())
+            self._readers.log.rows("PRAGMA query_only = ON")
         log: Log = self._readers.log
         return log
 
-    # -- a turn: begin by the first write, then commit or rollback
+    # -- a turn: begun by the first write, ended by commit
 
     def write(self, sql: str, *values: object) -> int:
         """One statement of this turn; returns the number of rows it changed."""
@@ -745,18 +658,14 @@ class Store(Log):
     def write_many(self, sql: str, rows: Sequence[Sequence[object]]) -> int:
         try:
             if not self.connection.in_transaction:
-                self._begin()
+                if self._files != self._identity():
+                    raise OSError("it or its -wal file was moved or deleted under the hub; put it "
+                                  "back, or restart the hub")
+                self.connection.execute("BEGIN IMMEDIATE")
             return self.connection.executemany(sql, rows).rowcount
-        except self.database_error as error:
-            self._spoilt = store_error(error, self.path)
-            raise self._spoilt from None
-
-    def _begin(self) -> None:
-        if self._files != self._identity():
-            self._spoilt = StoreBusy(f"the database {self.path} (or its -wal file) was moved or "
-                                     "deleted under the hub; put it back, or restart the hub")
-            raise self._spoilt
-        self.connection.execute("BEGIN IMMEDIATE")
+        except (OSError, self.database_error) as error:
+            self.spoilt = store_error(error, self.path)
+            raise self.spoilt from None
 
     def _identity(self) -> list[tuple[int, int]]:
         """Database and write-ahead log as the file system knows them, [] if one is gone."""
@@ -767,25 +676,26 @@ class Store(Log):
 
     def commit(self) -> None:
         """End the turn. Returns when it is on disk; raises if it is not, and then nothing is."""
-        if self._spoilt is None and self.connection.in_transaction:
-            try:
+        try:
+            if self._unindexed > INDEX_BATCH and not self.spoilt:
+                self.index_words()
+            if self.connection.in_transaction and not self.spoilt:
                 self.connection.execute("COMMIT")
-            except self.database_error as error:
-                self._spoilt = store_error(error, self.path)
-        if self._spoilt is not None:
-            spoilt, self._spoilt = self._spoilt, None
+        except ChatError:
+            pass  # the turn is spoilt
+        except self.database_error as error:
+            self.spoilt = store_error(error, self.path)
+        if self.spoilt:
+            spoilt, self.spoilt = self.spoilt, None
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             self.reload()
             raise spoilt
 
-    def spoil(self, error: ChatError) -> None:
-        """Make this turn fail: what it wrote is incomplete."""
-        self._spoilt = error
-
     def reload(self) -> None:
         self.last_seq = self.number("SELECT max(seq) FROM messages")
-        self.indexed = self.fact("indexed")
+        self._indexed, self._unindexed = self.fact("indexed"), 0
+        self.lately.clear()  # a seq that was rolled back is given again
 
     def close(self) -> None:
         self.connection.close()
@@ -793,99 +703,74 @@ class Store(Log):
 
     # -- what is written
 
-    def append(self, message: Message, depth: int, client_id: str | None,
-               recipients: Sequence[Sequence[str | None]]) -> None:
-        """A message and its inbox rows: (agent, pushed_at, rung_at, quiet) each."""
-        self.write("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
-                   *message, depth, client_id)
-        seq = message.seq
+    def append(self, message: Message, rows: Sequence[Sequence[object]]) -> None:
+        """A message and its inbox rows: (seq, agent, pushed_at, rung_at, quiet) each."""
+        self.write("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", *message)
         self.write_many("INSERT INTO inbox (seq, agent, pushed_at, rung_at, quiet) "
-                        "VALUES (?,?,?,?,?)", [(seq, *row) for row in recipients])
-        self.last_seq = seq
+                        "VALUES (?,?,?,?,?)", rows)
+        self.last_seq = message.seq
+        self._unindexed += len(message.content) + 512
+        if len(message.content) < 4096:
+            self.lately[message.seq] = message
+            if len(self.lately) > LATELY:
+                del self.lately[next(iter(self.lately))]
 
     def index_words(self) -> None:
         """Bring full-text search up to date. Not at each append: in a batch of 500 a message
         costs 1 us, in a transaction of its own 35 us."""
-        if self.indexed < self.last_seq:
+        if self._indexed < self.last_seq:
             self.write("INSERT INTO words (rowid, content) SELECT seq, content FROM messages "
-                       "WHERE seq > ?", self.indexed)
+                       "WHERE seq > ?", self._indexed)
             self.save_fact("indexed", self.last_seq)
-            self.indexed = self.last_seq
+            self._indexed, self._unindexed = self.last_seq, 0
 
-    def mark(self, column: str, agent: str, now: str, seqs: Iterable[int]) -> int:
-        """Set a time of an agent's own unread rows that do not have it yet."""
+    def mark(self, agent: str, seqs: Iterable[int], anew: bool = False, **columns: Any) -> int:
+        """Set columns of an agent's own inbox rows; how many rows. What has been read, and a time
+        that is there, stays as it is, unless `anew`."""
+        setting = ", ".join(f"{column} = {'?' if anew else f'coalesce({column}, ?)'}"
+                            for column in columns)
         return self.write_many(
-            f"UPDATE inbox SET {column} = ? WHERE agent = ? AND seq = ? AND read_at IS NULL "
-            f"AND {column} IS NULL", [(now, agent, seq) for seq in seqs])
-
-    def mark_door(self, agent: str, seqs: Iterable[int], door: str, outcome: str,
-                  rung_at: str | None) -> int:
-        return self.write_many(
-            "UPDATE inbox SET door = ?, outcome = ?, rung_at = coalesce(?, rung_at) "
-            "WHERE agent = ? AND seq = ?",
-            [(door, outcome, rung_at, agent, seq) for seq in seqs])
+            f"UPDATE inbox SET {setting} WHERE agent = ? AND seq = ? AND (? OR {UNREAD})",
+            [(*columns.values(), agent, seq, anew) for seq in seqs])
 
     def save_agent(self, agent: Agent) -> None:
-        self.write("INSERT OR REPLACE INTO agents VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
-                   agent.name, agent.status, agent.registered_at, agent.last_seen_at,
-                   agent.session_hash, agent.verified, agent.type, agent.host, agent.cwd,
-                   *(" ".join(names) for names in (agent.doors, agent.mute, agent.allow)))
+        values = [getattr(agent, field) for field in Agent.STORED]
+        self.write(f"INSERT OR REPLACE INTO agents VALUES (?{',?' * (len(values) - 1)})",
+                   *(" ".join(value) if isinstance(value, tuple) else value for value in values))
 
-    def save_groups(self, agent: Agent) -> None:
-        self.write("DELETE FROM agent_groups WHERE agent = ?", agent.name)
-        self.write_many("INSERT INTO agent_groups VALUES (?,?)",
-                        [(agent.name, group) for group in agent.groups])
-
-    def delete_agent(self, name: str) -> None:
-        self.write("DELETE FROM agents WHERE name = ?", name)
-        self.write("DELETE FROM agent_groups WHERE agent = ?", name)
-
-    def unquiet(self, one: str, other: str, thread: str) -> None:
-        """Let the mail between two agents ring again; a chain is counted from here."""
-        for sender, agent in ((one, other), (other, one)):
-            self.write("UPDATE inbox INDEXED BY quieted SET quiet = '' WHERE agent = ? AND "
-                       "quiet = 'loop' AND (SELECT from_agent FROM messages m "
-                       "WHERE m.seq = inbox.seq) = ?", agent, sender)
-        if thread:
-            self.write("UPDATE messages SET depth = 0 WHERE thread = ? AND thread != ''", thread)
-
-    def unring(self, agent: str, which: str = "") -> list[int]:
-        """Let the newest unread mail of an agent ring anew; its seqs, oldest first."""
-        seqs = [row[0] for row in self.rows(
-            "SELECT seq FROM inbox INDEXED BY unread WHERE agent = ? AND read_at IS NULL "
-            f"{which} ORDER BY seq DESC LIMIT 100", agent)][::-1]
-        self.write_many("UPDATE inbox SET rung_at = NULL, seen_at = NULL, quiet = '' "
-                        "WHERE agent = ? AND seq = ?", [(agent, seq) for seq in seqs])
-        return seqs
+    def delete_agent(self, agent: Agent) -> None:
+        self.write("DELETE FROM agents WHERE name = ?", agent.name)
 
     def load_agents(self) -> list[Agent]:
-        """All agents with their groups and their number of unread messages."""
+        """All agents with their number of unread messages."""
         unread = dict(self.rows("SELECT agent, count(*) FROM inbox INDEXED BY unread "
-                                "WHERE read_at IS NULL GROUP BY agent"))
-        groups: dict[str, list[str]] = {}
-        for name, group in self.rows("SELECT agent, grp FROM agent_groups ORDER BY grp"):
-            groups.setdefault(name, []).append(group)
+                                f"WHERE {UNREAD} GROUP BY agent"))
         agents = []
         for row in self.rows("SELECT * FROM agents"):
-            agent = Agent(row[0], row[2])
-            (_, agent.status, _, agent.last_seen_at, agent.session_hash, verified, agent.type,
-             agent.host, agent.cwd, *lists) = row
-            agent.verified = bool(verified)
-            agent.doors, agent.mute, agent.allow = (tuple(text.split()) for text in lists)
-            agent.groups = tuple(groups.get(agent.name, ()))
-            agent.unread = unread.get(agent.name, 0)
+            agent = Agent(row[0], "")
+            for field, value in zip(Agent.STORED, row, strict=True):
+                lists = isinstance(getattr(Agent, field, ""), tuple)
+                setattr(agent, field, tuple(value.split()) if lists else value)
+            agent.verified, agent.unread = bool(agent.verified), unread.get(agent.name, 0)
             agents.append(agent)
         return agents
 
-    def prune(self, low: int, high: int) -> int:
-        """Delete messages of low <= seq < high that nobody has left unread; how many."""
+    def unquiet(self, one: str, other: str, thread: str) -> None:
+        """Let the mail between two agents ring again; a chain is counted from here."""
+        self.write_many("UPDATE inbox INDEXED BY quieted SET quiet = '' WHERE quiet = 'loop' AND "
+                        "agent = ? AND (SELECT from_agent FROM messages m WHERE m.seq = inbox.seq)"
+                        " = ?", [(one, other), (other, one)])
+        self.write("UPDATE messages SET depth = 0 WHERE thread = ? AND thread != ''", thread)
+        self.lately.clear()
+
+    def prune(self, low: int, high: int) -> None:
+        """Delete messages of low <= seq < high that nobody has left unread."""
         gone = self.rows(
             "SELECT seq, content FROM messages m WHERE seq >= ? AND seq < ? AND NOT EXISTS "
-            "(SELECT 1 FROM inbox i WHERE i.seq = m.seq AND i.read_at IS NULL)", low, high)
+            f"(SELECT 1 FROM inbox i WHERE i.seq = m.seq AND {UNREAD})", low, high)
         self.write_many("INSERT INTO words (words, rowid, content) VALUES ('delete', ?, ?)", gone)
-        seqs = [(seq,) for seq, _ in gone]
-        self.write_many("DELETE FROM inbox WHERE seq = ?", seqs)
-        return self.write_many("DELETE FROM messages WHERE seq = ?", seqs)
+        for table in ("inbox", "messages"):
+            self.write_many(f"DELETE FROM {table} WHERE seq = ?", [row[:1] for row in gone])
 
     def fact(self, key: str) -> int:
         """A number that outlives the process, 0 at first: cursors of background work."""
@@ -907,25 +792,23 @@ def locked_file(path: str) -> Any:
     off the file. Kept open for life; the kernel frees it however the process ends."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        os.close(os.open(path, flags & ~getattr(os, "O_NOFOLLOW", 0), 0o600))
-        lock = os.fdopen(os.open(path + ".lock", flags, 0o600), "r+")
+        flags = os.O_RDWR | os.O_CREAT
+        os.close(os.open(path, flags, 0o600))
+        lock = os.fdopen(os.open(path + ".lock", flags | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+")
     except OSError as error:
         raise BadConfig(f"{path} cannot be opened: {error.strerror}; choose another --db") from None
     try:
         if os.name == "nt":
             import msvcrt
-
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            lock_it: Any = vars(msvcrt)["locking"]  # not there for a type checker on Linux
+            lock_it(lock.fileno(), 2, 1)  # LK_NBLCK
         else:
             import fcntl
-
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        owner = lock.read(20).strip() or "unknown"
-        lock.close()
-        raise BadConfig(f"another hub (pid {owner}) already serves {path}; "
-                        "stop it first, or choose another --db") from None
+        with lock:
+            raise BadConfig(f"another hub (pid {lock.read(20).strip() or 'unknown'}) already "
+                            f"serves {path}; stop it first, or choose another --db") from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -940,21 +823,17 @@ def locked_file(path: str) -> Any:
 
 class Listener:
     """Somebody who waits for mail: an agent's socket, a watching dashboard, a parked request.
-
     `wake` is called at most once a turn. A live listener is told what is new (`pending`,
-    `events`); one that fell behind is told nothing and reads on from its cursor.
-    """
-
-    __slots__ = ("agent", "cursor", "live", "acks", "pending", "events", "wake", "missed")
+    `events`); one that fell behind is told nothing and reads on from its cursor."""
 
     def __init__(self, agent: str, cursor: int, wake: Callable[[], None], acks: bool = False):
         self.agent = agent  # "" watches everything
         self.cursor = cursor  # seq of the last message it was given
-        self.live = False
+        self.wake = wake
         self.acks = acks  # it showed a session and says what it rang
+        self.live = False
         self.pending: list[int] = []
         self.events: list[dict[str, Any]] = []
-        self.wake = wake
         self.missed = False  # events went by while it was behind
 
     def fall_back(self, cursor: int) -> None:
@@ -967,75 +846,54 @@ class Hub:
     """All Listeners. Not thread-safe: it belongs to the I/O thread."""
 
     def __init__(self) -> None:
-        self.sockets: dict[str, list[Listener]] = {}  # by lower-case agent name, oldest first
         self.watchers: list[Listener] = []
-        self.parked: dict[str, list[Listener]] = {}  # "" waits for any message
+        self.sockets = {"": self.watchers}  # by lower-case agent name, oldest first
+        self.parked: dict[str, list[Listener]] = {}  # requests; "" waits for any message
         self.woken: dict[Listener, None] = {}  # an ordered set, emptied by each turn
 
     def enter(self, listener: Listener) -> None:
-        if listener.agent:
-            self.sockets.setdefault(listener.agent.lower(), []).append(listener)
-        else:
-            self.watchers.append(listener)
+        self.sockets.setdefault(listener.agent.lower(), []).append(listener)
         self.woken[listener] = None
 
-    def leave(self, listener: Listener) -> None:
-        """Forget a socket. Closing an old one never deafens a newer one of the same name: what
-        it was given and did not ring is offered to the one that takes over."""
-        rooms = self.sockets.get(listener.agent.lower(), []) if listener.agent else self.watchers
-        if listener not in rooms:
-            return
-        rooms.remove(listener)
-        self.woken.pop(listener, None)
-        if listener.agent and not rooms:
-            del self.sockets[listener.agent.lower()]
-        elif listener.agent and listener.acks:
-            self.rewind(listener.agent)
-
-    def park(self, listener: Listener) -> None:
+    def park(self, listener: Listener) -> Listener:
         self.parked.setdefault(listener.agent.lower(), []).append(listener)
+        return listener
 
-    def unpark(self, listener: Listener) -> None:
-        waiting = self.parked.get(listener.agent.lower(), [])
-        if listener in waiting:
-            waiting.remove(listener)
-        if not waiting:
-            self.parked.pop(listener.agent.lower(), None)
+    def leave(self, listener: Listener) -> None:
+        """Forget a listener. Closing an old socket never deafens a newer one of the same name:
+        what it was given and did not ring is offered to the one that takes over."""
+        self.woken.pop(listener, None)
+        for rooms in (self.sockets, self.parked):
+            room = rooms.get(listener.agent.lower(), [])
+            if listener in room:
+                room.remove(listener)
+                if not room and room is not self.watchers:
+                    del rooms[listener.agent.lower()]
+                if listener.acks:
+                    self.rewind(listener.agent)
 
-    def present(self, agent: str) -> bool:
-        return agent.lower() in self.sockets
-
-    def claimed(self, agent: str) -> bool:
-        """A socket that showed the agent's session is connected."""
-        return any(socket.acks for socket in self.sockets.get(agent.lower(), ()))
+    def acking(self, agent: str) -> list[Listener]:
+        """The newest socket that showed the agent's session, if there is one."""
+        return [socket for socket in self.sockets.get(agent.lower(), ()) if socket.acks][-1:]
 
     def bells(self, agent: str) -> list[Listener]:
-        """Who is pushed this agent's mail: the newest socket that acknowledges, for two must
-        not ring the same message; else, for older clients, every one."""
-        sockets = self.sockets.get(agent.lower(), [])
-        acking = [socket for socket in sockets if socket.acks]
-        return acking[-1:] or sockets
+        """Who is pushed this agent's mail: one socket that acknowledges, for two must not ring
+        the same message; else, for older clients, every one."""
+        return self.acking(agent) or self.sockets.get(agent.lower(), [])
 
-    def ring(self, agent: str, seq: int, bells: Iterable[Listener] = ()) -> None:
-        """Message `seq` concerns this agent: wake the given bells, and whoever waits for it."""
+    def ring(self, agent: str, seq: int, bells: Iterable[Listener]) -> None:
+        """Message `seq` concerns this agent ("": whoever watches everything): wake the given
+        bells, and who waits for it without a socket."""
         for listener in bells:
             listener.pending.append(seq)
             self.woken[listener] = None
         for listener in self.parked.get(agent.lower(), ()) if self.parked else ():
             self.woken[listener] = None
 
-    def announce(self, seq: int) -> None:
-        """Message `seq` exists: wake whoever watches everything."""
-        for listener in self.watchers:
-            if listener.live:
-                listener.pending.append(seq)
-                self.woken[listener] = None
-        for listener in self.parked.get("", ()):
-            self.woken[listener] = None
-
-    def tell(self, kind: str, data: dict[str, Any], listeners: Iterable[Listener]) -> None:
-        """A small event that is not stored. Whoever is behind misses it and knows."""
-        for listener in listeners:
+    def tell(self, kind: str, data: Any, listeners: list[Listener] | None = None) -> None:
+        """A small event that is not stored, for watchers unless said otherwise. Whoever is behind
+        misses it and knows."""
+        for listener in self.watchers if listeners is None else listeners:
             if listener.live:
                 listener.events.append({"type": kind, "data": data})
                 self.woken[listener] = None
@@ -1047,11 +905,6 @@ class Hub:
         for listener in self.bells(agent):
             listener.fall_back(0)
             self.woken[listener] = None
-
-    def wake_stragglers(self) -> None:
-        for listener in [s for room in self.sockets.values() for s in room] + self.watchers:
-            if not listener.live:
-                self.woken[listener] = None
 
 
 # ======================================================================================
@@ -1069,30 +922,32 @@ class Ask(NamedTuple):
     def text(self, key: str) -> str:
         return self.query.get(key, "")
 
-    def number(self, key: str, default: int, most: int = 1 << 62) -> int:
-        """A count from the query; nonsense means the default, as older clients expect."""
-        value = self.query.get(key, "")
-        return min(int(value), most) if re.fullmatch(r"[1-9]\d{0,17}", value, re.A) else default
+    def number(self, key: str, default: int, most: int = END, least: int = 1) -> int:
+        """A number of the query; nonsense means the default, as older clients expect."""
+        match = re.fullmatch(r"\d{1,18}", self.text(key), re.A)
+        return min(int(match[0]), most) if match and int(match[0]) >= least else default
 
 
 def utc(seconds: float) -> str:
     """RFC 3339 with microseconds, of a UNIX time."""
-    whole = int(seconds)
-    micro = int((seconds - whole) * 1e6)
+    whole, micro = divmod(int(seconds * 1e6), 1_000_000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{micro:06d}Z"
-
-
-def digest(session: str) -> str:
-    return hashlib.sha256(session.encode()).hexdigest()
 
 
 def checked_names(value: object, what: str) -> tuple[str, ...]:
     """A list of distinct names in their order; nothing at all is an empty one."""
-    if not isinstance(value or [], list):
+    names = value or []
+    if not isinstance(names, list):
         raise BadRequest(f"{what}s must be a list of names")
-    names: list[object] = value or []  # type: ignore[assignment]
     return tuple(dict.fromkeys(
-        "*" if name == "*" and what == "sender" else checked_name(name, what) for name in names))
+        "*" if (what, name) == ("sender", "*") else checked_name(name, what) for name in names))
+
+
+def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
+    import difflib
+    close = difflib.get_close_matches(str(name), list(known)[:1000], 3, 0.5)
+    return NotFound(f"{what} {name!r} not found" + (
+        f"; did you mean {' or '.join(close)}?" if close else "; see GET /api/agents"))
 
 
 class Roster:
@@ -1101,7 +956,6 @@ class Roster:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store, self.settings, self.hub = store, settings, Hub()
         self.agents: dict[str, Agent] = {}  # by lower-case name
-        self.members: dict[str, list[str]] = {}  # group -> names
         self.changed: dict[str, Agent] = {}  # whose rows the watchers have not seen yet
         self.moment = ""  # the time of this turn, once somebody asked for it
         self.load()
@@ -1110,43 +964,35 @@ class Roster:
 
     def load(self) -> None:
         """Read anew everything that is kept in memory; presence alone is carried over."""
-        old, self.agents, self.members = self.agents, {}, {}
+        old, self.agents = self.agents, {}
         for agent in [Agent(HUMAN, utc(time.time())), *self.store.load_agents()]:
             before = old.get(agent.name.lower(), agent)
             agent.active, agent.shown, agent.door = before.active, before.shown, before.door
-            self.remember(agent)
+            self.agents[agent.name.lower()] = self.changed[agent.name] = agent
         self.agents[HUMAN].unread = self.store.count_unread(HUMAN)
-
-    def remember(self, agent: Agent) -> None:
-        self.agents[agent.name.lower()] = self.changed[agent.name] = agent
-        for group in agent.groups:
-            self.members.setdefault(group, []).append(agent.name)
 
     def agent(self, name: object) -> Agent:
         """A registered agent by any spelling of its name, or NotFound with close matches."""
         found = self.agents.get(name.lower()) if isinstance(name, str) else None
         if found is None:
-            checked_name(name)
-            names = [agent.name for agent in self.agents.values()]
-            raise NotFound(f"agent {name!r} not found{close_to(str(name), names)}")
+            raise not_found("agent", checked_name(name), [a.name for a in self.agents.values()])
         return found
 
     def spelt(self, name: str) -> str:
-        agent = self.agents.get(name.lower())
-        return agent.name if agent else name
+        return self.agents[name.lower()].name if name.lower() in self.agents else name
 
     def owns(self, session: str, agent: Agent) -> bool:
-        return bool(session) and hmac.compare_digest(digest(session), agent.session_hash)
+        digest = hashlib.sha256(session.encode()).hexdigest()
+        return bool(session) and hmac.compare_digest(digest, agent.session_hash)
 
     def acting(self, name: object, session: str) -> Agent:
         """The agent a request acts as. A claimed name wants the session that claims it."""
         agent = self.agent(name)
-        if not session and self.claimed(agent):
+        if not session and self.claimed(agent.name):
             raise NotAllowed(f"{agent.name} is a running agent: acting as it needs the session "
                              "that its registration returned (header X-Agent-Session)")
         if session and not self.owns(session, agent):
-            raise NotAllowed(f"this session is not (or no longer) that of {agent.name}; "
-                             "register again")
+            raise NotAllowed(f"this session is not that of {agent.name} any more; register again")
         if session and not agent.verified:
             agent.verified = True
             self.store.save_agent(agent)
@@ -1162,93 +1008,81 @@ class Roster:
         self.moment = self.moment or utc(time.time())
         return self.moment
 
-    def claimed(self, agent: Agent) -> bool:
-        """Somebody else has the name: connected with its session, or expected back after a
-        restart of the hub."""
-        return self.hub.claimed(agent.name) or (
-            agent.name.lower() in self.awaited and time.monotonic() < self.await_until)
+    def claimed(self, name: str) -> bool:
+        """Its owner is connected, or expected back after a restart of the hub."""
+        return bool(self.hub.acking(name)) or (
+            name.lower() in self.awaited and time.monotonic() < self.await_until)
 
     def status(self, agent: Agent) -> str:
         """online, idle, working or offline: presence first, then what the agent declared."""
         if agent.name == HUMAN:
             return "online" if self.hub.watchers else "offline"
-        if self.hub.present(agent.name):
+        if agent.name.lower() in self.hub.sockets:
             return agent.status or "online"
         recent = agent.active and time.monotonic() - agent.active < ONLINE_SECONDS
         return (agent.status or "idle") if recent else "offline"
 
-    def show(self, agent: Agent) -> None:
-        """Tell a changed status to watchers and older clients; ours ask when they want it."""
+    def show(self, agent: Agent, to_agents: bool = False) -> None:
+        """Tell a changed status to the watchers, and if it was declared or has run out, as older
+        hubs do, to older clients. Not that somebody came: a thousand would tell each other."""
         self.changed[agent.name] = agent
         status = self.status(agent)
         if status != agent.shown and agent.name != HUMAN:
             agent.shown = status
-            older = [s for room in self.hub.sockets.values() for s in room if not s.acks]
+            rooms = self.hub.sockets.values() if to_agents else [self.hub.watchers]
             self.hub.tell("agent_status", {"agent": agent.name, "status": status},
-                          self.hub.watchers + older)
-
-    def presence(self, name: str, active: float) -> None:
-        """A socket came, or (active = 0) the last one went."""
-        agent = self.agents.get(name.lower())
-        if agent:
-            agent.active, agent.last_seen_at = active, self.now()
-            self.show(agent)
+                          [one for room in rooms for one in room if not one.acks])
 
     # -- calls of the wire contract
 
     def register(self, ask: Ask) -> dict[str, Any]:
         body, session = ask.body, ask.session
-        name = checked_own_name(body.get("name"))
+        name = checked_name(body.get("name"))
+        if name.lower() in RESERVED:
+            raise BadRequest(f"the name {name!r} is reserved; choose another")
         groups = checked_names(body.get("groups"), "group name")
         agent = self.agents.get(name.lower())
-        if agent and self.claimed(agent) and not self.owns(session, agent):
-            if body.get("auto") is not True:
+        if agent and self.claimed(name) and not self.owns(session, agent):
+            tries = (f"{name[:60]}-{number}" for number in range(2, 1000))
+            free = next((one for one in tries if not self.claimed(one)), "")
+            if body.get("auto") is not True or not free:
                 raise Conflict(f"the name {name!r} belongs to a running agent; choose another")
-            name = self.free_name(name)
-            agent = self.agents.get(name.lower())
+            name, agent = free, self.agents.get(free.lower())
         if agent is None:
             agent = Agent(name, self.now())
             agent.unread = self.store.count_unread(name)
         if not self.owns(session, agent):
             if agent.verified:  # a new process: what rang for the last one and was not seen
-                self.store.unring(agent.name, "AND seen_at IS NULL AND quiet = ''")
+                self.unring(agent, RINGING)
             session = os.urandom(18).hex()
-            agent.session_hash, agent.verified, agent.status = digest(session), False, ""
+            agent.session_hash = hashlib.sha256(session.encode()).hexdigest()
+            agent.verified, agent.status = False, ""
         for field in ("type", "host", "cwd"):
             setattr(agent, field, checked_text(body.get(field), field, 500))
-        agent.doors = checked_names(body.get("doors"), "door")
+        agent.groups, agent.doors = groups, checked_names(body.get("doors"), "door")
         self.came(agent)
-        self.leave_groups(agent)
-        agent.groups = groups
         self.store.save_agent(agent)
-        self.store.save_groups(agent)
-        self.remember(agent)
+        self.agents[agent.name.lower()] = agent
         self.show(agent)
         return {"status": "ok", "name": agent.name, "session": session, "unread": agent.unread,
                 "version": __version__}
 
-    def free_name(self, name: str) -> str:
-        for number in range(2, 1000):
-            taken = self.agents.get(f"{name[:60]}-{number}".lower())
-            if taken is None or not self.claimed(taken):
-                return f"{name[:60]}-{number}"
-        raise Conflict(f"a thousand agents are called {name!r}; choose another name")
-
-    def leave_groups(self, agent: Agent) -> None:
-        for group in agent.groups:
-            self.members[group].remove(agent.name)
-            if not self.members[group]:
-                del self.members[group]
+    def unring(self, agent: Agent, which: str = UNREAD) -> list[str]:
+        """Let the newest unread mail of an agent ring anew; its ids, oldest first."""
+        mail = self.store.newest_unread(agent.name, which)
+        self.store.mark(agent.name, mail, anew=True, rung_at=None, seen_at=None, quiet="")
+        return list(mail.values())
 
     def deregister(self, ask: Ask) -> dict[str, Any]:
         agent = self.acting(ask.body.get("agent_name"), ask.session)
         if agent.name == HUMAN:
             raise BadRequest("the human cannot be deregistered")
-        self.store.delete_agent(agent.name)
-        self.leave_groups(agent)
+        self.store.delete_agent(agent)
         del self.agents[agent.name.lower()]
         self.changed.pop(agent.name, None)
-        self.hub.tell("agent_gone", {"agent": agent.name}, self.hub.watchers)
+        while void := self.hub.acking(agent.name):  # the name's next owner has his own session
+            self.hub.leave(void[0])
+        self.hub.tell("agent_gone", {"agent": agent.name})
         return {"status": "ok"}
 
     def set_status(self, ask: Ask) -> dict[str, Any]:
@@ -1258,7 +1092,7 @@ class Roster:
         agent = self.acting(ask.body.get("agent_name"), ask.session)
         agent.status = status
         self.store.save_agent(agent)
-        self.show(agent)
+        self.show(agent, to_agents=True)
         return {"status": "ok"}
 
     def set_bell(self, ask: Ask) -> dict[str, Any]:
@@ -1270,15 +1104,8 @@ class Roster:
         self.changed[agent.name] = agent
         return {"status": "ok", "mute": agent.mute, "allow": agent.allow}
 
-    def list_groups(self, ask: Ask) -> list[str]:
-        return sorted(self.members)
-
-
-def close_to(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known)[:1000], 3, 0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else "; see GET /api/agents"
+    def list_groups(self, ask: Ask | None = None) -> list[str]:
+        return sorted({group for agent in self.agents.values() for group in agent.groups})
 
 
 # ======================================================================================
@@ -1286,26 +1113,14 @@ def close_to(name: str, known: Iterable[str]) -> str:
 # Knows: Roster.  Never: http, json, sqlite3, sockets, subprocess.
 # ======================================================================================
 
-RECIPIENTS_SHOWN = 50  # in the answer to a send; recipient_count has them all
-
-
-class Pair:
-    """What two agents have said to each other lately: rings that one of them answered."""
-
-    __slots__ = ("rings", "answered")
-
-    def __init__(self) -> None:
-        self.rings: list[float] = []  # monotonic
-        self.answered: dict[str, int] = {}  # recipient -> its number of sends at its last ring
-
-
 class Post(Roster):
     """Appends a message with a row for each recipient, then rings for those it concerns."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self.fresh: dict[int, Message] = {}  # appended in this turn
         self.sends: dict[str, int] = {}  # messages per sender since start
-        self.pairs: dict[tuple[str, ...], Pair] = {}  # by the two names, sorted
+        # By two names, sorted: the times of their rings that were answered, and how many sends
+        # each of them had made when it was last rung.
+        self.pairs: dict[tuple[str, ...], tuple[list[float], dict[str, int]]] = {}
         self.loops: dict[tuple[str, ...], dict[str, Any]] = {}  # the pairs that are quiet
         super().__init__(store, settings)
 
@@ -1313,13 +1128,16 @@ class Post(Roster):
         super().load()
         self.loops = {}
         for sender, name, thread, depth, since in self.store.quieted():
-            key = tuple(sorted((sender, name)))
             chain = 0 < self.settings.chain_limit < depth
-            self.loops[key] = self.loop_row(key, thread if chain else "", since)
+            self.go_quiet(sender, name, thread if chain else "", since)
 
     def post(self, ask: Ask) -> dict[str, Any]:
         body = ask.body
-        sender, verified = self.sender(body.get("from"), ask.session)
+        sender = checked_name(body.get("from"), "from")
+        if sender.lower() in self.agents:
+            sender = self.acting(sender, ask.session).name
+        elif ask.session or sender.lower() in RESERVED:  # others may send without a registration
+            raise NotAllowed(f"nobody can send as {sender!r}: reserved, or not registered any more")
         content = checked_text(body.get("content"), "content")
         if not content.strip():
             raise BadRequest("content is required: say something")
@@ -1333,110 +1151,90 @@ class Post(Roster):
         if known:
             if known[3:7] != (self.spelt(str(to)), group, content, reply_to):
                 raise Unprocessable("this client_id was used for another message; make a new one")
-            return self.sent(known, [r.agent for r in self.store.receipts(known.seq)], "")
-        names = [self.agent(to).name] if to else self.group_members(group, sender)
-        to = names[0] if to else ""
-        thread, depth = (self.store.parent(reply_to) if reply_to else None) or ("", -1)
-        message = Message(self.store.last_seq + 1, new_id(), sender, to, group, content, reply_to,
-                          self.now(), verified, thread)
-        return self.deliver(message, 0 if sender == HUMAN else depth + 1, client_id or None, names)
+            return self.sent(known, [receipt.agent for receipt in self.store.receipts(known)], "")
+        if to:
+            names = [self.agent(to).name]
+        else:
+            names = [agent.name for agent in self.agents.values() if group in agent.groups]
+            if not names:
+                raise not_found("group", checked_name(group, "group name"), self.list_groups())
+            names = [name for name in names if name != sender]
+        parent = self.store.message(reply_to) if reply_to else None
+        return self.deliver(
+            names, from_agent=sender, to_agent=names[0] if to else "", group=group, content=content,
+            in_reply_to=reply_to, verified=bool(ask.session), client_id=client_id or None,
+            thread=(parent.thread or parent.id) if parent else "",
+            depth=parent.depth + 1 if parent and sender != HUMAN else 0)
 
-    def sender(self, name: object, session: str) -> tuple[str, bool]:
-        """The true spelling of a sender, and whether it proved to be that agent. Names that
-        were never registered may send, as they may with older hubs."""
-        sender = checked_name(name, "from")
-        if sender.lower() in self.agents:
-            return self.acting(sender, session).name, bool(session)
-        if sender.lower() in RESERVED:
-            raise NotAllowed(f"nobody can send as {sender!r}")
-        if session:
-            raise NotAllowed(f"{sender} is not registered any more; register again")
-        return sender, False
-
-    def group_members(self, group: object, sender: str) -> list[str]:
-        if checked_name(group, "group name") not in self.members:
-            raise NotFound(f"group {group!r} not found{close_to(str(group), self.members)}")
-        return [name for name in self.members[str(group)] if name != sender]
-
-    def deliver(self, message: Message, depth: int, client_id: str | None,
-                names: list[str]) -> dict[str, Any]:
+    def deliver(self, names: list[str], **words: Any) -> dict[str, Any]:
         """Append, count, ring. Who is rung is decided once, here."""
-        now, sender, reason = message.created_at, message.from_agent, ""
+        seq, now, sender, reason = self.store.last_seq + 1, self.now(), words["from_agent"], ""
+        rising = f"msg-{time.time_ns() // 1_000_000}-{os.urandom(4).hex()}"  # for a compact index
+        message = Message(seq=seq, id=rising, created_at=now, **words)
         self.sends[sender] = self.sends.get(sender, 0) + 1
-        if sender == HUMAN:
-            self.resume_for(names)
-        rows: list[tuple[str | None, ...]] = []
+        if sender == HUMAN:  # whatever was quiet around those it speaks to may ring again
+            for key in [k for k in {**self.pairs, **self.loops} if not {*names}.isdisjoint(k)]:
+                self.end_loop(key)
+        rows: list[tuple[object, ...]] = []
         for name in names:
             agent = self.agents[name.lower()]
             agent.unread += 1
             quiet = "" if agent.rings_for(sender) else MUTED
-            if not quiet and (why := self.looping(name, depth, message)):
+            if not quiet and (why := self.looping(name, message)):
                 quiet, reason = LOOPING, why
-            bells = [] if quiet else [s for s in self.hub.bells(name) if s.live]
+            bells = [] if quiet else [bell for bell in self.hub.bells(name) if bell.live]
             rung = bells and not bells[0].acks  # an older client never says so: given is rung
-            rows.append((name, now if bells else None, now if rung else None, quiet))
-            self.hub.ring(name, message.seq, bells)
-        self.store.append(message, depth, client_id, rows)
-        self.fresh[message.seq] = message
-        self.hub.announce(message.seq)
+            rows.append((seq, name, now if bells else None, now if rung else None, quiet))
+            self.hub.ring(name, seq, bells)
+        self.store.append(message, rows)
+        self.hub.ring("", seq, [watcher for watcher in self.hub.watchers if watcher.live])
         if self.hub.watchers:
             self.changed.update((name, self.agents[name.lower()]) for name in names)
         return self.sent(message, names, reason)
 
     def sent(self, message: Message, names: list[str], quiet: str) -> dict[str, Any]:
-        shown = (self.agents.get(name.lower()) for name in names[:RECIPIENTS_SHOWN])
+        shown = (self.agents.get(name.lower()) for name in names[:50])
         return {"status": "ok", "id": message.id, "seq": message.seq, "quiet": quiet,
                 "recipients": [{"agent": agent.name, "status": self.status(agent),
                                 "unread": agent.unread, "last_seen_at": agent.last_seen_at}
                                for agent in shown if agent],
                 "recipient_count": len(names)}
 
-    def notice(self, agent: Agent, content: str) -> None:
-        """A message from the hub itself."""
-        self.deliver(Message(self.store.last_seq + 1, new_id(), SERVER_NAME, agent.name, "",
-                             content, "", self.now(), True, ""), 0, None, [agent.name])
-
     # -- the loop guard
 
-    def looping(self, name: str, depth: int, message: Message) -> str:
-        """Why this message does not ring, or "": too long a chain, or too many answered rings.
-
-        A ring counts once its recipient has sent something since the last one: a burst in one
-        direction is no conversation, two or three agents in a circle are.
-        """
+    def looping(self, name: str, message: Message) -> str:
+        """Why this message does not ring, or "": too long a chain, or too many answered rings. A
+        ring counts once its recipient has sent something since the last one: a burst in one
+        direction is no conversation, two or three agents in a circle are."""
         sender, limits = message.from_agent, self.settings
         if HUMAN in (name, sender) or sender == SERVER_NAME:
             return ""
         key = (sender, name) if sender < name else (name, sender)
-        if 0 < limits.chain_limit < depth:
-            return self.go_quiet(key, message, message.thread)
-        if key in self.loops:
-            return self.go_quiet(key, message, "")
-        pair = self.pairs.setdefault(key, Pair())
-        now, answers = time.monotonic(), self.sends.get(name, 0)
-        if pair.answered.get(name) == answers:
-            return ""
-        pair.answered[name] = answers
-        pair.rings = [at for at in pair.rings if now - at < limits.pair_minutes * 60]
-        if 0 < limits.pair_limit <= len(pair.rings):
-            return self.go_quiet(key, message, "")
-        pair.rings.append(now)
-        return ""
-
-    def go_quiet(self, key: tuple[str, ...], message: Message, thread: str) -> str:
+        chain = 0 < limits.chain_limit < message.depth
+        if not chain and key not in self.loops:
+            rings, answered = self.pairs.setdefault(key, ([], {}))
+            now, answers = time.monotonic(), self.sends.get(name, 0)
+            if answered.get(name) == answers:
+                return ""
+            answered[name] = answers
+            rings[:] = [at for at in rings if now - at < limits.pair_minutes * 60]
+            if not 0 < limits.pair_limit <= len(rings):
+                rings.append(now)
+                return ""
         if key not in self.loops:
-            self.loops[key] = self.loop_row(key, thread, message.created_at)
-            self.hub.tell("loop", {**self.loops[key], "quiet": True}, self.hub.watchers)
+            self.go_quiet(sender, name, message.thread if chain else "", self.now())
+            self.hub.tell("loop", {**self.loops[key], "quiet": True})
         reason: str = self.loops[key]["reason"]
         return reason
 
-    def loop_row(self, key: tuple[str, ...], thread: str, since: str) -> dict[str, Any]:
-        limits = self.settings
+    def go_quiet(self, one: str, other: str, thread: str, since: str) -> None:
+        names, limits = sorted((one, other)), self.settings
         why = (f"a chain of more than {limits.chain_limit} replies without a human" if thread else
                f"{limits.pair_limit} rings in {limits.pair_minutes:g} minutes")
-        return {"agents": list(key), "thread": thread, "since": since, "reason":
-                f"the bell between {' and '.join(key)} is quiet: {why}; mail is stored and unread, "
-                "a message from a human or a click on the dashboard lets it ring again"}
+        self.loops[tuple(names)] = {
+            "agents": names, "thread": thread, "since": since, "reason":
+            f"the bell between {' and '.join(names)} is quiet: {why}; mail is stored and unread, "
+            "a message from a human or a click on the dashboard lets it ring again"}
 
     def list_loops(self, ask: Ask) -> list[dict[str, Any]]:
         return list(self.loops.values())
@@ -1452,26 +1250,14 @@ class Post(Roster):
             self.end_loop(key)
         return {"status": "ok", "resumed": len(keys)}
 
-    def resume_for(self, names: Iterable[str]) -> None:
-        """A human spoke to these agents: whatever was quiet around them may ring again."""
-        chosen = set(names)
-        for key in [key for key in self.pairs if chosen.intersection(key)]:
-            del self.pairs[key]
-        for key in [key for key in self.loops if chosen.intersection(key)]:
-            self.end_loop(key)
-
     def end_loop(self, key: tuple[str, ...]) -> None:
-        loop = self.loops.pop(key)
+        """Begin to count anew; what was quiet rings."""
         self.pairs.pop(key, None)
-        self.store.unquiet(key[0], key[1], loop["thread"])
-        self.hub.tell("loop", {**loop, "quiet": False}, self.hub.watchers)
-        for name in key:
-            self.hub.rewind(name)
-
-
-def new_id() -> str:
-    """Unique, and rising with time, which keeps its index compact."""
-    return f"msg-{time.time_ns() // 1_000_000}-{os.urandom(4).hex()}"
+        if loop := self.loops.pop(key, None):
+            self.store.unquiet(key[0], key[1], loop["thread"])
+            self.hub.tell("loop", {**loop, "quiet": False})
+            for name in key:
+                self.hub.rewind(name)
 
 
 # ======================================================================================
@@ -1480,7 +1266,6 @@ def new_id() -> str:
 # ======================================================================================
 
 BACKLOG_PAGE = 100  # messages read at once for a socket that is behind
-INDEX_BATCH = 500  # messages that full-text search may lag behind, for a second at most
 SWEEP_MESSAGES = 500  # looked at per tick by retention and by the notice of unseen mail
 
 
@@ -1490,22 +1275,21 @@ class Reading(Post):
 
     read_only = False  # the turn is being answered again after a failed commit
 
-    def fetch(self, ask: Ask) -> tuple[list[dict[str, Any]], int]:
-        """Unread mail, oldest first, and how much there is in all. Never marks read; marks
-        seen only for whoever shows the agent's session, which a web page cannot."""
-        name = ask.text("agent")
+    def fetch(self, ask: Ask) -> tuple[list[Message], int]:
+        """Unread mail, oldest first, and how much there is in all. Marks seen only for whoever
+        shows the agent's session, which a web page cannot."""
+        name, peek = ask.text("agent"), ask.text("peek") == "1"
         if not name:
             raise BadRequest("agent query parameter is required")
         agent = self.agents.get(name.lower())
         if agent is None:
             return [], 0  # as older clients expect of a name nobody registered
-        peek = ask.text("peek") == "1"
         if not peek or ask.session:
             self.acting(name, ask.session)
         page, unseen = self.store.unread(agent.name, ask.number("limit", 20, MAX_PAGE))
         if unseen and ask.session and not peek and not self.read_only:
-            self.mark("seen", agent, unseen)
-        return [message.to_json() for message in page], agent.unread
+            self.mark("seen", agent, {message.seq: message.id for message in unseen})
+        return page, agent.unread
 
     def mark_read(self, ask: Ask) -> dict[str, Any]:
         name, ids = ask.body.get("agent_name"), ask.body.get("message_ids") or []
@@ -1514,61 +1298,66 @@ class Reading(Post):
         if checked_name(name, "agent_name").lower() not in self.agents:
             return {"status": "ok", "marked": 0}
         agent = self.acting(name, ask.session)
-        return {"status": "ok", "marked": self.mark("read", agent, self.store.seqs_of(ids))}
+        return {"status": "ok", "marked": self.mark("read", agent, self.store.known(ids))}
 
-    def mark(self, state: str, agent: Agent, seqs: list[int]) -> int:
-        """Mark rows of one agent seen or read, and tell its own sockets and the watchers."""
-        now = self.now()
-        if state == "read":
-            self.store.mark("seen_at", agent.name, now, seqs)
-        count = self.store.mark(state + "_at", agent.name, now, seqs)
-        if state == "read":
-            agent.unread -= count
-        self.tell_receipts(agent, seqs, {"state": state, "door": None, "outcome": None, "at": now})
-        acking = [bell for bell in self.hub.bells(agent.name) if bell.acks]
-        if acking:
-            unseen = self.store.count_unseen(agent.name)
-            self.hub.tell("unread", {"agent": agent.name, "unread": agent.unread,
-                                     "unseen": unseen}, acking)
+    def mark(self, state: str, agent: Agent, mail: dict[int, str]) -> int:
+        """Mark mail (seq -> id) of one agent seen or read; tell its own socket and watchers."""
+        read = {"read_at": self.now()} if state == "read" else {}
+        count = self.reached(state, agent.name, mail, False, {"seen_at": self.now(), **read})
+        agent.unread -= count if read else 0
+        if acking := self.hub.acking(agent.name):
+            unseen = len(self.store.newest_unread(agent.name, RINGING))
+            self.hub.tell("unread", {
+                "agent": agent.name, "unread": agent.unread, "unseen": unseen}, acking)
         return count
 
-    def tell_receipts(self, agent: Agent, seqs: list[int], receipt: dict[str, Any]) -> None:
-        self.changed[agent.name] = agent
-        for message_id in self.store.ids_of(seqs) if self.hub.watchers else ():
-            self.hub.tell("receipt", {"id": message_id, "agent": agent.name, **receipt},
-                          self.hub.watchers)
-
-    def recent(self, ask: Ask) -> list[dict[str, Any]]:
-        """Newest first; with `after`, what came after that seq, oldest first."""
-        limit = ask.number("limit", 50, MAX_PAGE)
-        if "after" in ask.query:
-            page = self.store.after(self.cursor(ask), limit)
-        else:
-            page = self.store.history("", "", "", 0, ask.number("before", 1 << 62), limit)
-        return [self.shown(self.store, message) for message in page]
-
-    def cursor(self, ask: Ask) -> int:
-        """The `after` of a query; anything but a number means: from now on."""
-        after = ask.text("after")
-        return int(after) if re.fullmatch(r"\d{1,18}", after, re.A) else self.store.last_seq
+    def reached(self, state: str, name: str, mail: dict[int, str], anew: bool,
+                columns: dict[str, str]) -> int:
+        """Mail got so far with an agent: store it, tell the watchers."""
+        if name.lower() in self.agents:
+            self.changed[name] = self.agents[name.lower()]
+        for message_id in mail.values() if self.hub.watchers else ():
+            self.hub.tell("receipt", {
+                "id": message_id, "agent": name, "state": state, "at": self.now(),
+                "door": columns.get("door"), "outcome": columns.get("outcome")})
+        return self.store.mark(name, mail, anew, **columns)
 
     def shown(self, log: Log | None, message: Message) -> dict[str, Any]:
         """A message as people look at it: with its thread and how far it got."""
-        receipts = (log or self.store).receipts(message.seq)
+        receipts = (log or self.store).receipts(message)
         return {**message.to_json(), "thread": message.thread or message.id,
                 "receipts": [receipt.to_json() for receipt in receipts]}
 
+    def recent(self, ask: Ask) -> list[dict[str, Any]]:
+        """Newest first; with `after`, what came after that seq, oldest first."""
+        after = "after" in ask.query
+        return [self.shown(self.store, message) for message in self.store.find(
+            ask.number("limit", 50, MAX_PAGE), low=self.cursor(ask) + 1 if after else 0,
+            high=END if after else ask.number("before", END), newest=not after)]
+
+    def cursor(self, ask: Ask) -> int:
+        """The `after` of a query; anything but a number means: from now on."""
+        return ask.number("after", self.store.last_seq, least=0)
+
+    def wanted(self, log: Log, ask: Ask) -> dict[str, Any]:
+        """What a query is after, as `find` takes it."""
+        since, until = (checked_time(ask.text(key), key) for key in ("since", "until"))
+        high = log.seq_at(until + "~") if until else END  # "~" sorts after every digit
+        return {"query": ask.text("q"), "agent": self.spelt(ask.text("agent")),
+                "other": self.spelt(ask.text("with")), "group": ask.text("group"),
+                "low": log.seq_at(since) if since else 0,
+                "high": min(high, ask.number("before", END))}
+
     def history(self, ask: Ask) -> list[dict[str, Any]]:
         log = self.store.reader()
-        return [self.shown(log, m) for m in log.history(
-            self.spelt(ask.text("agent")), self.spelt(ask.text("with")), ask.text("group"),
-            *self.span(log, ask), ask.number("limit", 50, MAX_PAGE))]
+        page = log.find(ask.number("limit", 50, MAX_PAGE), **self.wanted(log, ask))
+        return [self.shown(log, message) for message in page]
 
     def search(self, ask: Ask) -> list[dict[str, Any]]:
-        log = self.store.reader()
-        return [self.shown(log, m) for m in log.search(
-            ask.text("q"), self.spelt(ask.text("agent")), ask.text("group"),
-            *self.span(log, ask), ask.number("limit", 50, MAX_PAGE))]
+        """Whole words first: at a million messages 0.2 ms, a beginning of one up to 130."""
+        query = ask.text("q")
+        return query and (self.history(ask) or self.history(
+            ask._replace(query={**ask.query, "q": query + "*"}))) or []
 
     def message(self, ask: Ask) -> dict[str, Any]:
         log = self.store.reader()
@@ -1578,53 +1367,39 @@ class Reading(Post):
         thread = log.thread(message.thread or message.id, MAX_PAGE)
         return {"message": self.shown(log, message), "thread": [self.shown(log, m) for m in thread]}
 
-    def span(self, log: Log, ask: Ask) -> tuple[int, int]:
-        """low <= seq < high for since, until and before."""
-        since, until = (checked_time(ask.text(key), key) for key in ("since", "until"))
-        low = log.seq_at(since) if since else 0
-        high = log.seq_at(until + "~") if until else 1 << 62  # "~" sorts after every digit
-        return low, min(high, ask.number("before", 1 << 62))
-
     def export(self, ask: Ask) -> Iterator[list[dict[str, Any]]]:
         """Everything asked for, oldest first, a page at a time; the pages are read elsewhere."""
-        low, high = self.span(self.store, ask)
-        agent, group = self.spelt(ask.text("agent")), ask.text("group")
-        terms = re.findall(r"[^\W_]+", ask.text("q").casefold())
+        wanted = self.wanted(self.store, ask)
+        if wanted["query"] and not self.read_only:
+            self.store.index_words()
 
-        def pages(low: int) -> Iterator[list[dict[str, Any]]]:
-            while page := self.store.reader().after(low - 1, 200):
-                low = page[-1].seq + 1
-                chosen = [self.shown(self.store.reader(), m) for m in page
-                          if m.seq < high and (not group or m.group == group)
-                          and set(terms) <= set(re.findall(r"[^\W_]+", m.content.casefold()))]
-                yield [m for m in chosen if not agent or agent == m["from_agent"]
-                       or agent in (r["agent"] for r in m["receipts"])]
-                if low > high:
-                    return
+        def pages() -> Iterator[list[dict[str, Any]]]:
+            while page := self.store.reader().find(200, newest=False, **wanted):
+                wanted["low"] = page[-1].seq + 1
+                yield [self.shown(self.store.reader(), message) for message in page]
 
-        return pages(low)
+        return pages()
 
     def list_agents(self, ask: Ask) -> list[dict[str, Any]]:
-        return [self.agent_row(agent) for key, agent in sorted(self.agents.items())
-                if agent.name != HUMAN]
+        return [self.agent_row(agent) for key, agent in sorted(self.agents.items()) if key != HUMAN]
 
     def agent_row(self, agent: Agent) -> dict[str, Any]:
         quiet = [{"with": next((n for n in pair if n != agent.name), agent.name),
                   "reason": loop["reason"], "since": loop["since"]}
                  for pair, loop in self.loops.items() if agent.name in pair]
-        return {"name": agent.name, "status": self.status(agent), "quiet": quiet, **{
-            field: getattr(agent, field) for field in
-            ("groups", "registered_at", "last_seen_at", "unread", "verified", "host", "cwd",
-             "type", "doors", "door", "mute", "allow")}}
+        row = {field: getattr(agent, field) for field in (*Agent.STORED, "unread", "door")
+               if field != "session_hash"}
+        return {**row, "status": self.status(agent), "quiet": quiet}
 
 
 class Api(Reading):
-    """The whole. Every method that takes one Ask is a call of the wire contract: it checks
-    first, then writes, then rings."""
+    """The whole. A method that takes one Ask is a call of the wire contract: it checks first,
+    then writes, then rings."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         super().__init__(store, settings)
         self.pulled: dict[Listener, int] = {}  # cursors before this turn
+        self.unpark = self.hub.leave
         self.ticks = self.pruned = 0
         self.next_prune = time.monotonic() + 5  # soon after start, then daily
 
@@ -1632,11 +1407,8 @@ class Api(Reading):
 
     def commit(self) -> None:
         """End the turn. If it did not reach the disk, everything it changed is forgotten."""
-        self.fresh.clear()
         self.moment = ""
         try:
-            if self.store.last_seq - self.store.indexed >= INDEX_BATCH:
-                self.store.index_words()
             self.store.commit()
         except ChatError:
             for listener, cursor in self.pulled.items():
@@ -1649,7 +1421,7 @@ class Api(Reading):
 
     def spoil(self) -> None:
         """Make this turn fail: a request died half-way through it."""
-        self.store.spoil(StoreBusy("the hub made a mistake in this turn; send again"))
+        self.store.spoilt = StoreBusy("the hub made a mistake in this turn; send again")
 
     def woken(self) -> list[Listener]:
         """Whom this turn concerns, once each."""
@@ -1677,53 +1449,48 @@ class Api(Reading):
                 "seq": self.store.last_seq, "version": __version__}})
         elif name.lower() in self.agents:
             listener = Listener(self.acting(name, session).name, 0, wake, bool(session))
-        elif name and not session:
-            listener = Listener(checked_name(name), 0, wake)  # older clients may connect before they register
+        elif name and not session:  # older clients may connect before they register
+            listener = Listener(checked_name(name), 0, wake)
         else:
             raise NotAllowed(f"{name} is not registered; register first") if name else BadRequest(
                 "agent query parameter is required: /ws?agent=NAME")
         self.hub.enter(listener)
-        self.presence(listener.agent or HUMAN, time.monotonic())
+        if agent := self.agents.get((listener.agent or HUMAN).lower()):
+            self.came(agent)
+            self.show(agent)
         return listener
 
     def leave(self, listener: Listener) -> None:
         self.hub.leave(listener)
-        if listener.agent and not self.hub.present(listener.agent):
-            self.presence(listener.agent, 0.0)
+        agent = self.agents.get(listener.agent.lower())
+        if agent and agent.name.lower() not in self.hub.sockets:
+            agent.active, agent.last_seen_at = 0.0, self.now()
+            self.show(agent)
 
     def park(self, ask: Ask, wake: Callable[[], None]) -> Listener:
         """A request without an answer yet. An agent's name waits for its mail, "" for any."""
-        listener = Listener(self.spelt(ask.text("agent")), 0, wake)
-        self.hub.park(listener)
-        return listener
-
-    def unpark(self, listener: Listener) -> None:
-        self.hub.unpark(listener)
-
-    def rouse(self, listener: Listener) -> None:
-        """Its socket has drained: let it read on."""
-        self.hub.woken[listener] = None
+        return self.hub.park(Listener(self.spelt(ask.text("agent")), 0, wake))
 
     def pull(self, listener: Listener) -> list[Message | dict[str, Any]]:
         """What this listener is given next; [] once it has everything."""
         self.pulled.setdefault(listener, listener.cursor)
-        items: list[Message | dict[str, Any]] = []
-        if listener.live:
-            items += [self.fresh[seq] for seq in listener.pending if seq in self.fresh]
-            listener.cursor = max([listener.cursor, *listener.pending])
         if listener.live or listener.events:  # a watcher's hello comes before its backlog
-            items += listener.events
+            items: list[Message | dict[str, Any]] = [
+                *self.store.messages(listener.pending, END), *listener.events]
+            listener.cursor = max([listener.cursor, *listener.pending])
             listener.pending, listener.events = [], []
             return items
         if listener.agent:
             page = self.store.unrung(listener.agent, listener.cursor, BACKLOG_PAGE)
         else:
-            page = self.store.after(listener.cursor, BACKLOG_PAGE)
+            page = self.store.find(BACKLOG_PAGE, low=listener.cursor + 1, newest=False,
+                                   most=OUT_HIGH_WATER)
         if page:
             listener.cursor = page[-1].seq
-            for column in ("pushed_at", "rung_at")[:0 if not listener.agent else
-                                                   1 if listener.acks else 2]:
-                self.store.mark(column, listener.agent, self.now(), [m.seq for m in page])
+            if listener.agent:  # an older client never says what it rang: given is rung
+                rung = {} if listener.acks else {"rung_at": self.now()}
+                self.reached("rung" if rung else "pushed", listener.agent, {
+                    m.seq: m.id for m in page}, False, {"pushed_at": self.now(), **rung})
             return list(page)
         listener.live, missed, listener.missed = True, listener.missed, False
         return [{"type": "resync", "data": {}}] if missed and not listener.agent else []
@@ -1734,34 +1501,32 @@ class Api(Reading):
         kind, ids = frame.get("type"), frame.get("ids")
         if agent is None or kind not in ("rung", "blocked") or not isinstance(ids, list):
             return
-        listener.acks = True
-        seqs = self.store.seqs_of([i for i in ids[:MAX_PAGE] if isinstance(i, str)])
-        now, door = self.now(), str(frame.get("door") or "")[:32]
-        outcome = "rung" if kind == "rung" else str(frame.get("outcome") or "unconfirmed")[:32]
-        self.store.mark_door(agent.name, seqs, door, outcome, now if kind == "rung" else None)
-        agent.door = {"outcome": outcome, "door": door, "at": now}
-        self.tell_receipts(agent, seqs, {"state": "rung" if kind == "rung" else "pushed",
-                                         "door": door, "outcome": outcome, "at": now})
+        listener.acks, rung = True, {"rung_at": self.now()} if kind == "rung" else {}
+        mail = self.store.known(one for one in ids[:MAX_PAGE] if isinstance(one, str))
+        word = {"outcome": "rung" if rung else str(frame.get("outcome") or "unconfirmed")[:32],
+                "door": str(frame.get("door") or "")[:32]}
+        agent.door = {**word, "at": self.now()}
+        self.reached("rung" if rung else "pushed", agent.name, mail, True, {**word, **rung})
 
     def ring_again(self, ask: Ask) -> dict[str, Any]:
         """Offer all unread mail of an agent to its door once more."""
         agent = self.agent(ask.body.get("agent_name"))
-        seqs = self.store.unring(agent.name)
-        bells = [bell for bell in self.hub.bells(agent.name) if bell.acks]
-        self.hub.tell("ring", {"ids": self.store.ids_of(seqs)}, bells)
-        return {"status": "ok", "messages": len(seqs), "connected": bool(bells)}
+        ids, bells = self.unring(agent), self.hub.acking(agent.name)
+        self.hub.tell("ring", {"ids": ids}, bells)
+        return {"status": "ok", "messages": len(ids), "connected": bool(bells)}
 
     # -- once a second
 
     def tick(self) -> None:
         """Background work, in small pieces, in a turn of its own."""
         self.ticks += 1
-        self.hub.wake_stragglers()
+        for room in self.hub.sockets.values():
+            self.hub.woken.update((listener, None) for listener in room if not listener.live)
         for agent in self.agents.values() if self.ticks % 5 == 0 else ():
             if agent.shown != self.status(agent):
-                self.show(agent)
+                self.show(agent, to_agents=True)
         for agent in self.changed.values():
-            self.hub.tell("agent", self.agent_row(agent), self.hub.watchers)
+            self.hub.tell("agent", self.agent_row(agent))
             if agent.name != HUMAN and self.ticks % 30 == 0:
                 self.store.save_agent(agent)
         self.changed.clear()
@@ -1780,9 +1545,10 @@ class Api(Reading):
         for sender, name, count, message_id in self.store.unseen(cursor + 1, high):
             agent, author = self.agents.get(name.lower()), self.agents.get(sender.lower())
             if agent and author and agent is not author:
-                self.notice(author, f"Your mail to {name} is still unseen after {minutes:g} minutes:"
-                            f" {count} waiting, the last is {message_id}. {name} is "
-                            f"{self.status(agent)}, last seen {agent.last_seen_at}.")
+                self.deliver([author.name], from_agent=SERVER_NAME, to_agent=author.name, content=(
+                    f"Your mail to {name} is still unseen after {minutes:g} minutes: {count} "
+                    f"waiting, the last is {message_id}. {name} is {self.status(agent)}, last seen "
+                    f"{agent.last_seen_at}."), verified=True)
         self.store.save_fact("unseen", high - 1)
 
     def retain(self) -> None:
@@ -1804,7 +1570,6 @@ def checked_time(text: str, what: str) -> str:
     if not text:
         return ""
     from datetime import UTC, datetime
-
     try:
         moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
     except ValueError:
@@ -1818,8 +1583,36 @@ def checked_time(text: str, what: str) -> str:
 # Knows: RFC 9112, RFC 8259.  Never: sockets, the Api.
 # ======================================================================================
 
+SMALL_MESSAGE = 4096  # characters; so small ones are kept as JSON, the others made each time
 ONCE = {"host", "content-length", "content-type", "authorization", "origin", "x-agent-session",
-        "transfer-encoding", "upgrade", "connection", "expect"}
+        "transfer-encoding", "upgrade", "connection", "expect"}  # headers
+HEADERS = (("Server", "agent-chat"), ("X-Content-Type-Options", "nosniff"),
+           ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))  # of every answer
+MORE_HEADERS = {401: (("WWW-Authenticate", "Bearer"),), 405: (("Allow", "GET, POST"),),
+                503: (("Retry-After", "1"),)}
+
+
+class Route(NamedTuple):
+    """Which Api method answers (or which file), and how."""
+
+    call: str
+    how: str = "turn"  # at once; wait: parked; pool: on a thread; stream, socket, file, health
+    needs_key: bool = True
+
+
+ROUTES = {("POST", "/api/" + path): Route(call) for path, call in (
+    ("register", "register"), ("deregister", "deregister"), ("agents/status", "set_status"),
+    ("agents/bell", "set_bell"), ("agents/ring", "ring_again"), ("send", "post"),
+    ("send-group", "post"), ("messages/read", "mark_read"), ("loops/resume", "resume"))}
+ROUTES |= {("GET", path): Route(call, how, how not in ("file", "health")) for path, call, how in (
+    ("/api/agents", "list_agents", "turn"), ("/api/groups", "list_groups", "turn"),
+    ("/api/loops", "list_loops", "turn"), ("/api/messages", "fetch", "wait"),
+    ("/api/messages/recent", "recent", "wait"), ("/api/messages/history", "history", "pool"),
+    ("/api/messages/search", "search", "pool"), ("/api/messages/{id}", "message", "pool"),
+    ("/api/export", "export", "stream"), ("/ws", "listen", "socket"), ("/health", "", "health"),
+    ("/", "agent_chat_web.html", "file"), ("/web/", "agent_chat_web.html", "file"),  # its older
+    ("/agent_chat.py", "agent_chat.py", "file"), ("/install.sh", "install.sh", "file"))}
+PATHS = {path for _, path in ROUTES}
 
 
 class HttpError(ChatError):
@@ -1830,19 +1623,10 @@ class HttpError(ChatError):
         self.http_status = status
 
 
-class Head(NamedTuple):
-    """Request line and headers, checked."""
-
-    method: str
-    target: str
-    version: str
-    headers: dict[str, str]  # by lower-case name
-    length: int  # of the body
-
-
 @functools.lru_cache(maxsize=512)  # a client repeats its head: 9 -> 0.3 us, 15 % of a small GET
-def parse_head(head: bytes) -> Head:
-    """Strict: what two parsers could read in two ways is refused."""
+def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str], int]:
+    """Method, target, version, headers by lower-case name, length of the body. Strict: what two
+    parsers could read in two ways is refused."""
     first, *lines = head.decode("latin-1").split("\r\n")
     match = re.fullmatch(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", first, re.ASCII)
     if not match or len(lines) > 100:
@@ -1857,33 +1641,50 @@ def parse_head(head: bytes) -> Head:
         if name in headers and name in ONCE:
             raise HttpError(400, f"the header {name} is given twice")
         headers[name] = pair[2].strip(" \t")
-    return Head(match[1], match[2], match[3], headers, body_length(match[1], headers))
-
-
-def body_length(method: str, headers: Mapping[str, str]) -> int:
     if "transfer-encoding" in headers:
         raise HttpError(501, "Transfer-Encoding is not supported; send Content-Length")
-    if method == "POST" and "content-length" not in headers:
+    if match[1] == "POST" and "content-length" not in headers:
         raise HttpError(411, "a POST needs Content-Length")
     length = headers.get("content-length", "0")
     if not re.fullmatch(r"\d{1,12}", length, re.ASCII):
         raise HttpError(400, "Content-Length must be a number")
     if int(length) > MAX_BODY_BYTES:
         raise HttpError(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
-    return int(length)
+    return match[1], match[2], match[3], headers, int(length)
+
+
+def refuse_strangers(headers: Mapping[str, str], hosts: set[str]) -> None:
+    """A web page somewhere must not reach this hub: its Host or Origin betrays it."""
+    host, origin = headers.get("host", "").lower(), headers.get("origin")
+    if not host:
+        raise HttpError(400, "the Host header is missing")
+    if host not in hosts:
+        raise NotAllowed(f"this hub does not answer to the name {host!r}; "
+                         "add it to allowed_hosts in the configuration")
+    if origin is not None and origin.lower() not in ("http://" + host, "https://" + host):
+        raise NotAllowed(f"pages of {origin!r} may not talk to this hub")
+    if (headers.get("sec-fetch-site") in ("cross-site", "same-site")  # images, frames
+            and headers.get("sec-fetch-dest") != "document"):  # a link may lead here
+        raise NotAllowed("other pages may not talk to this hub")
 
 
 @functools.lru_cache(maxsize=512)
-def parse_target(target: str) -> tuple[str, dict[str, str]]:
-    """Path and query of a request target."""
+def routed(method: str, target: str) -> tuple[Route, dict[str, str]]:
+    """Where a request goes, and its query."""
     from urllib.parse import parse_qsl, unquote
-
-    path, _, query = target.partition("#")[0].partition("?")
+    path, _, text = target.partition("#")[0].partition("?")
     try:
-        return unquote(path, errors="strict"), dict(
-            parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=50))
+        path = unquote(path, errors="strict")
+        query = dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=50))
     except ValueError:
         raise BadRequest("the address is not valid: UTF-8, percent-encoded") from None
+    if path not in PATHS and re.fullmatch(r"/api/messages/[^/]+", path):
+        path, query["id"] = "/api/messages/{id}", path[14:]
+    if (method, path) in ROUTES:
+        return ROUTES[method, path], query
+    if path in PATHS:
+        raise HttpError(405, f"{path} does not take {method}")
+    raise NotFound(f"there is nothing at {path}")
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1905,12 +1706,15 @@ def to_json(value: Any) -> bytes:
     return ENCODER.encode(value).encode()
 
 
+def to_json_line(value: Any) -> bytes:
+    return to_json(value) + b"\n"
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
     """The object of a request body, or BadRequest."""
     try:
-        text = body.decode()
-        value = DECODER.decode(text)
-        if "\\u" in text:
+        value = DECODER.decode(body.decode())
+        if b"\\u" in body:
             to_json(value)  # a lone surrogate can neither be stored nor sent on
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON: UTF-8, no duplicate keys, no NaN, no lone "
@@ -1920,44 +1724,61 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def as_json_line(value: Any) -> bytes:
-    return to_json(value) + b"\n"
+@functools.lru_cache(maxsize=2048)  # pages and pushes share it: 30 -> 8 us for 20 messages
+def small_message_json(message: Message) -> bytes:
+    return to_json(message.to_json())
 
 
-def as_markdown(message: dict[str, Any]) -> bytes:
+def message_json(message: Message | dict[str, Any]) -> bytes:
+    """A message, plain or already shown."""
+    if isinstance(message, dict):
+        return to_json(message)
+    small = len(message.content) < SMALL_MESSAGE
+    return small_message_json(message) if small else to_json(message.to_json())
+
+
+def text_frame(text: bytes) -> bytes:
+    """What a WebSocket carries it in, the same for everybody."""
+    from websockets.frames import Frame, Opcode
+    return Frame(Opcode.TEXT, text).serialize(mask=False)
+
+
+def to_markdown(message: dict[str, Any]) -> bytes:
     """A message for people: a heading, the text as a quotation."""
     to = f"group {message['group']}" if message["group"] else message["to_agent"]
     quoted = "\n".join("> " + printable(line) for line in message["content"].splitlines())
     return f"### {message['from_agent']} to {to}, {message['created_at']}\n\n{quoted}\n\n".encode()
 
 
-def content_policy(page: bytes) -> str:
-    """A page runs its own inline script and style, known by their hashes, and talks to this
-    hub; nothing else."""
-    hashes = []
-    for tag in (b"script", b"style"):
-        found = re.search(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-        sha = base64.b64encode(hashlib.sha256(found[1] if found else b"").digest()).decode()
-        hashes.append(f"{tag.decode()}-src 'sha256-{sha}'")
-    return (f"default-src 'none'; {'; '.join(hashes)}; connect-src 'self'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+EXPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes]]] = {
+    "jsonl": ("application/x-ndjson", to_json_line),
+    "md": ("text/markdown; charset=utf-8", to_markdown)}
 
 
 def own_file(name: str, host: str) -> tuple[bytes, str, str]:
     """One of the program's own three files, its type and its policy."""
-    own = os.path.abspath(__file__)
+    import base64
+    own = os.path.abspath(__file__)  # under whatever name it was copied to
+    path = own if name == "agent_chat.py" else os.path.join(os.path.dirname(own), name)
     try:
-        with open(own if name == "agent_chat.py" else
-                  os.path.join(os.path.dirname(own), name), "rb") as file:
+        with open(path, "rb") as file:
             body = file.read()
     except OSError:
         raise NotFound(f"{name} does not lie beside this hub's agent_chat.py; "
                        "everything else works without it") from None
-    if name.endswith(".html"):
-        return body, "text/html; charset=utf-8", content_policy(body)
     if name == "install.sh":
         body = body.replace(b'HUB_URL=""', f'HUB_URL="http://{host}"'.encode(), 1)
-    return body, "text/plain; charset=utf-8", "default-src 'none'"
+    if not name.endswith(".html"):
+        return body, "text/plain; charset=utf-8", "default-src 'none'"
+    # The page runs its own inline script and style, known by their hashes, and talks to this
+    # hub; nothing else.
+    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
+    for tag in ("script", "style"):
+        found = re.search(f"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
+        sha = base64.b64encode(hashlib.sha256(found[1] if found else b"").digest()).decode()
+        policy += f"; {tag}-src 'sha256-{sha}'"
+    return body, "text/html; charset=utf-8", policy
 
 
 # ======================================================================================
@@ -1971,158 +1792,77 @@ else:  # bound when a hub starts: importing http.server takes 20 ms that `send` 
     BaseHTTPRequestHandler = HTTPServer = object
 
 READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE
-FIXED_HEADERS = (b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-                 b"Referrer-Policy: no-referrer\r\n")
-
-
-class Route(NamedTuple):
-    """Which Api method answers (or which file), and how."""
-
-    call: str
-    how: str = "turn"  # at once; wait: parked; pool: on a thread; stream, socket, file, health
-    needs_key: bool = True
-
-
-ROUTES = {("POST", "/api/" + path): Route(call) for path, call in (
-    ("register", "register"), ("deregister", "deregister"), ("agents/status", "set_status"),
-    ("agents/bell", "set_bell"), ("agents/ring", "ring_again"), ("send", "post"),
-    ("send-group", "post"), ("messages/read", "mark_read"), ("loops/resume", "resume"))}
-ROUTES |= {("GET", path): route for path, route in (
-    ("/api/agents", Route("list_agents")), ("/api/groups", Route("list_groups")),
-    ("/api/loops", Route("list_loops")), ("/api/messages", Route("fetch", "wait")),
-    ("/api/messages/recent", Route("recent", "wait")),
-    ("/api/messages/history", Route("history", "pool")),
-    ("/api/messages/search", Route("search", "pool")),
-    ("/api/messages/{id}", Route("message", "pool")), ("/api/export", Route("export", "stream")),
-    ("/ws", Route("listen", "socket")), ("/health", Route("", "health", needs_key=False)),
-    ("/", Route("agent_chat_web.html", "file", needs_key=False)),
-    ("/web/", Route("agent_chat_web.html", "file", needs_key=False)),  # its older address
-    ("/agent_chat.py", Route("agent_chat.py", "file", needs_key=False)),
-    ("/install.sh", Route("install.sh", "file", needs_key=False)))}
-PATHS = {path for _, path in ROUTES}
 
 
 class Pipe(BaseHTTPRequestHandler):
-    """The way out to one client. The answers of a turn collect in `out` until its commit."""
+    """The way out to one client: what a turn says to it collects in `out` until the commit."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = "agent-chat"
-    request_version, command, path = "HTTP/1.1", "", ""  # until a request has been read
+    protocol_version = request_version = "HTTP/1.1"
     _headers_buffer: list[bytes]  # http.server's own
 
-    def __init__(self, sock: socket.socket, address: Any, server: HubServer) -> None:
+    def __init__(self, sock: socket.socket, hub: HubServer) -> None:
         # Not BaseHTTPRequestHandler's own __init__, which serves a connection to its end.
-        self.sock, self.client_address, self.hub, self.api = sock, address, server, server.api
-        self.wfile = self  # type: ignore[assignment]
-        self.head = Head("", "", "", {}, 0)  # the request that is, or was last, answered
-        self.out: list[bytes] = []
-        self.queued = 0  # bytes in out
-        self.kept = -1  # chunks of out that are older than this turn, -1 outside of one
-        self.answering = False  # a request was taken and has no answer yet
-        self.asked = False  # one was taken, or taken up again, in this turn
-        self.close_connection = False
-        self.events = READ
+        self.sock, self.hub, self.api = sock, hub, hub.api
+        self.received, self.out = bytearray(), bytearray()
+        self.events = READ  # what the selector waits for
         self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.command = self.path = ""  # of the request that is, or was last, answered
+        self.headers: dict[str, str] = {}  # type: ignore[assignment]
+        self.body = b""
+        self.length = -1  # of a body that has not arrived yet, -1: nor has its head
+        self.answering = False  # a request was taken and has no answer yet
+        self.asked = False  # one was taken, taken up again, or answered in this turn
+        self.close_connection = False
+        self.parked: Listener | None = None  # what it waits for beyond its turn
+        self.stream: Iterator[bytes] | None = None
+        self.socket: WebSocket | None = None
 
-    def begin(self) -> None:
-        self.answering = self.asked = True
-        self.deadline = time.monotonic() + MAX_WAIT_SECONDS + REQUEST_SECONDS
-        self.hub.touch(self)
+    def write(self, data: bytes = b"") -> None:
+        """Take part in this turn, and say this at its end. What `out` holds is of older ones."""
+        self.hub.touched.setdefault(self, len(self.out))
+        self.out += data
 
-    def answer(self, value: Any, status: int = 200, extra: tuple[tuple[str, str], ...] = ()) -> None:
-        self.answer_bytes(status, as_json_line(value), "application/json", extra)
+    def unpark(self) -> None:
+        if self.parked:
+            self.api.unpark(self.parked)
+            self.parked = None
+
+    def answer(self, body: bytes, status: int = 200, kind: str = "application/json",
+               extra: tuple[tuple[str, str], ...] = ()) -> None:
+        self.unpark()
+        self.answer_head(status, kind, extra)
+        self.write(b"Content-Length: %d\r\n\r\n" % len(body))
+        if self.command != "HEAD":
+            self.write(body)
+        self.answering, self.asked = False, True
+        self.body = b""  # an idle connection need not hold a megabyte
+        self.deadline = time.monotonic() + IDLE_SECONDS
 
     def answer_error(self, error: ChatError) -> None:
         self.close_connection = self.close_connection or isinstance(error, HttpError)
-        extra = {401: (("WWW-Authenticate", "Bearer"),), 405: (("Allow", "GET, POST"),),
-                 503: (("Retry-After", "1"),)}.get(error.http_status, ())
-        self.answer({"error": str(error)}, error.http_status, extra)
+        self.answer(to_json_line({"error": str(error)}), error.http_status,
+                    extra=MORE_HEADERS.get(error.http_status, ()))
 
-    def answer_bytes(self, status: int, body: bytes, kind: str,
-                     extra: tuple[tuple[str, str], ...] = ()) -> None:
+    def answer_head(self, status: int, kind: str, extra: tuple[tuple[str, str], ...]) -> None:
         key = status, kind, extra, self.close_connection
-        head = self.hub.heads.get(key)  # the same for a second: 4 us, 9 % of a send
-        if head is None or self.hub.debug:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            for name, value in extra:
+        if key not in self.hub.heads:  # the same for a second: 4 us, 9 % of a send
+            closing = (("Connection", "close"),) if self.close_connection else ()
+            self.send_response_only(status)
+            self.send_header("Date", self.date_time_string())
+            for name, value in (*HEADERS, ("Content-Type", kind), *extra, *closing):
                 self.send_header(name, value)
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            head = self.hub.heads[key] = b"".join(self._headers_buffer) + FIXED_HEADERS
+            self.hub.heads[key] = b"".join(self._headers_buffer)
             self._headers_buffer.clear()
-        self.write(b"%bContent-Length: %d\r\n\r\n%b" % (
-            head, len(body), b"" if self.head.method == "HEAD" else body))
-        self.answering = False
-        self.deadline = time.monotonic() + IDLE_SECONDS
-
-    def version_string(self) -> str:
-        return self.server_version
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return self.hub.date
-
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        if self.hub.debug:
-            path = self.head.target.partition("?")[0]  # a query may quote people's mail
-            self.hub.log.debug("%s %s %s", code, self.head.method, printable(path))
-
-    # -- bytes out
-
-    def write(self, data: bytes) -> int:
-        self.out.append(data)
-        self.queued += len(data)
-        return len(data)
-
-    def discard_turn(self) -> None:
-        """Forget what this turn wanted to say."""
-        if self.kept >= 0:
-            del self.out[self.kept:]
-            self.queued = sum(map(len, self.out))
-
-    def flush(self) -> None:
-        """Send what can be sent; the rest when the socket takes it."""
-        self.kept, self.asked = -1, False
-        if self.out:
-            data = b"".join(self.out) if len(self.out) > 1 else self.out[0]
-            try:
-                sent = self.sock.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self.drop()
-                return
-            self.out = [data[sent:]] if sent < len(data) else []
-            self.queued = len(data) - sent
-        self.hub.want_write(self, bool(self.out))
-        if not self.out:
-            self.drained()
-
-    def drained(self) -> None:
-        """Everything has left."""
-
-    def drop(self) -> None:
-        """This client is gone, or has to go."""
-        if self.sock.fileno() >= 0:
-            self.hub.forget(self)
-            self.sock.close()
+        self.write(self.hub.heads[key])
+        if self.hub.settings.log_level == "debug":
+            path = printable(self.path.partition("?")[0])  # a query may quote people's mail
+            self.hub.log.debug("%s %s %s", status, self.command, path)
 
 
 class Connection(Pipe):
     """The request semantics are http.server's, fed from memory: bytes come in through
     `receive`, complete requests go to do_GET and do_POST. After an upgrade the same object
     carries a WebSocket."""
-
-    def __init__(self, sock: socket.socket, address: Any, server: HubServer) -> None:
-        super().__init__(sock, address, server)
-        self.received = bytearray()
-        self.pending: Head | None = None  # its body has not arrived yet
-        self.body = b""
-        self.parked: Listener | None = None
-        self.stream: Iterator[bytes] | None = None
-        self.socket: WebSocket | None = None
-
-    # -- bytes in
 
     def receive(self) -> None:
         try:
@@ -2136,7 +1876,7 @@ class Connection(Pipe):
         elif not data or len(self.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             self.drop()  # gone, or sending on and on while its first request is answered
         else:
-            if not self.received and not self.answering:
+            if not (self.received or self.answering or self.length >= 0):
                 self.deadline = time.monotonic() + REQUEST_SECONDS
             self.received += data
             self.advance()
@@ -2144,48 +1884,46 @@ class Connection(Pipe):
     def advance(self) -> None:
         """Take the next request out of what was received, if it is complete. One a turn: what
         is pipelined behind it waits, so that a failed turn can be answered anew."""
-        if self.answering or self.asked or self.close_connection or self.socket:
+        if self.socket:
+            self.socket.pump()  # what its client had no room for
+        if self.socket or self.answering or self.asked or self.close_connection:
             return
-        try:
-            head = self.pending or self.read_head()
-            if head is None or len(self.received) < head.length:
-                return
-        except HttpError as error:
-            self.head = Head("", "", "", {}, 0)
-            self.begin()
-            self.answer_error(error)
-            return
-        self.body = bytes(self.received[:head.length])
-        del self.received[:head.length]
-        self.head, self.pending = head, None
-        self.command, self.path, self.request_version = head[:3]
-        self.close_connection = (head.version == "HTTP/1.0"
-                                 or head.headers.get("connection", "").lower() == "close")
-        self.begin()
-        self.handle_request()
+        if self.length < 0:
+            self.read_head()
+        if 0 <= self.length <= len(self.received):
+            self.body = bytes(self.received[:self.length])
+            del self.received[:self.length]
+            self.length = -1
+            self.handle_request()
 
-    def read_head(self) -> Head | None:
+    def read_head(self) -> None:
+        self.command = self.path = ""  # nothing is asked until this is understood
         end = self.received.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
         if end < 0:
             if len(self.received) >= MAX_HEAD_BYTES:
                 raise HttpError(431, f"headers may have at most {MAX_HEAD_BYTES} bytes")
-            return None
-        self.pending = head = parse_head(bytes(self.received[:end]))
+            return
+        head = parse_head(bytes(self.received[:end]))
+        self.command, self.path, self.request_version, self.headers, self.length = head
         del self.received[:end + 4]
-        if head.headers.get("expect", "").lower() == "100-continue" and head.length:
-            self.hub.touch(self)
+        if self.headers.get("expect", "").lower() == "100-continue" and self.length:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return head
 
     # -- one request
 
     def handle_request(self) -> None:
         """Answer the request that was taken; a second time when it was parked, or its turn's
         commit failed."""
+        self.answering = self.asked = True
+        self.deadline = time.monotonic() + MAX_WAIT_SECONDS + REQUEST_SECONDS
+        self.close_connection = (self.request_version == "HTTP/1.0"
+                                 or self.headers.get("connection", "").lower() == "close")
+        self.write()
         try:
-            if self.command not in ("GET", "POST"):
+            handler = getattr(self, "do_" + self.command, None)
+            if handler is None:
                 raise HttpError(405, "only GET and POST are understood")
-            getattr(self, "do_" + self.command)()
+            handler()
         except ChatError as error:
             self.answer_error(error)
         except Exception:
@@ -2194,146 +1932,133 @@ class Connection(Pipe):
             self.answer_error(ChatError("the hub made a mistake; its log says which"))
 
     def do_GET(self) -> None:
-        route, query = self.routed()
-        getattr(self, "serve_" + route.how)(route, Ask(query, {}, self.header("x-agent-session")))
-
-    def do_POST(self) -> None:
-        route, query = self.routed()
-        if self.header("content-type").partition(";")[0].strip().lower() != "application/json":
-            raise HttpError(415, "send JSON with Content-Type: application/json")
-        self.serve_turn(route, Ask(query, parse_json(self.body), self.header("x-agent-session")))
-
-    def header(self, name: str) -> str:
-        return self.head.headers.get(name, "")
-
-    def routed(self) -> tuple[Route, dict[str, str]]:
-        """The route, after the checks that keep strangers out."""
-        self.check_stranger()
-        path, query = parse_target(self.path)
-        if path not in PATHS and re.fullmatch(r"/api/messages/[^/]+", path):
-            path, query = "/api/messages/{id}", {**query, "id": path[14:]}
-        route = ROUTES.get((self.command, path))
-        if route is None:
-            if path in PATHS:
-                raise HttpError(405, f"{path} does not take {self.command}")
-            raise NotFound(f"there is nothing at {path}")
-        key = self.hub.settings.api_key
-        owes_key = route.needs_key and key and not hmac.compare_digest(
-            self.header("authorization").encode(), f"Bearer {key}".encode())
-        if owes_key and (route.how != "socket" or not self.header("origin")):
+        refuse_strangers(self.headers, self.hub.hosts)
+        route, query = routed(self.command, self.path)
+        late = route.how == "socket" and "origin" in self.headers  # a page's first frame shows it
+        if route.needs_key and not late and not self.has_key():
             raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
-        return route._replace(needs_key=bool(owes_key)), query
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self.command == "POST" and kind != "application/json":
+            raise HttpError(415, "send JSON with Content-Type: application/json")
+        body = parse_json(self.body) if self.command == "POST" else {}
+        ask = Ask(query, body, self.headers.get("x-agent-session", ""))
+        getattr(self, "serve_" + route.how)(route, ask)
 
-    def check_stranger(self) -> None:
-        """A web page somewhere must not reach this hub: its Host or Origin betrays it."""
-        host, origin = self.header("host").lower(), self.header("origin")
-        scheme, _, site = origin.partition("://")
-        if not host:
-            raise HttpError(400, "the Host header is missing")
-        if host not in self.hub.hosts:
-            raise NotAllowed(f"this hub does not answer to the name {host!r}; "
-                             "add it to allowed_hosts in the configuration")
-        if "origin" in self.head.headers and not (
-                scheme in ("http", "https") and site.lower() == host):
-            raise NotAllowed(f"pages of {origin!r} may not talk to this hub")
-        if (self.header("sec-fetch-site") in ("cross-site", "same-site")  # an image, a script
-                and self.header("sec-fetch-mode") != "navigate"):
-            raise NotAllowed("other pages may not talk to this hub")
+    do_POST = do_GET
+
+    def has_key(self) -> bool:
+        given, key = self.headers.get("authorization", ""), self.hub.settings.api_key
+        return not key or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
 
     # -- the ways of answering
 
     def serve_turn(self, route: Route, ask: Ask) -> None:
-        self.answer(getattr(self.api, route.call)(ask))
+        self.answer(to_json_line(getattr(self.api, route.call)(ask)))
 
     def serve_health(self, route: Route, ask: Ask) -> None:
-        self.answer({"status": "ok", "version": __version__, "fingerprint": self.hub.fingerprint})
+        self.answer(to_json_line({"status": "ok", "version": __version__,
+                                  "fingerprint": self.hub.fingerprint}))
+
+    def serve_file(self, route: Route, ask: Ask) -> None:
+        body, kind, policy = own_file(route.call, self.headers["host"])
+        self.answer(body, kind=kind, extra=(("Content-Security-Policy", policy),))
 
     def serve_wait(self, route: Route, ask: Ask) -> None:
         """Answer now if there is anything, else park the request without a thread."""
         found = getattr(self.api, route.call)(ask)
         page, unread = found if isinstance(found, tuple) else (found, "")
         seconds = ask.number("wait", 0, MAX_WAIT_SECONDS)
-        if not page and seconds and self.parked is None:
+        if page or not seconds or self.parked:
+            self.answer(b"[%b]\n" % b",".join(map(message_json, page)),
+                        extra=(("X-Unread", str(unread)),))
+        else:
             self.deadline = time.monotonic() + seconds
             self.parked = self.api.park(ask, self.resume)
-        else:
-            self.unpark()
-            self.answer(page, 200, (("X-Unread", str(unread)),))
 
     def resume(self) -> None:
         """Woken, or out of time: answer with what there is."""
         if self.parked:
-            self.begin()
             self.handle_request()
-
-    def unpark(self) -> None:
-        if self.parked:
-            self.api.unpark(self.parked)
-            self.parked = None
-
-    def answer_error(self, error: ChatError) -> None:
-        self.unpark()
-        super().answer_error(error)
 
     def serve_pool(self, route: Route, ask: Ask) -> None:
         """Reading that may take long: off this thread, its answer comes in a later turn."""
         call = getattr(self.api, route.call)
-        self.hub.submit(self, lambda: as_json_line(call(ask)))
+        self.hub.submit(self, lambda: to_json_line(call(ask)))
 
     def serve_stream(self, route: Route, ask: Ask) -> None:
         """An export: chunk by chunk, the next one is made when the last has left."""
-        show, kind = {"md": (as_markdown, "text/markdown; charset=utf-8"), "jsonl": (
-            as_json_line, "application/x-ndjson")}.get(ask.text("format") or "jsonl", (None, ""))
-        if show is None:
-            raise BadRequest("format is jsonl or md")
+        form = ask.text("format") or "jsonl"
+        if form not in EXPORTS or self.request_version == "HTTP/1.0":  # which has no chunks
+            raise BadRequest("format is jsonl or md, and only HTTP/1.1 can carry it")
+        kind, show = EXPORTS[form]
         self.stream = (b"".join(map(show, page)) for page in self.api.export(ask))
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Transfer-Encoding", "chunked")
-        self._headers_buffer.append(FIXED_HEADERS)
-        self.end_headers()  # the first chunk is asked for when these have left
+        self.answer_head(200, kind, (("Transfer-Encoding", "chunked"),))
+        self.write(b"\r\n")  # the first chunk is asked for when this has left
 
     def take(self, part: bytes | ChatError) -> None:
         """What the pool has made: an answer, or a chunk of one. It read what is committed, so
         it outlives a failed turn."""
         if not self.stream:
-            if isinstance(part, ChatError):
-                self.answer_error(part)
-            else:
-                self.answer_bytes(200, part, "application/json")
+            self.answer_error(part) if isinstance(part, ChatError) else self.answer(part)
         elif isinstance(part, ChatError):
             self.drop()  # a cut chunked answer is how HTTP says: incomplete
+            return
         else:
             self.write(b"%x\r\n%b\r\n" % (len(part), part))
             if not part:
                 self.stream, self.answering = None, False
-        self.kept = len(self.out)
-
-    def serve_file(self, route: Route, ask: Ask) -> None:
-        body, kind, policy = own_file(route.call, self.header("host"))
-        self.answer_bytes(200, body, kind, (("Content-Security-Policy", policy),))
+        self.hub.touched[self] = len(self.out)
 
     def serve_socket(self, route: Route, ask: Ask) -> None:
-        if self.header("upgrade").lower() != "websocket":
+        if self.headers.get("upgrade", "").lower() != "websocket":
             raise HttpError(426 if ask.query else 400, "this address speaks WebSocket; see README")
-        socket = WebSocket(self, ask, stranger=route.needs_key)
+        socket = WebSocket(self, ask)
         self.write(socket.handshake())
         self.socket, self.answering = socket, False
         if self.received:
             early, self.received = bytes(self.received), bytearray()
             socket.receive(early)
 
-    # -- the end of waiting
+    # -- the end of a turn, of patience, of the connection
+
+    def flush(self) -> None:
+        """Send what can be sent; when all has left, go on with what waited for that."""
+        self.asked, said = False, bool(self.out)
+        try:
+            if said:
+                del self.out[:self.sock.send(self.out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.drop()
+            return
+        full = len(self.out) > OUT_HIGH_WATER  # who does not read is not read from either
+        events = READ if not self.out else WRITE if full else READ | WRITE
+        if events != self.events:
+            self.events = events
+            self.hub.selector.modify(self.sock, events, self)
+        if self.out:
+            return
+        listener = self.socket.listener if self.socket and said else None
+        if self.close_connection and not self.answering:
+            self.drop()
+        elif stream := self.stream:
+            self.deadline = time.monotonic() + MAX_WAIT_SECONDS
+            self.hub.submit(self, lambda: next((part for part in stream if part), b""))
+        elif self.received or (listener and not listener.live):
+            self.hub.again.append(self)
 
     def expire(self) -> None:
         """The deadline has passed: what that means depends on what it was waiting for."""
         if self.parked:
             self.resume()
-        elif self.socket and self.socket.ping():
-            self.deadline = time.monotonic() + PONG_SECONDS
-        elif (self.received or self.pending) and not self.answering and not self.socket:
-            self.begin()
-            self.answer_error(HttpError(408, f"a request must arrive within {REQUEST_SECONDS} s"))
+        elif self.socket and not (self.socket.pinged or self.close_connection
+                                  or self.socket in self.hub.strangers):
+            self.socket.pinged, self.deadline = True, time.monotonic() + PONG_SECONDS
+            self.socket.protocol.send_ping(b"")
+            self.socket.write_protocol()
+        elif (self.received or self.length >= 0) and not self.answering and not self.socket:
+            raise HttpError(408, f"a request must arrive within {REQUEST_SECONDS} s")
         else:
             self.drop()
 
@@ -2341,37 +2066,33 @@ class Connection(Pipe):
         """The hub stops: a close frame, or the end of a request that only waited."""
         self.resume()
         if self.socket:
-            self.socket.close(1001, "the hub stops")
+            self.socket.protocol.fail(1001, "the hub stops")  # whatever state it is in
+            self.socket.write_protocol()
         self.close_connection = True
-        self.hub.touch(self)
-
-    def drained(self) -> None:
-        if not self.answering:
-            self.body = b""  # an idle connection need not hold a megabyte
-        if self.close_connection and not self.answering:
-            self.drop()
-        elif stream := self.stream:
-            self.deadline = time.monotonic() + MAX_WAIT_SECONDS
-            self.hub.submit(self, lambda: next((part for part in stream if part), b""))
-        elif self.socket:
-            self.socket.drained()
-        elif self.received:
-            self.hub.again.append(self)
+        self.write()
 
     def drop(self) -> None:
+        """This client is gone, or has to go."""
+        if self not in self.hub.connections:
+            return
         self.unpark()
         if self.socket:
             self.socket.leave()
-        self.body, self.received, self.out, self.stream = b"", bytearray(), [], None
-        super().drop()
+        self.body, self.received, self.out, self.stream = b"", bytearray(), bytearray(), None
+        self.hub.connections.discard(self)
+        self.hub.touched.pop(self, None)
+        self.hub.selector.unregister(self.sock)
+        self.sock.close()
 
 
 class WebSocket:
     """What a Connection becomes after its upgrade: frames both ways, one Listener."""
 
-    def __init__(self, connection: Connection, ask: Ask, stranger: bool) -> None:
+    def __init__(self, connection: Connection, ask: Ask) -> None:
+        from websockets.protocol import OPEN
+        from websockets.server import ServerProtocol
         self.connection, self.ask, self.hub = connection, ask, connection.hub
-        self.stranger = stranger  # it still owes the key: a browser cannot send that header
+        self.protocol = ServerProtocol(state=OPEN, max_size=MAX_FRAME_BYTES)
         self.listener: Listener | None = None
         self.parts: list[bytes] = []  # of a message in several frames
         self.pinged = False
@@ -2379,44 +2100,33 @@ class WebSocket:
     def handshake(self) -> bytes:
         from websockets.datastructures import Headers
         from websockets.http11 import Request
-        from websockets.protocol import OPEN
-        from websockets.server import ServerProtocol
-
-        if self.stranger and self.hub.strangers >= MAX_STRANGERS:
+        stranger = not self.connection.has_key()  # a browser cannot send that header
+        if stranger and len(self.hub.strangers) >= MAX_STRANGERS:
             raise HttpError(503, "too many sockets have not shown the key; try again in a moment")
-        self.protocol = ServerProtocol(state=OPEN, max_size=MAX_FRAME_BYTES)
-        head = self.connection.head
-        response = self.protocol.accept(Request(head.target, Headers(head.headers)))
+        response = self.protocol.accept(
+            Request(self.connection.path, Headers(self.connection.headers)))
         if response.status_code != 101:
             raise HttpError(response.status_code, "the WebSocket handshake is not valid")
-        if self.stranger:
-            self.hub.strangers += 1
+        if stranger:
+            self.hub.strangers.add(self)
         else:
-            self.enter()  # may refuse
-        self.connection.deadline = time.monotonic() + (
-            AUTH_SECONDS if self.stranger else PING_SECONDS)
+            self.listener = self.hub.api.listen(self.ask, self.pump)  # may refuse
+        self.connection.deadline = time.monotonic() + (AUTH_SECONDS if stranger else PING_SECONDS)
         return response.serialize()
 
-    def enter(self) -> None:
-        self.listener = self.hub.api.listen(self.ask, self.pump)
-
     def leave(self) -> None:
-        self.hub.strangers -= self.stranger
-        self.stranger = False
+        self.hub.strangers.discard(self)
         if self.listener:
             self.hub.api.leave(self.listener)
             self.listener = None
 
     def receive(self, data: bytes) -> None:
-        from websockets.frames import Frame, Opcode
-
-        self.hub.touch(self.connection)
+        from websockets.frames import Frame
         self.protocol.receive_data(data) if data else self.protocol.receive_eof()
-        if not self.stranger:
+        if self not in self.hub.strangers:
             self.pinged, self.connection.deadline = False, time.monotonic() + PING_SECONDS
         for frame in self.protocol.events_received():
-            if isinstance(frame, Frame) and frame.opcode in (
-                    Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            if isinstance(frame, Frame) and frame.opcode < 8:  # the others are the protocol's
                 self.parts.append(bytes(frame.data))
                 if frame.fin:
                     whole, self.parts = b"".join(self.parts), []
@@ -2428,70 +2138,45 @@ class WebSocket:
     def receive_message(self, whole: bytes) -> None:
         """One message of a client: the key first if it is owed, then what it rang."""
         try:
-            frame = parse_json(whole.decode().encode())
+            whole.decode()
+            frame = parse_json(whole)
         except UnicodeDecodeError:
             self.protocol.fail(1007, "not UTF-8")
             return
         except BadRequest:
             frame = {}
-        if self.stranger:
-            self.show_key(frame)
-        elif self.listener and self.listener.agent:
+        if self.listener and self.listener.agent:
             self.hub.api.heard(self.listener, frame)
-
-    def show_key(self, frame: Mapping[str, Any]) -> None:
-        given = frame.get("key") if frame.get("type") == "auth" else None
-        self.leave()  # the strangers
-        if not isinstance(given, str) or not hmac.compare_digest(
-                given.encode(), self.hub.settings.api_key.encode()):
-            self.protocol.send_close(4401, "wrong key")
+        if self not in self.hub.strangers:
             return
+        self.hub.strangers.discard(self)
+        given = str(frame.get("key") or "") if frame.get("type") == "auth" else ""
         try:
-            self.enter()
+            if not hmac.compare_digest(given.encode(), self.hub.settings.api_key.encode()):
+                raise NotAuthorized("wrong key")
+            self.listener = self.hub.api.listen(self.ask, self.pump)
         except ChatError as error:
-            self.protocol.send_close(4403, str(error)[:100])
+            reason = str(error).encode("ascii", "replace")[:100].decode()
+            self.protocol.send_close(4000 + error.http_status, reason)
 
     def write_protocol(self) -> None:
         """What the protocol wants to say: pongs, pings, the closing handshake."""
         for chunk in self.protocol.data_to_send():
-            if chunk:
-                self.connection.write(chunk)
-            else:
+            self.connection.write(chunk)
+            if not chunk:
                 self.connection.close_connection = True  # once this turn has left
 
     def pump(self) -> None:
         """Write what the listener has not been given; stop at the high water, and let it read
         on from its cursor when that has drained."""
         connection, listener = self.connection, self.listener
-        if listener is None or connection.close_connection:
-            return
-        self.hub.touch(connection)
-        while items := self.hub.api.pull(listener):
+        while listener and not connection.close_connection and (
+                items := self.hub.api.pull(listener)):
             for item in items:
                 connection.write(self.hub.frame(item, bool(listener.agent)))
-            if connection.queued > OUT_HIGH_WATER:
+            if len(connection.out) > OUT_HIGH_WATER:
                 listener.live = False
                 return
-
-    def drained(self) -> None:
-        if self.listener and not self.listener.live:
-            self.hub.api.rouse(self.listener)
-            self.hub.hurry = True
-
-    def ping(self) -> bool:
-        """False if the last one was not answered, or no answer can be expected."""
-        if self.pinged or self.stranger or self.connection.close_connection:
-            return False
-        self.pinged = True
-        self.protocol.send_ping(b"")
-        self.hub.touch(self.connection)
-        self.write_protocol()
-        return True
-
-    def close(self, code: int, reason: str) -> None:
-        if not self.connection.close_connection:
-            self.protocol.send_close(code, reason)
-            self.write_protocol()
 
 
 # ======================================================================================
@@ -2512,10 +2197,8 @@ class HubServer(HTTPServer):
         import logging
         import selectors
         import socket
-
         self.settings, self.api, self.connection = settings, api, connection
         self.log = logging.getLogger("agent-chat")
-        self.debug = settings.log_level == "debug"
         self.fingerprint = fingerprint()
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
@@ -2523,41 +2206,45 @@ class HubServer(HTTPServer):
         port = int(self.server_address[1])
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.url = f"http://{'127.0.0.1' if name in ('0.0.0.0', '[::]') else name}:{port}"
-        self.hosts = allowed_hosts(name, port, settings.allowed_hosts)
+        names = {one.lower() for one in ("127.0.0.1", "localhost", "[::1]", name,
+                                         *settings.allowed_hosts)} - {"0.0.0.0", "[::]"}
+        bare = names if port == 80 else {one.lower() for one in settings.allowed_hosts}
+        self.hosts = {f"{one}:{port}" for one in names} | bare  # every Host we answer to, exactly
         self.bell, self.waker = socket.socketpair()  # the pool and signals wake the loop with it
         self.selector = selectors.DefaultSelector()
+        self.waker.setblocking(False)
         for sock in (self.socket, self.bell):
             sock.setblocking(False)
             self.selector.register(sock, READ)
-        self.connections: set[Any] = set()
-        self.touched: dict[Any, None] = {}  # take part in this turn
-        self.again: list[Connection] = []  # may have another request in their buffer
+        self.limit = connection_limit()
+        self.connections: set[Connection] = set()
+        self.strangers: set[WebSocket] = set()  # have not shown the key yet
+        self.touched: dict[Any, int] = {}  # take part in this turn: how much of out is older
+        self.again: list[Connection] = []  # have work that waits for no socket
         self.done: collections.deque[tuple[Connection, Any]] = collections.deque()
         self.frames: dict[tuple[int, bool], bytes] = {}  # serialised once a turn for everybody
-        self.pool: Any = None
-        self.strangers = 0
-        self.hurry = False  # there is work without waiting for a socket
-        self.stopping = self.paused = self.next_sweep = 0.0  # monotonic times, 0 = not
-        self.limit = connection_limit()
-        self.date = ""
         self.heads: dict[object, bytes] = {}  # of answers, as they are in this second
+        self.pool: Any = None
+        self.stopping = self.next_sweep = 0.0  # monotonic times
+        self.trouble: object = None  # why commits fail, and in which minute
+
+    def server_bind(self) -> None:
+        import socketserver
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for our name
 
     # -- the loop
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         while not (self.stopping and self.may_stop()):
-            idle = 0.0 if self.hurry or self.again else min(
-                poll_interval, max(0.0, self.next_sweep - time.monotonic()))
-            ready = self.selector.select(idle)
+            idle = max(0.0, min(poll_interval, self.next_sweep - time.monotonic()))
+            ready = self.selector.select(0 if self.again else idle)
             started = time.monotonic()
             self.turn(ready, started)
-            spent = time.monotonic() - started
-            if spent > SLOW_TURN_SECONDS:
+            if (spent := time.monotonic() - started) > SLOW_TURN_SECONDS:
                 self.log.info("a turn of %d sockets took %.0f ms", len(ready), spent * 1000)
 
     def turn(self, ready: list[tuple[selectors.SelectorKey, int]], now: float) -> None:
         """Everything that is ready, one commit, then every answer and every push."""
-        self.hurry = False
         waiting, self.again = self.again, []
         for connection in waiting:
             self.attend(connection, connection.advance)
@@ -2565,27 +2252,25 @@ class HubServer(HTTPServer):
             connection = key.data
             if connection is None:
                 self.accept() if key.fileobj is self.socket else self.collect()
-            elif connection.sock.fileno() >= 0:
+            elif connection in self.connections:
                 if events & WRITE:
-                    self.touch(connection)
+                    connection.write()
                 if events & READ:
                     self.attend(connection, connection.receive)
         if now >= self.next_sweep:
             self.sweep(now)
-        for _ in range(10):  # what the woken do may concern others
-            for listener in (woken := self.api.woken()):
+        for _ in range(10):  # what the woken do may concern others; the rest wait for a turn
+            for listener in self.api.woken():
                 listener.wake()
-            if not woken:
-                break
-        else:
-            self.hurry = True
         self.commit()
 
-    def attend(self, connection: Connection, work: Callable[[], None]) -> None:
+    def attend(self, connection: Connection, work: Callable[..., None], *given: Any) -> None:
         """One client's share of the turn. A mistake of ours costs that client its connection
         and this turn its commit, never anybody the hub."""
         try:
-            work()
+            work(*given)
+        except HttpError as error:
+            connection.answer_error(error)
         except Exception:
             self.log.exception("a connection failed")
             self.api.spoil()
@@ -2595,7 +2280,10 @@ class HubServer(HTTPServer):
         try:
             self.api.commit()
         except ChatError as error:
-            self.log.error("%s", error)
+            trouble = str(error), time.monotonic() // 60
+            if trouble != self.trouble:  # a full disk is told once a minute, not once a second
+                self.log.error("%s", error)
+            self.trouble = trouble
             self.answer_again(error)
         for connection in list(self.touched):
             connection.flush()
@@ -2606,77 +2294,61 @@ class HubServer(HTTPServer):
         """The commit failed. Nothing that was said has left yet: writers hear why, readers are
         answered anew from what is on disk, half-made sockets and pushes are forgotten."""
         self.api.read_only = True
-        for connection in list(self.touched):
-            connection.discard_turn()
-            if connection.asked and connection.socket:
+        for connection, kept in list(self.touched.items()):
+            said = len(connection.out) > kept  # else it is parked, or the pool works for it
+            del connection.out[kept:]
+            if not connection.asked or not said:
+                continue
+            if connection.socket:
                 connection.drop()
-            elif connection.asked and connection.head.method == "GET" and not connection.parked:
-                connection.begin()
+            elif connection.command == "GET":
                 connection.handle_request()
-            elif connection.asked and connection.head.method == "POST":
+            else:
                 connection.answer_error(error)
         self.api.read_only = False
         with contextlib.suppress(ChatError):
             self.api.commit()
 
-    def touch(self, connection: Pipe) -> None:
-        """This connection takes part in the turn."""
-        if connection.kept < 0:
-            connection.kept = len(connection.out)
-            self.touched[connection] = None
-
     def accept(self) -> None:
         """New connections, until there are no more or no room for them."""
         import socket
-
         for _ in range(256):
             try:
-                sock, address = self.get_request()
-            except BlockingIOError:
-                return
-            except OSError:  # out of file descriptors: do not spin on a socket that stays ready
-                self.paused = time.monotonic() + 1
-                self.selector.unregister(self.socket)
+                sock, _address = self.get_request()
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):  # out of file descriptors: do not spin
+                    self.selector.unregister(self.socket)
                 return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = self.connection(sock, address, self)
+            connection = self.connection(sock, self)
             self.connections.add(connection)
             self.selector.register(sock, READ, connection)
             if len(self.connections) > self.limit or self.stopping:
-                connection.begin()
                 connection.answer_error(HttpError(503, "the hub has no room for another "
                                                        "connection; try again in a moment"))
 
-    def want_write(self, connection: Pipe, wanted: bool) -> None:
-        """Watch for room to write. Who does not read what he gets is not read from either."""
-        full = connection.queued > OUT_HIGH_WATER
-        events = READ if not wanted else WRITE if full else READ | WRITE
-        if connection.events != events:
-            connection.events = events
-            self.selector.modify(connection.sock, events, connection)
-
-    def forget(self, connection: Pipe) -> None:
-        self.connections.discard(connection)
-        self.touched.pop(connection, None)
-        self.selector.unregister(connection.sock)
-
     def sweep(self, now: float) -> None:
         """Once a second: deadlines, and the Api's background work."""
-        from email.utils import formatdate
-
         self.next_sweep = now + 1
-        self.date = formatdate(usegmt=True)
         self.heads.clear()
         for connection in [c for c in self.connections if c.deadline < now]:
-            connection.expire()
-        if self.paused and now >= self.paused:
-            self.paused = 0.0
-            self.selector.register(self.socket, READ)
+            self.attend(connection, connection.expire)
+        if self.socket not in self.selector.get_map():
+            self.selector.register(self.socket, READ)  # there may be file descriptors again
         try:
             self.api.tick()
         except ChatError as error:
             self.log.warning("background work waits: %s", error)
+
+    def frame(self, item: Message | dict[str, Any], plain: bool) -> bytes:
+        """An event, or a message, which is serialised once for all who get it."""
+        if isinstance(item, dict):
+            return text_frame(to_json(item))
+        if (item.seq, plain) not in self.frames:
+            data = message_json(item if plain else self.api.shown(None, item))
+            self.frames[item.seq, plain] = text_frame(b'{"type":"new_message","data":%b}' % data)
+        return self.frames[item.seq, plain]
 
     # -- the pool
 
@@ -2684,18 +2356,16 @@ class HubServer(HTTPServer):
         """Run `work` on a thread of the pool; the connection takes its result in a turn."""
         if self.pool is None:
             from concurrent.futures import ThreadPoolExecutor
-
             self.pool = ThreadPoolExecutor(2, "reader")
 
         def run() -> None:
-            result: bytes | ChatError
+            result: bytes | ChatError = StoreBusy("the hub could not read this; its log says why")
             try:
                 result = work()
             except ChatError as error:
                 result = error
             except Exception:
                 self.log.exception("a reader failed")
-                result = StoreBusy("the hub could not read this now; its log says why")
             self.done.append((connection, result))
             self.wake()
 
@@ -2704,31 +2374,15 @@ class HubServer(HTTPServer):
     def wake(self) -> None:
         """Make the loop turn; safe in threads and in signal handlers."""
         with contextlib.suppress(OSError):
-            self.waker.send(b"!", 0x40 if os.name == "posix" else 0)  # MSG_DONTWAIT
+            self.waker.send(b"!")
 
     def collect(self) -> None:
         with contextlib.suppress(OSError):
             self.bell.recv(4096)
         while self.done:
             connection, result = self.done.popleft()
-            if connection.sock.fileno() >= 0:
-                self.touch(connection)
-                connection.take(result)
-
-    # -- what is sent
-
-    def frame(self, item: Message | dict[str, Any], plain: bool) -> bytes:
-        """A WebSocket text frame; a message is serialised once for all who get it."""
-        from websockets.frames import Frame, Opcode
-
-        if isinstance(item, dict):
-            return Frame(Opcode.TEXT, to_json(item)).serialize(mask=False)
-        frame = self.frames.get((item.seq, plain))
-        if frame is None:
-            data = item.to_json() if plain else self.api.shown(None, item)
-            frame = self.frames[item.seq, plain] = Frame(
-                Opcode.TEXT, to_json({"type": "new_message", "data": data})).serialize(mask=False)
-        return frame
+            if connection in self.connections:
+                self.attend(connection, connection.take, result)
 
     # -- the end
 
@@ -2739,10 +2393,10 @@ class HubServer(HTTPServer):
 
     def may_stop(self) -> bool:
         """Called each turn while stopping: no new work, what is under way may end."""
-        for connection in [c for c in self.connections if not c.close_connection]:
+        for connection in [c for c in self.connections if c.parked or not c.close_connection]:
             connection.say_goodbye()
         self.commit()
-        self.hurry, self.next_sweep = False, time.monotonic() + 0.05
+        self.next_sweep = time.monotonic() + 0.05
         late = time.monotonic() - self.stopping > DRAIN_SECONDS
         return late or not any(c.answering or c.out for c in self.connections)
 
@@ -2753,13 +2407,6 @@ class HubServer(HTTPServer):
             self.pool.shutdown(cancel_futures=True)
         self.server_close()
         self.api.close()
-
-
-def allowed_hosts(name: str, port: int, configured: tuple[str, ...]) -> set[str]:
-    """Every Host header this hub answers to, exactly. A proxy passes on the configured names."""
-    names = {"127.0.0.1", "localhost", "[::1]", name, *configured} - {"0.0.0.0", "[::]"}
-    bare = names if port == 80 else set(configured)
-    return {one.lower() for one in {f"{one}:{port}" for one in names} | bare}
 
 
 def connection_limit() -> int:
@@ -2785,7 +2432,6 @@ def open_hub(settings: Settings) -> HubServer:
     import http.server
     import ipaddress
     import logging
-
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     log = logging.getLogger("agent-chat")  # only ours: websockets would log the key it reads
     log.setLevel(settings.log_level.upper())
@@ -2822,14 +2468,13 @@ ANSWERS = {kind.http_status: kind for kind in (
 
 
 class Client:
-    """One hub, for any thread; connections are kept. Calls return decoded JSON and raise the
-    ChatError of the hub's status with the hub's own sentence, or Unreachable."""
+    """One hub, for any thread. Calls return decoded JSON and raise the ChatError of the hub's
+    status with the hub's own sentence, or Unreachable. Each call has its own connection: none
+    can be stale, and nothing is shared."""
 
-    def __init__(self, server: str, api_key: str = "", session: str = "",
-                 timeout: float = 10.0) -> None:
-        self.server = server.rstrip("/")
-        self.api_key, self.session, self.timeout = api_key, session, timeout
-        self._idle: list[http.client.HTTPConnection] = []  # append and pop are atomic
+    def __init__(self, server: str, api_key: str = "", timeout: float = 10) -> None:
+        self.server, self.api_key, self.timeout = server.rstrip("/"), api_key, timeout
+        self.session = ""  # from register()
         self._unsure: dict[tuple[str, ...], tuple[str, float]] = {}  # sends without an answer
 
     def get(self, path: str, wait: float = 0, **query: object) -> Any:
@@ -2845,25 +2490,25 @@ class Client:
         return answer
 
     def send(self, sender: str, content: str, to: str = "", group: str = "",
-             reply_to: str = "", client_id: str = "") -> dict[str, Any]:
+             reply_to: str = "") -> dict[str, Any]:
         """Stores one message, however often it is tried, also by a caller who says it again."""
-        words = (sender, to, group, content, reply_to)
-        last_id, at = self._unsure.pop(words, ("", 0.0))
-        if not client_id and time.monotonic() - at < SAME_WORDS_SECONDS:
-            client_id = last_id
         body = {"from": sender, "content": content, "to": to, "group": group,
-                "in_reply_to": reply_to, "client_id": client_id or os.urandom(8).hex()}
+                "in_reply_to": reply_to}
+        words = tuple(body.values())
+        body["client_id"], until = self._unsure.pop(words, ("", 0.0))
+        if time.monotonic() > until:
+            body["client_id"] = os.urandom(8).hex()
         try:
             return dict(self.post("/api/send", {k: v for k, v in body.items() if v}))
         except Unreachable:
-            self._unsure[words] = body["client_id"], time.monotonic()
+            self._unsure[words] = body["client_id"], time.monotonic() + SAME_WORDS_SECONDS
             raise
 
     def get_messages(self, agent: str, limit: int = 20, wait: float = 0,
                      peek: bool = False) -> tuple[list[dict[str, Any]], int]:
         """Unread messages, oldest first, and how many there are in all."""
-        goal = target("/api/messages", agent=agent, limit=limit, wait=wait or "", peek=peek)
-        rows, unread = self._call("GET", goal, None, wait)
+        query = {"agent": agent, "limit": limit, "wait": wait or "", "peek": "1" if peek else ""}
+        rows, unread = self._call("GET", target("/api/messages", **query), None, wait)
         if len(rows) > 1 and "seq" not in rows[0]:
             rows.reverse()  # a hub without seq gives the newest first
         return rows, int(unread) if unread.isdecimal() else len(rows)
@@ -2871,88 +2516,72 @@ class Client:
     def stream(self, path: str, **query: object) -> Iterator[bytes]:
         """The answer's body in pieces as they come, for answers of any size."""
         from http.client import HTTPException
-
-        connection = self._connection()
         try:
-            answer = self._ask(connection, "GET", target(path, **query), None, 50)
-            if answer.status != 200:
-                self._decoded(answer, answer.read())
-            while piece := answer.read(1 << 16):
-                yield piece
+            with self._asked("GET", target(path, **query), None, 50) as answer:
+                if answer.status != 200:
+                    self._decoded(answer)
+                while piece := answer.read(1 << 16):
+                    yield piece
         except (OSError, HTTPException) as error:
             raise Unreachable(f"{self.server} broke off ({error!r}); try again") from None
-        finally:
-            connection.close()
 
     def headers(self) -> dict[str, str]:
         """Who we are: the key and the session, each only where there is one."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return key | ({"X-Agent-Session": self.session} if self.session else {})
 
-    def _connection(self) -> http.client.HTTPConnection:
+    @contextlib.contextmanager
+    def _asked(self, method: str, goal: str, body: bytes | None,
+               wait: float) -> Iterator[http.client.HTTPResponse]:
+        """The head of an answer, its body still to be read."""
         import http.client
-
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()
-        tls = self.server.startswith("https:")
-        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        scheme, _, host, *prefix = self.server.split("/")  # a proxy may keep the hub under one
+        kind = http.client.HTTPSConnection if scheme == "https:" else http.client.HTTPConnection
         try:
-            connection = kind(self.server.split("/")[2], timeout=CONNECT_SECONDS)
+            connection = kind(host, timeout=CONNECT_SECONDS)
             connection.connect()
         except (OSError, http.client.InvalidURL) as error:
             raise Unreachable(f"no hub answers at {self.server} ({error}); start it with "
                               "`agent_chat.py serve`, or correct AGENT_CHAT_SERVER") from None
-        return connection
-
-    def _ask(self, connection: http.client.HTTPConnection, method: str, goal: str,
-             body: bytes | None, wait: float) -> http.client.HTTPResponse:
-        kind = {} if body is None else {"Content-Type": "application/json"}
-        prefix = "/".join(["", *self.server.split("/")[3:]])  # where a proxy keeps the hub
-        connection.sock.settimeout(self.timeout + wait)
-        connection.request(method, prefix + goal, body, self.headers() | kind)
-        return connection.getresponse()
+        with contextlib.closing(connection):
+            connection.sock.settimeout(self.timeout + wait)
+            written = {} if body is None else {"Content-Type": "application/json"}
+            goal = "/".join(["", *prefix]) + goal
+            connection.request(method, goal, body, self.headers() | written)
+            yield connection.getresponse()
 
     def _call(self, method: str, goal: str, body: bytes | None = None,
               wait: float = 0) -> tuple[Any, str]:
-        """One request: the decoded answer and its X-Unread. A broken connection is replaced,
-        three tries in all: every call may be repeated, a send because of its client_id."""
+        """The decoded answer and its X-Unread. A call that breaks off is repeated, three tries
+        in all: every call may be, a send because of its client_id."""
         from http.client import HTTPException
-
         if body and len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"a message has at most {MAX_BODY_BYTES} bytes; share a file instead")
         lost: Exception | None = None
         for _ in range(3):
-            connection = self._connection()
             try:
-                answer = self._ask(connection, method, goal, body, wait)
-                raw = answer.read()
+                with self._asked(method, goal, body, wait) as answer:
+                    return self._decoded(answer), answer.headers.get("X-Unread", "")
             except (OSError, HTTPException) as error:
-                connection.close()
-                self._idle.clear()  # the others are as stale
                 lost = error
                 if isinstance(error, TimeoutError):
                     break
-                continue
-            if not answer.will_close:
-                self._idle.append(connection)
-            return self._decoded(answer, raw), answer.headers.get("X-Unread", "")
         raise Unreachable(f"the hub at {self.server} gave no answer ({lost!r}); try again")
 
-    def _decoded(self, answer: http.client.HTTPResponse, raw: bytes) -> Any:
+    def _decoded(self, answer: http.client.HTTPResponse) -> Any:
         """The JSON of a 200; otherwise raises the hub's sentence, be it JSON or plain text."""
-        text = raw.decode("utf-8", "replace").strip()
+        text = answer.read().decode("utf-8", "replace").strip()
         try:
             value = json.loads(text)
+            if answer.status == 200:
+                return value
         except ValueError:
-            value = ...
-        if answer.status == 200 and value is not ...:
-            return value
+            plain = answer.status != 200 and answer.headers.get_content_type() == "text/plain"
+            value = {"error": text if plain else ""}
         if 300 <= answer.status < 400:
             raise ChatError(f"{self.server} redirects to {answer.headers.get('Location')}; "
                             "set AGENT_CHAT_SERVER to the hub's own address")
         sentence = value.get("error") if isinstance(value, dict) else None
-        if answer.status != 200 and answer.headers.get_content_type() == "text/plain":
-            sentence = sentence or text
         if not sentence:
             raise ChatError(f"{self.server} answers {answer.status}, but not as an agent-chat hub "
                             "does; correct AGENT_CHAT_SERVER")
@@ -2960,11 +2589,9 @@ class Client:
 
 
 def target(path: str, **query: object) -> str:
-    """Path and query of a request; None, False and "" are left out."""
+    """Path and query of a request; None and "" are left out."""
     from urllib.parse import urlencode
-
-    pairs = [(key, int(value) if value is True else value) for key, value in query.items()
-             if value is not None and value is not False and value != ""]
+    pairs = {key: value for key, value in query.items() if value not in (None, "")}
     return f"{path}?{urlencode(pairs)}" if pairs else path
 
 
@@ -2978,17 +2605,15 @@ async def follow(client: Client, enter: Callable[[], Any], failed: Callable[[Exc
 
     from websockets.asyncio.client import connect
     from websockets.exceptions import WebSocketException
-
     pause = opened = 0.0
     while True:
         await asyncio.sleep(pause * random.uniform(0.2, 1))
         pause = min(max(2 * pause, 1), 30)
         try:
             url = "ws" + client.server[4:] + target("/ws", agent=await enter())
-            async with connect(
-                url, additional_headers=client.headers(), compression=None, proxy=None,
-                open_timeout=5, close_timeout=1, ping_interval=15, ping_timeout=10, max_size=None,
-            ) as socket:
+            async with connect(url, additional_headers=client.headers(), compression=None,
+                               proxy=None, max_size=None, open_timeout=5, close_timeout=1,
+                               ping_interval=15, ping_timeout=10) as socket:
                 opened = time.monotonic()
                 yield socket, {}
                 async for raw in socket:
@@ -3005,9 +2630,6 @@ async def follow(client: Client, enter: Callable[[], Any], failed: Callable[[Exc
 # Knows: tmux, sockets of agent CLIs, subprocess.  Never: Client, Plugin, the hub.
 # ======================================================================================
 
-PREVIEW_CHARACTERS = 200
-PREVIEW_PUNCTUATION = set(".,:;_-/()?'+=%")  # nothing that a shell or a TUI could obey
-INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f"  # letters and marks, but blank
 DOOR_SECONDS = 5  # bound of every call of tmux or of a native door
 LOCK_SECONDS = 15  # for another process that is typing into the same pane
 SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
@@ -3016,7 +2638,7 @@ POLL_SECONDS = 0.02
 MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
 SHELLS = {"ash", "bash", "csh", "dash", "elvish", "fish", "ksh", "nu", "pwsh", "sh", "tcsh", "zsh"}
 FRAMES = "│┃║|▌▍▎▏"  # left borders of composers
-AIR = re.compile(r"[\s|\u2500-\u259f]")  # blanks, and the lines that frame a composer
+bare = functools.partial(re.compile(r"[\s|\u2500-\u259f]").sub, "")  # no blanks, no frames
 CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
 FOLDED = re.compile(r"\[Pasted[^\]]*\]")  # how some TUIs show a paste that they find long
 UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
@@ -3031,55 +2653,13 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
-def doorbell_line(messages: Sequence[Mapping[str, Any]], preview: bool = True) -> str:
-    """The line that tells an agent of these unread messages (wire form, at least one). The
-    wording is protocol; what senders wrote is only in the sanitised preview."""
-    first, names = messages[0], []
-    for message in messages:
-        sender, group = plain(message.get("from_agent"), 64), plain(message.get("group"), 64)
-        names.append(f"{sender} ({group})" if group else sender)
-    call = f"{DOORBELL} Call check_messages for details"
-    if len(messages) > 1:
-        names = list(dict.fromkeys(names))
-        more = f" and {len(names) - 5} more" if names[5:] else ""
-        return f"{call}. {len(messages)} new messages from {', '.join(names[:5])}{more}."
-    said = sender + (f': "{plain(first.get("content"), PREVIEW_CHARACTERS)}"' if preview else "")
-    if first.get("in_reply_to"):
-        return (
-            f"{DOORBELL} REPLY received. Do NOT auto-reply — wait for human user to explicitly ask "
-            f"you to respond. From {said} (reply to {plain(first['in_reply_to'], 64)})"
-        )
-    if group:
-        how = "send_group_message or send_message"
-        return f"{call}, then reply with {how}. New message in {group} from {said}"
-    return f"{call}, then reply with send_message. New message from {said}"
-
-
-def plain(value: object, limit: int) -> str:
-    """One line of letters, digits, marks, spaces and a little punctuation, cut at `limit`."""
-    import unicodedata
-
-    def kept(c: str) -> bool:
-        if c in PREVIEW_PUNCTUATION:
-            return True
-        selector = 0xFE00 <= ord(c) <= 0xFE0F or ord(c) >= 0xE0000
-        return unicodedata.category(c)[0] in "LMN" and c not in INVISIBLE and not selector
-
-    text = unicodedata.normalize("NFKC", str(value or "")[: limit * 20])
-    line = " ".join("".join(c if kept(c) else " " for c in text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
 def run_bounded(command: Sequence[str], text: str = "") -> tuple[int, str, str]:
     """Exit code, output, errors. The child never sees our key. OSError, also when it hangs."""
     import subprocess
-
     env = {k: v for k, v in environ().items() if k != "AGENT_CHAT_API_KEY"}
     try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, encoding="utf-8", errors="replace",
-            env=env, timeout=DOOR_SECONDS,
-        )  # fmt: skip
+        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8",
+                              errors="replace", env=env, timeout=DOOR_SECONDS)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} did not answer within {DOOR_SECONDS} s") from None
     return done.returncode, done.stdout, done.stderr
@@ -3117,7 +2697,6 @@ class ClaudeDoor(Door):
 
     def ring(self, line: str) -> Outcome:
         import socket
-
         token = environ().get("CLAUDE_CODE_MESSAGING_TOKEN")
         frames: list[dict[str, Any]] = [{"type": "auth", "token": token}] if token else []
         frames.append({"type": "user", "message": {"role": "user", "content": line}})
@@ -3144,7 +2723,6 @@ class CodexDoor(Door):
 
     def available(self) -> bool:
         import shutil
-
         return bool(self.thread and shutil.which("codex", path=environ().get("PATH")))
 
     def ring(self, line: str) -> Outcome:
@@ -3153,13 +2731,12 @@ class CodexDoor(Door):
             code, _, said = run_bounded(command)
         except OSError as error:
             code, said = 1, str(error)
-        return self.came("unavailable" if code else "rung", said.strip()[:200] if code else "")
+        return self.came("unavailable", said.strip()[:200]) if code else self.came("rung")
 
 
 # What must not change between looking and touching: tmux itself compares it, atomically.
-STATE = "#{pid} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_input_off} #{pane_synchronized} "
-STATE += "#{cursor_x} #{cursor_y}"
-MORE = "#{scroll_position}/#{copy_cursor_x}/#{copy_cursor_y} #{pane_current_command}"
+STATE = ("#{pid} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_input_off} #{pane_synchronized} "
+         "#{cursor_x} #{cursor_y} #{scroll_position}/#{copy_cursor_x}/#{copy_cursor_y}")
 
 
 class Screen(NamedTuple):
@@ -3169,48 +2746,43 @@ class Screen(NamedTuple):
     above: list[str]  # the rows above the caret's
     left: str  # of the caret
     right: str
-    scroll: str
 
     def on(self, *fields: int) -> bool:
         return any(self.state[field] not in ("", "0") for field in fields)
 
 
-def cells(row: str) -> list[str]:
-    """As tmux counts: a mark goes with its letter, a wide character fills two."""
+def halves(row: str, x: int) -> tuple[str, str]:
+    """The row left of cell x, and the rest. As tmux counts: a mark goes with its letter, a wide
+    character fills two."""
     import unicodedata
-
-    found = [""]
-    for c in row:
-        if unicodedata.category(c)[0] == "M":
-            found[-1] += c
-        else:
-            found += [c, ""] if unicodedata.east_asian_width(c) in "WF" else [c]
-    return found[1:]
-
-
-def bare(text: str) -> str:
-    return AIR.sub("", text)
+    for n, c in enumerate(row):
+        if unicodedata.category(c)[0] != "M":
+            if x <= 0:
+                return row[:n], row[n:]
+            x -= 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    return row, ""
 
 
 def ancestors() -> list[tuple[str, bool, str]]:
     """Of each process above ours: its terminal, is it in front there and no shell, and its
     variables, each after a NUL or a blank."""
     found, pid = [], os.getppid()
-    while pid > 0:
-        words = ""
-        try:
-            with open(f"/proc/{pid}/stat", errors="replace") as file:
-                head, _, tail = file.read().rpartition(")")
-            name, (_, parent, group, _, tty, front) = head.partition("(")[2], tail.split()[:6]
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-                words = "\0" + file.read().decode(errors="replace")
-        except FileNotFoundError:  # macOS
-            columns = "ppid=,pgid=,tty=,tpgid=,command="
-            row = run_bounded(["ps", "eww", "-o", columns, "-p", str(pid)])[1]
-            parent, group, tty, front, words = [*row.split(None, 4), *"00000"][:5]
-            name = os.path.basename(words.split()[0])
-        found.append((tty, group == front and name.lstrip("-") not in SHELLS, words))
-        pid = int(parent)
+    with contextlib.suppress(OSError, ValueError):  # other users' processes may be invisible
+        while pid > 0:
+            words = ""
+            try:
+                with open(f"/proc/{pid}/stat", errors="replace") as file:
+                    head, _, tail = file.read().rpartition(")")
+                name, (_, parent, group, _, tty, front) = head.partition("(")[2], tail.split()[:6]
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                    words = "\0" + file.read().decode(errors="replace")
+            except FileNotFoundError:  # macOS
+                columns = "ppid=,pgid=,tty=,tpgid=,command="
+                row = run_bounded(["ps", "eww", "-o", columns, "-p", str(pid)])[1]
+                parent, group, tty, front, words = row.split(None, 4)
+                name = os.path.basename(words.split()[0])
+            found.append((tty, group == front and name.lstrip("-") not in SHELLS, words))
+            pid = int(parent)
     return found
 
 
@@ -3223,11 +2795,6 @@ class TmuxDoor(Door):
     tty = ""  # as ancestors() names it; "" if the user vouches for the pane
     pasted = ""  # our last line; it may still stand in the composer
     scrolled = ("", 0.0)  # where a copy mode stood, and since when
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        glyphs = "".join(map(re.escape, settings.prompts))
-        self.prompt = re.compile(rf"[{FRAMES}]?([{glyphs}])(.*)")
 
     def tmux(self, *words: str, socket: str = "", text: str = "") -> str:
         """What tmux printed. ProcessLookupError if the pane is gone, OSError if tmux hangs."""
@@ -3245,35 +2812,31 @@ class TmuxDoor(Door):
         if self.pane or pane:
             return bool(self.pane) or self.found(socket, pane)
         own = "".join(f"\0{k}={environ().get(k, '')}" for k in ("TMUX", "TMUX_PANE"))
-        try:
+        with contextlib.suppress(ValueError):  # no ancestors, or none that can be seen
             ttys, _, environments = zip(*ancestors(), strict=True)
             for text in (own, *environments):
                 tmux = re.search(r"[\0 ]TMUX=([^\0 ]+),(\d+),\d+", text)
                 its = re.search(r"[\0 ]TMUX_PANE=(%\d+)", text)
                 if tmux and its and self.found(tmux[1], its[1], tmux[2], ttys):
                     return True
-        except (OSError, ValueError):  # no /proc and no ps; no ancestors
-            pass
         return False
 
     def found(self, socket: str, pane: str, server: str = "", ttys: Iterable[str] = ()) -> bool:
         wanted = "#{pid} #{pane_pid} #{pane_id} #{pane_tty}"
-        try:
+        with contextlib.suppress(OSError, ValueError):
             answer = self.tmux("display-message", "-p", "-t", pane, wanted, socket=socket)
             *owner, pane, path = answer.strip().split(" ")
-            device = os.stat(path).st_rdev
-        except (OSError, ValueError):
-            return False
-        shared = {str(device), path.removeprefix("/dev/")}.intersection(ttys)  # Linux, macOS
-        if not server or (shared and owner[0] == server):
-            self.socket, self.pane, self.owner = socket, pane, owner
-            self.tty = shared.pop() if server else ""
+            names = str(os.stat(path).st_rdev), path.removeprefix("/dev/")  # Linux, macOS
+            shared = set(names).intersection(ttys)
+            if not server or (shared and owner[0] == server):
+                self.tty = shared.pop() if server else ""
+                self.socket, self.owner, self.pane = socket, owner, pane
         return bool(self.pane)
 
     def ring(self, line: str) -> Outcome:
         try:
             with os.fdopen(self.lock()):
-                return self.type(line)
+                return self.came(self.type(line))
         except ProcessLookupError as error:
             return self.came("gone", str(error))
         except (OSError, ValueError, IndexError) as error:  # tmux hangs or talks nonsense
@@ -3282,57 +2845,52 @@ class TmuxDoor(Door):
     def lock(self) -> int:
         """One process at a time per pane, until this file descriptor is closed."""
         import fcntl
-
         os.makedirs(self.settings.home, 0o700, exist_ok=True)
         key = re.sub(r"\W+", "-", f"{os.path.realpath(self.socket)}-{self.pane}")[-200:]
         path = os.path.join(self.settings.home, f"pane{key}.lock")
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         for _ in range(int(LOCK_SECONDS / POLL_SECONDS)):
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
-            except BlockingIOError:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         os.close(lock)
         raise TimeoutError("another process keeps typing into this pane")
 
-    def type(self, line: str) -> Outcome:
+    def type(self, line: str) -> str:
+        """The word for what came of it."""
         for _ in range(5):  # a screen caught half drawn looks like a dialog
             screen = self.look()
             if self.pasted and self.standing(screen, self.pasted) == "ours":
                 return self.submit(self.pasted)
-            outcome = self.obstacle(screen)
-            if outcome.word in ("mode", "input-off"):
-                break
-            if outcome.word == "rung" and self.paste(screen, line):
+            word = self.obstacle(screen)
+            if word in ("mode", "input-off"):
+                return word
+            if not word and self.paste(screen, line):
                 return self.submit(line)
             time.sleep(POLL_SECONDS)
-        return outcome if outcome.word != "rung" else self.came("draft", "somebody is typing")
+        return word or "draft"  # somebody is typing
 
     def paste(self, screen: Screen, line: str) -> bool:
-        buffer = f"agent-chat-{secrets.token_hex(4)}"
+        buffer = f"agent-chat-{os.urandom(4).hex()}"
         self.tmux("load-buffer", "-b", buffer, "-", text=line)  # by stdin, never by argv
         self.pasted = line
-        if self.touch(screen, f"paste-buffer -p -r -d -b {buffer} -t {self.pane}"):
-            return True
-        self.tmux("delete-buffer", "-b", buffer)
-        return False
+        pasting = f"paste-buffer -p -r -d -b {buffer} -t {self.pane}"
+        return self.touch(screen, pasting, f"delete-buffer -b {buffer} ; ")
 
-    def touch(self, screen: Screen, command: str) -> bool:
+    def touch(self, screen: Screen, command: str, otherwise: str = "") -> bool:
         """Let tmux do it if nothing moved since that look."""
-        same = f"#{{==:{STATE},{' '.join(screen.state)}}}"
-        other = "display-message -p moved"
-        return not self.tmux("if-shell", "-F", "-t", self.pane, same, command, other)
+        same, moved = f"#{{==:{STATE},{' '.join(screen.state)}}}", "display-message -p moved"
+        return not self.tmux("if-shell", "-F", "-t", self.pane, same, command, otherwise + moved)
 
     def look(self) -> Screen:
         """ProcessLookupError if the pane is somebody else's or the agent is not in front."""
-        pane, wanted = ("-t", self.pane), f"{STATE} {MORE}"
+        pane, wanted = ("-t", self.pane), STATE + " #{pane_current_command}"
         answer = self.tmux("display-message", "-p", *pane, wanted, ";", "capture-pane", "-p", *pane)
         head, *rows = answer.split("\n")
-        *state, scroll, command = head.split(" ", 9)
-        x, y = map(int, state[6:])
-        left, right = "".join(cells(rows[y])[:x]), "".join(cells(rows[y])[x:])
-        screen = Screen(state, rows[:y], left, right, scroll)
+        *state, command = head.split(" ", 9)
+        x, y = int(state[6]), int(state[7])
+        screen = Screen(state, rows[:y], *halves(rows[y], x))
         if state[:2] != self.owner or screen.on(2):
             raise ProcessLookupError("the pane is dead or another process's")
         there = [front for tty, front, _ in ancestors() if tty == self.tty]
@@ -3340,34 +2898,32 @@ class TmuxDoor(Door):
             raise ProcessLookupError(f"{command} is in the foreground, not the agent")
         return screen
 
-    def obstacle(self, screen: Screen) -> Outcome:
-        """Why not to type now; `rung` if nothing stands in the way."""
+    def obstacle(self, screen: Screen) -> str:
+        """The word for why not to type now; "" if nothing stands in the way."""
         if screen.on(4, 5):
-            return self.came("input-off", "input is disabled or shared with other panes")
+            return "input-off"  # or shared with other panes
         if screen.on(3):
-            if self.scrolled[0] != screen.scroll:
-                self.scrolled = (screen.scroll, time.monotonic())
+            if self.scrolled[0] != screen.state[8]:
+                self.scrolled = (screen.state[8], time.monotonic())
             if time.monotonic() - self.scrolled[1] < MODE_SECONDS:
-                return self.came("mode", "somebody reads the scrollback")
+                return "mode"  # somebody reads the scrollback
             self.tmux("copy-mode", "-q", "-t", self.pane)
-            return self.came("dialog", "a copy mode was left just now")  # and look again
+            return "dialog"  # and look again
         self.scrolled = ("", 0.0)
         found = self.prompted(screen.left)
         if not found:  # or the caret is in a later row of a draft
             start = max((n for n, row in enumerate(screen.above) if not bare(row)), default=0)
             found = next(filter(None, map(self.prompted, screen.above[start:])), None)
-            draft = found and not CHOICE.match(found[2])
-            return self.came("draft" if draft else "dialog", "no prompt left of the caret")
+            return "draft" if found and not CHOICE.match(found[2]) else "dialog"
         if CHOICE.match(found[2] + screen.right):
-            return self.came("dialog", "choices at the caret")
+            return "dialog"
         above = found[1] in FRAMES and screen.above and bare(screen.above[-1])
-        if found[2] or above or self.unstyled(screen):
-            return self.came("draft", "text in the composer")
-        return self.came("rung")
+        return "draft" if found[2] or above or self.unstyled(screen) else ""
 
     def prompted(self, text: str) -> re.Match[str] | None:
         """Group 1 is the prompt with which the text begins, group 2 what follows."""
-        return self.prompt.fullmatch("".join(text.split()))
+        glyphs = "".join(map(re.escape, self.settings.prompts))
+        return re.fullmatch(rf"[{FRAMES}]?([{glyphs}])(.*)", "".join(text.split()))
 
     def unstyled(self, screen: Screen) -> bool:
         """Does plain text start at the caret? A hint is dim or coloured; a draft whose writer
@@ -3382,11 +2938,10 @@ class TmuxDoor(Door):
         codes = ";".join(re.findall(r"\[([\d;:]+)m", start[0])) if start else ""
         codes = re.sub(r"([345]8)[;:](5[;:]\d+|2([;:]\d+){3})", r"\1", codes)
         style = re.split(r"(?:^|;)0(?=;|$)", codes)[-1]
-        colour = style.rpartition("39")[2]
-        dim, coloured = r"(^|;)[23](;|$)", r"(^|;)[39]\d(;|$)"
-        return not (re.search(dim, style) or re.search(coloured, colour))
+        colour = re.search(r"(^|;)[39]\d(;|$)", style.rpartition("39")[2])
+        return not colour and not re.search(r"(^|;)[23](;|$)", style)
 
-    def submit(self, line: str) -> Outcome:
+    def submit(self, line: str) -> str:
         """Enter until the nonce has left the caret, and only while nothing but our line is
         there; the third time as a literal CR, which some terminals need."""
         seen, missed, settled, pressed, due = "", 0, False, 0, 0.0
@@ -3396,7 +2951,7 @@ class TmuxDoor(Door):
             seen = self.standing(screen, line, fresh=not pressed)
             missed = 0 if seen else missed + 1
             if pressed and missed > 1:  # one look may have caught a screen half drawn
-                return self.came("rung")
+                return "rung"
             if seen != "ours":
                 settled = False
             elif not settled:  # counted from when the TUI has drawn the line
@@ -3408,10 +2963,7 @@ class TmuxDoor(Door):
                     pressed += 1
                     due, end = now + pressed, now + pressed + SEEN_SECONDS
             time.sleep(POLL_SECONDS)
-        if seen == "mixed":
-            return self.came("draft", "somebody typed beside the pasted line")
-        what = "Enter did not submit" if pressed else "the caret never stood behind"
-        return self.came("unconfirmed", f"{what} the pasted line")
+        return "draft" if seen == "mixed" else "unconfirmed"  # somebody typed beside the line
 
     def standing(self, screen: Screen, line: str, fresh: bool = False) -> str:
         """What stands at the caret: `ours` (prompt, our line, nothing else, as far as can be
@@ -3464,7 +3016,7 @@ class Doors:
         reasons = []
         for door in self.doors:
             if door.available():
-                outcome = door.ring(f"{clean} #{secrets.token_hex(2)}")
+                outcome = door.ring(f"{clean} #{os.urandom(2).hex()}")
                 if outcome.word != "unavailable":
                     return outcome
                 reasons.append(f"{door.name}: {outcome.detail}")
@@ -3472,17 +3024,117 @@ class Doors:
 
 
 # ======================================================================================
-# PLUGIN -- what an agent sees of the chat: nine MCP tools, and the doorbell's patience.
-# Knows: the mcp SDK, one Client, ring/learn/names of Doors.  Never: how a door works, sqlite3,
-# print. stdout belongs to MCP. SIGTERM keeps its default: there is nothing here to save.
+# BELL -- when to ring an agent, and in what words.
+# Knows: messages as they come over the wire, the time it is told.  Never: the clock, any door.
 # ======================================================================================
 
 REPEAT_SECONDS = (30, 120, 600)  # after an unanswered ring; the last one goes on
 BLOCKED_SECONDS = (1, 30)  # after a ring that could not be: first and longest pause
 BURST_SECONDS = 0.05  # what comes within it shares one ring
+PREVIEW_CHARACTERS = 200
+PREVIEW_PUNCTUATION = ".,:;_-/()?'+=%"  # nothing that a shell or a TUI could obey
+INVISIBLE = re.compile(  # letters and marks, but blank
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0000-\U0010ffff]")
+
+
+class Bell:
+    """When to ring, and for what. Told the time and what happened; touches nothing. One ring is
+    out at a time: what comes meanwhile waits until that one is seen, or repeated."""
+
+    def __init__(self) -> None:
+        self.mail: dict[str, Mapping[str, Any]] = {}  # unseen, by id, in order
+        self.rung: set[str] = set()  # ids of those that a ring went through for
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing to do, nothing to remember."""
+        self.due = float("inf")  # when to ring, for all of them
+        self.rings = 0  # unanswered, in a row
+        self.blocked, self.pause = "", 0.0  # why the last ring could not be; how long to wait then
+
+    def add(self, message: Mapping[str, Any], now: float) -> None:
+        self.mail[message["id"]] = message
+        if not self.rung and not self.blocked:
+            self.due = min(self.due, now + BURST_SECONDS)
+
+    def again(self, messages: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Somebody asked for a new ring."""
+        for message in messages:
+            self.mail[message["id"]] = message
+            self.rung.discard(message["id"])
+            self.due = now
+
+    def seen(self, ids: Iterable[str], now: float) -> None:
+        """The agent looked and got these. It was told that there is more: what was rung for
+        before waits like a repeat, what it never heard of rings now."""
+        for id in ids:
+            self.mail.pop(id, None)
+        if not self.blocked:
+            self.due = now + (BURST_SECONDS if self.mail.keys() - self.rung else REPEAT_SECONDS[0])
+        self.rung, self.rings = set(), 0
+        if not self.mail:
+            self.rest()
+
+    def take(self, now: float) -> list[Mapping[str, Any]]:
+        """What one ring should cover now; [] while there is nothing to do."""
+        return [*self.mail.values()] if now >= self.due else []
+
+    def rang(self, ids: Iterable[str], word: str, now: float) -> bool:
+        """A ring for these came out as `word`. True if that is news for the hub."""
+        news = word == "rung" or word not in (self.blocked, "unavailable")
+        if word == "rung":
+            self.rung |= self.mail.keys() & ids
+            wait = REPEAT_SECONDS[min(self.rings, len(REPEAT_SECONDS) - 1)]
+            self.due = now + (wait if self.rung else BURST_SECONDS)
+            self.rings, self.blocked, self.pause = self.rings + 1, "", 0.0
+        else:
+            self.pause = min(max(2 * self.pause, BLOCKED_SECONDS[0]), BLOCKED_SECONDS[1])
+            self.blocked, self.due = word, now + self.pause
+        if not self.mail:
+            self.rest()
+        return news
+
+
+def doorbell_line(messages: Sequence[Mapping[str, Any]], preview: bool = True) -> str:
+    """The line that tells an agent of these unread messages (wire form, at least one). The
+    wording is protocol; what senders wrote is only in the sanitised preview."""
+    call, first, names = f"{DOORBELL} Call check_messages for details", messages[0], []
+    for message in messages:
+        sender, group = plain(message.get("from_agent"), 64), plain(message.get("group"), 64)
+        names.append(f"{sender} ({group})" if group else sender)
+    if len(messages) > 1:
+        names = list(dict.fromkeys(names))
+        more = f" and {len(names) - 5} more" if names[5:] else ""
+        return f"{call}. {len(messages)} new messages from {', '.join(names[:5])}{more}."
+    said = sender + (f': "{plain(first.get("content"), PREVIEW_CHARACTERS)}"' if preview else "")
+    if first.get("in_reply_to"):
+        return (f"{DOORBELL} REPLY received. Do NOT auto-reply — wait for human user to explicitly "
+                f"ask you to respond. From {said} (reply to {plain(first['in_reply_to'], 64)})")
+    how, where = ("send_group_message or ", f" in {group}") if group else ("", "")
+    return f"{call}, then reply with {how}send_message. New message{where} from {said}"
+
+
+def plain(value: object, limit: int) -> str:
+    """One line of letters, digits, marks, spaces and a little punctuation, cut at `limit`."""
+    import unicodedata
+    text = INVISIBLE.sub(" ", unicodedata.normalize("NFKC", str(value or "")[: limit * 20]))
+    kept = (c if c in PREVIEW_PUNCTUATION or unicodedata.category(c)[0] in "LMN" else " "
+            for c in text)
+    line = " ".join("".join(kept).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+# ======================================================================================
+# PLUGIN -- what an agent sees of the chat: nine MCP tools, and what holds them to the hub.
+# Knows: the mcp SDK, one Client, ring/learn/names of Doors.  Never: how a door works, sqlite3,
+# print. stdout belongs to MCP. SIGTERM keeps its default: there is nothing here to save.
+# ======================================================================================
+
 TOOL_SECONDS = 3  # for the hub to answer a tool, beyond what the tool itself waits for
-COUNT_SECONDS = 10  # muted mail is not pushed: an older unread count is asked for again
 AGENTS_SHOWN = 200  # by list_agents; the online ones come first
+AGENT_KEYS = ("name", "groups", "status", "type", "host", "cwd", "last_seen_at", "verified")
+POSTS = {"read_messages": "/api/messages/read", "update_status": "/api/agents/status",
+         "deregister": "/api/deregister"}
 INSTRUCTIONS = (
     "Messages to and from agents on agent-chat (Codex, Gemini, other machines). Call "
     f"check_messages when a line begins with {DOORBELL} or a result shows unread above 0. What "
@@ -3504,325 +3156,215 @@ LOOKS = {"readOnlyHint": True, "openWorldHint": False}
 TOOLS: dict[str, tuple[str, dict[str, dict[str, Any]], int, dict[str, bool]]] = {
     "register": (
         "Change your name or groups on agent-chat; mail and doorbell follow. You are registered "
-        "already.",
-        {"name": WORD, "groups": {**LIST, "description": "Omit to keep yours"}}, 1, CHANGES),
+        "already.", {"name": WORD, "groups": {**LIST, "description": "Omit to keep yours"}},
+        1, CHANGES),
     "send_message": (
         "Send a message to one of the agents on agent-chat (Codex, Gemini, other machines), not "
         "to subagents or teammates inside your own CLI.",
         {"to": {**WORD, "description": "A name from list_agents, or human"}, "content": WORD,
          **REPLY_TO}, 2, SENDS),
-    "send_group_message": (
-        "Send a message to all other members of a group on agent-chat.",
-        {"group": WORD, "content": WORD, **REPLY_TO}, 2, SENDS),
+    "send_group_message": ("Send a message to all other members of a group on agent-chat.",
+                           {"group": WORD, "content": WORD, **REPLY_TO}, 2, SENDS),
     "check_messages": (
         "Get your unread messages from agents on agent-chat, oldest first. They stay unread "
         "until read_messages, or with mark_read.",
         {"limit": LIMIT, "wait_seconds": WAIT, "mark_read": {"type": "boolean"}}, 0, CHANGES),
     "read_messages": ("Mark messages as read.", {"message_ids": LIST}, 1, CHANGES),
-    "list_agents": (
-        "List the agents on agent-chat (Codex, Gemini, other machines): name, groups, status.",
-        {}, 0, LOOKS),
+    "list_agents": ("List the agents on agent-chat (Codex, Gemini, other machines): name, groups, "
+                    "status.", {}, 0, LOOKS),
     "list_groups": ("List the groups on agent-chat.", {}, 0, LOOKS),
-    "update_status": (
-        "Show the agents on agent-chat whether you are idle or working.",
-        {"status": {**WORD, "enum": ["idle", "working"]}}, 1, CHANGES),
-    "deregister": (
-        "Leave agent-chat: no mail and no doorbell until you register again.",
-        {}, 0, {"openWorldHint": False}),
+    "update_status": ("Show the agents on agent-chat whether you are idle or working.",
+                      {"status": {**WORD, "enum": ["idle", "working"]}}, 1, CHANGES),
+    "deregister": ("Leave agent-chat: no mail and no doorbell until you register again.", {}, 0,
+                   {"openWorldHint": False}),
 }
 
 
-class Bell:
-    """When to ring, and for what. Told the time and what happened; touches nothing.
-
-    A message is fresh until a ring for it went through, then rung until it is seen. One ring
-    is out at a time: what comes meanwhile waits until that one is seen, or repeated.
-    """
-
-    def __init__(self) -> None:
-        self.fresh: dict[str, Mapping[str, Any]] = {}  # by id, in order
-        self.rung: dict[str, Mapping[str, Any]] = {}
-        self.rest()
-
-    def rest(self) -> None:
-        """Nothing to do, nothing to remember."""
-        self.due = float("inf")  # when to ring, for all of them
-        self.rings = 0  # unanswered, in a row
-        self.pause = float(BLOCKED_SECONDS[0])
-        self.blocked = ""  # why the last ring could not be
-
-    def add(self, message: Mapping[str, Any], now: float) -> None:
-        self.fresh[message["id"]] = message
-        if not self.rung and not self.blocked:
-            self.due = min(self.due, now + BURST_SECONDS)
-
-    def again(self, messages: Iterable[Mapping[str, Any]], now: float) -> None:
-        """Somebody asked for a new ring."""
-        for message in messages:
-            self.rung.pop(message["id"], None)
-            self.fresh[message["id"]] = message
-            self.due = now
-
-    def seen(self, ids: Iterable[str], now: float) -> None:
-        """The agent looked and got these. It was told that there is more: what was rung for
-        before waits like a repeat, what it never heard of rings now."""
-        for id in ids:
-            self.fresh.pop(id, None)
-            self.rung.pop(id, None)
-        if not self.blocked:
-            self.due = now + (BURST_SECONDS if self.fresh else REPEAT_SECONDS[0])
-        self.fresh, self.rung, self.rings = self.rung | self.fresh, {}, 0
-        if not self.fresh:
-            self.rest()
-
-    def take(self, now: float) -> list[Mapping[str, Any]]:
-        """What one ring should cover now; [] while there is nothing to do."""
-        return [*self.rung.values(), *self.fresh.values()] if now >= self.due else []
-
-    def rang(self, ids: Iterable[str], word: str, now: float) -> bool:
-        """A ring for these came out as `word`. True if that is news for the hub."""
-        news = word == "rung" or word not in (self.blocked, "unavailable")
-        if word == "rung":
-            self.rung |= {id: self.fresh.pop(id) for id in ids if id in self.fresh}
-            wait = REPEAT_SECONDS[min(self.rings, len(REPEAT_SECONDS) - 1)]
-            self.due = now + (wait if self.rung else BURST_SECONDS)
-            self.rings, self.blocked, self.pause = self.rings + 1, "", float(BLOCKED_SECONDS[0])
-        else:
-            self.blocked, self.due = word, now + self.pause
-            self.pause = min(2 * self.pause, BLOCKED_SECONDS[1])
-        if not self.fresh and not self.rung:
-            self.rest()
-        return news
-
-
 class Plugin:
-    """One agent's seat at the hub: its name, session, socket and bell.
+    """One agent's seat at the hub: its name, session, socket and bell. `ways` are: ring, which
+    gets a line to the agent and says what came of it; line, which words it; learn, which looks
+    at the _meta of tool calls; doors, which names the ways in. ring and doors may block."""
 
-    `ring` gets a line to the agent and says what came of it, `line` words it, `learn` looks at
-    the _meta of tool calls, `doors` names the ways in for the hub. ring and doors may block.
-    """
-
-    def __init__(
-        self, settings: Settings, ring: Callable[[str], Outcome],
-        line: Callable[[Sequence[Mapping[str, Any]]], str],
-        learn: Callable[[Mapping[str, Any]], None], doors: Callable[[], list[str]],
-    ) -> None:
+    def __init__(self, settings: Settings, *ways: Callable[..., Any]) -> None:
         import asyncio
-        import logging
-
-        self.settings, self.ring, self.line = settings, ring, line
-        self.learn, self.doors = learn, doors
+        self.ring, self.line, self.learn, self.doors = ways
         self.client = Client(settings.server, settings.api_key, timeout=TOOL_SECONDS - 0.5)
         kind, project = settings.agent_type or "agent", os.path.basename(os.getcwd())
         self.name = settings.agent_name or f"{unfit_to_dash(kind)[:15]}-{unfit_to_dash(project)}"
-        self.auto = not settings.agent_name  # the hub may add a number
+        self.kind, self.auto = kind, not settings.agent_name  # auto: the hub may add a number
         self.groups: Sequence[str] = list(dict.fromkeys(settings.groups))
-        self.bell = Bell()
-        self.unread, self.counted = 0, 0.0  # how many, and when the hub said so
+        self.bell, self.door = Bell(), ""  # the door is the one that rang last
+        self.unread = 0  # as the hub said last
         self.polling = 0  # calls of check_messages that wait: the agent needs no bell
         self.known: set[str] = set()  # ids that came before: hubs replay, and we ask older ones
         self.socket: Any = None
-        self.door = ""  # that rang last
         self.joined = False
         self.enrolling = asyncio.Lock()  # two at once would look like two agents of one name
         self.wanted = asyncio.Event()  # cleared by deregister
         self.wanted.set()
         self.stirred = asyncio.Event()  # the bell has something to think about
-        self.log = logging.getLogger("agent-chat")
-
-    async def hub(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """A blocking call in a thread."""
-        import asyncio
-
-        return await asyncio.to_thread(call, *args, **named)
+        self.aside: Any = asyncio.to_thread  # for calls that block
+        self.within: Any = asyncio.wait_for  # so many seconds, else TimeoutError
 
     async def enroll(self, name: str = "", groups: Sequence[str] | None = None) -> str:
         """Registers, again or under a new name; returns the name the hub gave."""
         import platform
-
+        if not name:  # an agent that left comes back by its own will only
+            await self.wanted.wait()
         async with self.enrolling:
-            groups = self.groups if groups is None else groups
-            answer = await self.hub(self.client.register, {
-                "name": name or self.name, "groups": groups, "auto": self.auto and not name,
-                "type": self.settings.agent_type or "agent", "host": platform.node(),
-                "cwd": os.getcwd(), "doors": await self.hub(self.doors)})
+            groups, auto = self.groups if groups is None else groups, self.auto and not name
+            answer = await self.aside(self.client.register, {
+                "name": name or self.name, "groups": groups, "auto": auto, "type": self.kind,
+                "host": platform.node(), "cwd": os.getcwd(), "doors": await self.aside(self.doors)})
             self.name, self.groups = answer.get("name") or name or self.name, groups
-            self.auto, self.joined = self.auto and not name, True
+            self.auto, self.joined = auto, True
             self.wanted.set()
             return self.name
 
-    async def enter(self) -> str:
-        await self.wanted.wait()
-        return await self.enroll()
-
     def absent(self, error: Exception) -> None:
         self.socket, self.joined = None, False
-        self.log.warning("not connected: %s", printable(str(error)))
+        sys.stderr.write(f"agent-chat: not connected: {printable(str(error))}\n")
 
     async def listen(self) -> None:
         """Holds the push channel and tells the bell what comes through it."""
-        async for socket, frame in follow(self.client, self.enter, self.absent):
-            self.socket, data, now = socket, frame.get("data") or {}, time.monotonic()
+        async for socket, frame in follow(self.client, self.enroll, self.absent):
+            self.socket, data, mail = socket, frame.get("data") or {}, []
             match frame.get("type"):
                 case None if not self.client.session:  # nothing is replayed by this hub
-                    for row in (await self.peek(50))[0]:
-                        await self.arrived(row)
+                    mail = await self.fetch(50)
                 case "new_message":
-                    await self.arrived(data)
-                case "unread" if data["agent"] == self.name:
-                    self.unread, self.counted = data["unread"], now
-                    if not data["unseen"]:
-                        self.bell.seen([*self.bell.fresh, *self.bell.rung], now)
+                    mail = [data]
+                case "unread" if data["agent"] == self.name and not data["unseen"]:
+                    self.bell.seen([*self.bell.mail], time.monotonic())
                 case "ring":
-                    rows, _ = await self.peek(MAX_PAGE)
-                    self.bell.again([row for row in rows if row["id"] in data["ids"]], now)
+                    rows = await self.fetch(MAX_PAGE)
+                    asked = [row for row in rows if row["id"] in data["ids"]]
+                    self.bell.again(asked, time.monotonic())
+            for message in mail:
+                if message["id"] not in self.known:
+                    self.known.add(message["id"])
+                    self.bell.add(message, time.monotonic())
+                elif message["id"] in self.bell.rung:  # our report got lost
+                    await self.report([message["id"]], Outcome("rung", self.door))
             self.stirred.set()
-
-    async def arrived(self, message: Mapping[str, Any]) -> None:
-        self.counted = 0.0
-        if message["id"] not in self.known:
-            self.known.add(message["id"])
-            self.bell.add(message, time.monotonic())
-        elif message["id"] in self.bell.rung:  # our report got lost
-            await self.report([message["id"]], Outcome("rung", self.door))
 
     async def attend(self) -> None:
         """Rings when the bell says so: looks each second, and whenever something stirred."""
-        import asyncio
-
         while True:
             bell = self.bell
             if batch := [] if self.polling else bell.take(time.monotonic()):
-                outcome = await self.hub(self.ring, self.line(batch))
+                outcome = await self.aside(self.ring, self.line(batch))
                 ids = [message["id"] for message in batch]
                 if bell.rang(ids, outcome.word, time.monotonic()):
                     await self.report(ids, outcome)
             self.stirred.clear()
             with contextlib.suppress(TimeoutError):
                 pause = min(max(bell.due - time.monotonic(), 0.01), 1)
-                await asyncio.wait_for(self.stirred.wait(), pause)
+                await self.within(self.stirred.wait(), pause)
 
     async def report(self, ids: Sequence[str], outcome: Outcome) -> None:
         """Tells the hub about a ring. Should it get lost, the hub sends the messages again."""
         from websockets.exceptions import ConnectionClosed
-
-        word, self.door = outcome.word, outcome.door
+        word, self.door, _ = outcome
         for start in range(0, len(ids), 500):  # a frame may have 64 KiB
             frame = {"type": "rung" if word == "rung" else "blocked", "outcome": word,
-                     "door": outcome.door, "ids": ids[start:start + 500]}
+                     "door": self.door, "ids": ids[start:start + 500]}
             with contextlib.suppress(ConnectionClosed, AttributeError):
                 await self.socket.send(json.dumps(frame))
 
-    async def call(self, name: str, arguments: Mapping[str, Any], meta: Mapping[str, Any]
-                   ) -> tuple[str, bool]:
-        """The JSON text that answers a tool call, and whether it is an error."""
-        import asyncio
+    async def fetch(self, limit: int, wait: float = 0, peek: bool = True) -> list[dict[str, Any]]:
+        """Unread messages; remembers how many there are."""
+        rows, self.unread = await self.aside(self.client.get_messages, self.name, limit, wait, peek)
+        return list(rows)
 
+    async def call(self, tool: str, arguments: Mapping[str, Any], meta: Mapping[str, Any]
+                   ) -> dict[str, Any]:
+        """What answers a call of this tool."""
         result: dict[str, Any]
         try:
-            values = checked_arguments(name, arguments)
+            values = checked_arguments(tool, arguments)
             self.learn(meta)
             seconds = TOOL_SECONDS + values.get("wait_seconds", 0)
-            result = await asyncio.wait_for(self.serve(name, values), seconds)
-            if self.joined and time.monotonic() - self.counted > COUNT_SECONDS:
+            result = await self.within(self.served(tool, values), seconds)
+            if self.joined:
                 with contextlib.suppress(ChatError):  # the tool itself did its work
-                    await self.peek(1)
+                    await self.fetch(1 if self.client.session else 50)  # older hubs don't count
         except TimeoutError:
             result = {"error": f"the hub at {self.client.server} does not answer; try again"}
         except ChatError as error:
             result = {"error": str(error)}
-        return json.dumps(result | {"unread": self.unread}, ensure_ascii=False), "error" in result
+        return result | {"unread": self.unread}
 
-    async def serve(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a tool, registered if it needs that."""
-        if name != "register":
-            if not self.wanted.is_set():
-                raise Conflict("you have left agent-chat; call register first")
-            if not self.joined:
-                await self.enroll()
-        tool = getattr(self, "do_" + name)
+    async def served(self, tool: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Uses the tool, registered if it needs that."""
+        if tool == "register":
+            return await self.rename(**values)
+        if not self.wanted.is_set():
+            raise Conflict("you have left agent-chat; call register first")
+        if not self.joined:
+            await self.enroll()
         try:
-            return dict(await tool(**values))
+            return await self.use(tool, **values)
         except NotAllowed:  # the name was taken while our socket was away
             await self.enroll()
-            return dict(await tool(**values))
+            return await self.use(tool, **values)
 
-    async def peek(self, limit: int) -> tuple[list[dict[str, Any]], int]:
-        """Unread messages without marking them seen; counts them."""
-        limit = limit if self.client.session else 50  # older hubs don't count, we do
-        rows, self.unread = await self.hub(self.client.get_messages, self.name, limit, peek=True)
-        self.counted = time.monotonic()
-        return rows, self.unread
+    async def use(self, tool: str, **values: Any) -> dict[str, Any]:
+        """Any tool but register. Those without a case of their own are a row of POSTS."""
+        client = self.client
+        match tool:
+            case "check_messages":
+                return await self.check(**values)
+            case "send_message" | "send_group_message":
+                answer = await self.aside(client.send, self.name, **values)
+                return {key: value for key, value in answer.items() if value != ""}
+            case "list_groups":
+                return {"groups": await self.aside(client.get, "/api/groups")}
+            case "list_agents":
+                rows = await self.aside(client.get, "/api/agents")
+                rows.sort(key=lambda row: bool(row["status"] == "offline"))
+                agents = [{key: row[key] for key in AGENT_KEYS if row.get(key)} for row in rows]
+                return {"you": self.name, "count": len(rows), "agents": agents[:AGENTS_SHOWN]}
+        body = {"agent_name": self.name, **values}
+        answer = await self.aside(client.post, POSTS[tool], body)
+        if tool == "read_messages":
+            self.bell.seen(values["message_ids"], time.monotonic())
+        if tool == "deregister":
+            self.wanted.clear()
+            self.bell, client.session, self.joined, self.unread = Bell(), "", False, 0
+            if self.socket:
+                await self.socket.close()
+        return dict(answer)
 
-    async def do_register(self, name: str, groups: Sequence[str] | None = None) -> dict[str, Any]:
-        """A new name takes everything along, and the old one is given up."""
+    async def rename(self, name: str, groups: Sequence[str] | None = None) -> dict[str, Any]:
+        """A new name takes everything along, the old one is given up, `listen` comes back."""
         old_name = self.name if self.joined else ""
-        old = Client(self.client.server, self.client.api_key, self.client.session)
+        old = Client(self.client.server, self.client.api_key)
+        old.session = self.client.session
         await self.enroll(name, groups)
         if old_name and old_name != self.name:
             self.bell = Bell()
             with contextlib.suppress(ChatError):
-                await self.hub(old.post, "/api/deregister", {"agent_name": old_name})
-        await self.hang_up()
-        return {"status": "ok", "name": self.name, "groups": self.groups}
-
-    async def hang_up(self) -> None:
-        """`listen` comes back under our present name, if we want to be there."""
-        self.counted = 0.0
+                await self.aside(old.post, "/api/deregister", {"agent_name": old_name})
         if self.socket:
             await self.socket.close()
+        return {"status": "ok", "name": self.name, "groups": self.groups}
 
-    async def do_send_message(self, content: str, to: str = "", group: str = "",
-                              reply_to: str = "") -> dict[str, Any]:
-        answer = await self.hub(self.client.send, self.name, content, to, group, reply_to)
-        return {key: value for key, value in answer.items() if value != ""}
-
-    do_send_group_message = do_send_message
-
-    async def do_check_messages(self, limit: int = 20, wait_seconds: int = 0,
-                                mark_read: bool = False) -> dict[str, Any]:
+    async def check(self, limit: int = 20, wait_seconds: int = 0, mark_read: bool = False
+                    ) -> dict[str, Any]:
         self.polling += 1
         try:
-            rows, self.unread = await self.hub(
-                self.client.get_messages, self.name, limit, wait_seconds)
+            rows = await self.fetch(limit, wait_seconds, peek=False)
         finally:
             self.polling -= 1
-        ids, self.counted = [row["id"] for row in rows], time.monotonic()
+        ids = [row["id"] for row in rows]
         self.known.update(ids)
-        self.bell.seen(ids if self.unread else [*self.bell.fresh, *self.bell.rung], self.counted)
+        self.bell.seen(ids if self.unread else [*self.bell.mail], time.monotonic())
         if ids and mark_read:
-            await self.do_read_messages(ids)
+            await self.use("read_messages", message_ids=ids)
         human = any(row["from_agent"] == HUMAN for row in rows)
         note = {"note": FROM_HUMAN if human else FROM_AGENTS} if rows else {}
         return {**note, "messages": [shown(row) for row in rows]}
-
-    async def do_read_messages(self, message_ids: Sequence[str]) -> Any:
-        body = {"agent_name": self.name, "message_ids": message_ids}
-        answer = await self.hub(self.client.post, "/api/messages/read", body)
-        self.bell.seen(message_ids, time.monotonic())
-        self.counted = 0.0
-        return answer
-
-    async def do_list_agents(self) -> dict[str, Any]:
-        rows = await self.hub(self.client.get, "/api/agents")
-        rows.sort(key=lambda row: bool(row["status"] == "offline"))
-        keys = ("name", "groups", "status", "type", "host", "cwd", "last_seen_at", "verified")
-        agents = [{k: row[k] for k in keys if row.get(k)} for row in rows[:AGENTS_SHOWN]]
-        return {"you": self.name, "count": len(rows), "agents": agents}
-
-    async def do_list_groups(self) -> dict[str, Any]:
-        return {"groups": await self.hub(self.client.get, "/api/groups")}
-
-    async def do_update_status(self, status: str) -> Any:
-        body = {"agent_name": self.name, "status": status}
-        return await self.hub(self.client.post, "/api/agents/status", body)
-
-    async def do_deregister(self) -> Any:
-        answer = await self.hub(self.client.post, "/api/deregister", {"agent_name": self.name})
-        self.wanted.clear()
-        self.bell, self.client.session, self.joined, self.unread = Bell(), "", False, 0
-        await self.hang_up()
-        return answer
 
 
 def shown(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -3840,77 +3382,68 @@ def checked_arguments(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]
         raise NotFound(f"there is no tool {tool!r}; there are {', '.join(TOOLS)}")
     _, schemas, required, _ = TOOLS[tool]
     values = {key: value for key, value in arguments.items() if value is not None}
-    for key in values.keys() - schemas.keys():
-        raise BadRequest(f"{tool} has no argument {key!r}; it takes {', '.join(schemas) or 'none'}")
     for key in [*list(schemas)[:required], *values]:
-        if wanted := unfit(values.get(key), schemas[key]):
+        if key not in schemas:
+            takes = ", ".join(schemas) or "none"
+            raise BadRequest(f"{tool} has no argument {key!r}; it takes {takes}")
+        value, schema = values.get(key), schemas[key]
+        low, high, words = schema.get("minimum", 0), schema.get("maximum", 0), schema.get("enum")
+        strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        fit, wanted = {
+            "string": (isinstance(value, str) and (not words or value in words),
+                       " or ".join(words or ["a string"])),
+            "integer": (type(value) is int and low <= value <= high,
+                        f"a whole number from {low} to {high}"),
+            "boolean": (isinstance(value, bool), "true or false"),
+            "array": (strings, "a list of strings"),
+        }[schema["type"]]
+        if not fit:
             raise BadRequest(f"{key} must be {wanted}")
     return values
-
-
-def unfit(value: Any, schema: Mapping[str, Any]) -> str:
-    """What the value must be instead; "" if it is."""
-    low, high, words = schema.get("minimum", 0), schema.get("maximum", 0), schema.get("enum")
-    strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    fit, wanted = {
-        "string": (isinstance(value, str) and (not words or value in words),
-                   " or ".join(words or ["a string"])),
-        "integer": (type(value) is int and low <= value <= high,
-                    f"a whole number from {low} to {high}"),
-        "boolean": (isinstance(value, bool), "true or false"),
-        "array": (strings, "a list of strings"),
-    }[schema["type"]]
-    return "" if fit else wanted
 
 
 def mcp_server(plugin: Plugin) -> Any:
     """The SDK's server with our tools, the same for mcp 1.x and 2.x."""
     from mcp import types as sdk_types
     from mcp.server.lowlevel import Server
-
     types: Any = sdk_types
-    make: Any = Server
-    older = hasattr(make, "list_tools")  # mcp 1.x: handlers get requests, and wrap results
+    make: Any = functools.partial(
+        Server, "agent-chat", version=__version__, instructions=INSTRUCTIONS)
+    older = hasattr(Server, "list_tools")  # mcp 1.x: handlers get requests, and wrap results
     wrap = types.ServerResult if older else lambda result: result
-    tools = wrap(types.ListToolsResult.model_validate({"tools": [
-        {"name": name, "description": text, "annotations": hints,
-         "inputSchema": {"type": "object", "properties": schemas,
-                         "required": list(schemas)[:required]}}
-        for name, (text, schemas, required, hints) in TOOLS.items()]}))
 
     async def listed(*_: Any) -> Any:
-        return tools
+        return wrap(types.ListToolsResult.model_validate({"tools": [
+            {"name": name, "description": text, "annotations": hints,
+             "inputSchema": {"type": "object", "properties": schemas,
+                             "required": list(schemas)[:required]}}
+            for name, (text, schemas, required, hints) in TOOLS.items()]}))
 
     async def called(*sent: Any) -> Any:
-        params = sent[-1].params if older else sent[-1]
-        text, failed = await plugin.call(
-            params.name, params.arguments or {}, dict(params.meta or {}))
+        asked = sent[-1].params if older else sent[-1]
+        result = await plugin.call(asked.name, asked.arguments or {}, dict(asked.meta or {}))
+        text = json.dumps(result, ensure_ascii=False)
         return wrap(types.CallToolResult.model_validate(
-            {"content": [{"type": "text", "text": text}], "isError": failed}))
+            {"content": [{"type": "text", "text": text}], "isError": "error" in result}))
 
-    about = {"version": __version__, "instructions": INSTRUCTIONS}
     if not older:
-        return make("agent-chat", on_list_tools=listed, on_call_tool=called, **about)
-    server = make("agent-chat", **about)
+        return make(on_list_tools=listed, on_call_tool=called)
+    server = make()
     server.request_handlers |= {types.ListToolsRequest: listed, types.CallToolRequest: called}
     return server
 
 
-def run_plugin(settings: Settings, *ways: Any) -> int:
+def run_plugin(settings: Settings, *ways: Callable[..., Any]) -> int:
     """Speaks MCP on stdin and stdout until stdin ends or the parent dies, then ends the
-    process. `ways` are ring, line, learn and doors as Plugin takes them."""
+    process. `ways` as Plugin takes them."""
     import gc
-
     gc.disable()  # while the SDK is imported it would cost 100 ms of 700
     import asyncio
-    import logging
+    import traceback
 
     from pydantic import BaseModel
-
     BaseModel.model_config["defer_build"] = True  # validators of messages nobody sends: 75 ms
     from mcp.server.stdio import stdio_server
-
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     plugin, parent = Plugin(settings, *ways), os.getppid()
 
     async def watch() -> None:  # a host that is killed may leave our stdin open
@@ -3924,8 +3457,8 @@ def run_plugin(settings: Settings, *ways: Any) -> int:
         while True:
             try:
                 await work()
-            except Exception:
-                plugin.log.exception("a mistake of this program; going on in 5 s")
+            except Exception:  # a mistake of this program
+                traceback.print_exc()
             await asyncio.sleep(5)
 
     async def main() -> None:
@@ -3947,11 +3480,12 @@ def run_plugin(settings: Settings, *ways: Any) -> int:
 # Knows: JSON and TOML as text, Client, the doorbell's line.  Never: argparse, print, exit.
 # ======================================================================================
 
-# Configuration files belong to others. What is not ours stays byte for byte, an edit is
-# checked by parsing it again, and a file that cannot be parsed is left alone.
+# Configuration files belong to others. What is not ours stays byte for byte, and a file that
+# cannot be parsed is left alone.
 BACKUP_SUFFIX = ".agent-chat-backup"
 OWN_HOOK = re.compile(r"agent[-_]chat\S* hook \w+$")
 OWN_TABLE = r"\s*\[\s*mcp_servers\s*\.\s*[\"']?agent-chat[\"']?\s*"
+JSON_TOKEN = re.compile(r'\s*(?:"(?:\\.|[^"\\])*"|[][{},:]|[^][{},:"\s]+)')
 HOOK_SECONDS = 2  # for a hub that accepts and then says nothing; the agent waits for us
 
 
@@ -3967,11 +3501,10 @@ class AgentCli(NamedTuple):
 
 EVENTS = ("UserPromptSubmit", "PostToolUse", "Stop")
 TURN_ENDS = {"Stop": "block", "AfterAgent": "deny"}  # and the word that prolongs the turn
-GEMINI = ".gemini/settings.json"
+CODEX, GEMINI = ".codex/config.toml", ".gemini/settings.json"
 AGENT_CLIS = {
     "claude": AgentCli(".mcp.json", ".claude.json", "mcpServers", ".claude/settings.json", EVENTS),
-    "codex": AgentCli(".codex/config.toml", ".codex/config.toml", "mcp_servers",
-                      ".codex/hooks.json", EVENTS),
+    "codex": AgentCli(CODEX, CODEX, "mcp_servers", ".codex/hooks.json", EVENTS),
     "gemini": AgentCli(GEMINI, GEMINI, "mcpServers", GEMINI,
                        ("BeforeAgent", "AfterTool", "AfterAgent")),
     "opencode": AgentCli("opencode.json", ".config/opencode/opencode.json", "mcp"),
@@ -3988,107 +3521,78 @@ class Edit(NamedTuple):
     backup: bool = False  # `before` is others' work: keep it until `init --undo`
 
 
-def json_rewritten(text: str, at: int, value: Any, pad: str, unit: str | None) -> str:
-    """`value` as JSON, in the words of the JSON that starts at `at` wherever it has them already.
+def json_put(text: str, key: str, name: str, value: Any) -> str:
+    """The JSON text with that value (None: without it) as `name` in its table `key`. All that
+    stands before and after the one place that changes is kept as it is written."""
+    data = json.loads(text)
+    table = data.setdefault(key, {})
+    if (table.get(name) or None) == value:
+        return text
+    table[name] = value
+    if value is None:
+        del table[name]
+    if not table:
+        del data[key]
+    indent = re.search(r'\n([ \t]+)"', text)
+    unit = indent[1] if indent else "  " if text.strip() == "{}" else None  # None: all in one line
+    fresh = json.dumps(data, indent=unit, ensure_ascii=False)
+    fresh = fresh.replace("\n", "\r\n") if "\r\n" in text else fresh
 
-    `pad` is the line break and indentation around it, `unit` one step, None for one line.
-    """
-    decode = json.JSONDecoder().raw_decode
-    old, end = decode(text, at)
-    if old == value:
-        return text[at:end]
-    if not (old and value and type(old) is type(value) and text[at] in "{["):
-        fresh = json.dumps(value, indent=unit, ensure_ascii=False)
-        return fresh.replace("\n", pad) if unit else fresh
-    members: dict[Any, tuple[str, int]] = {}  # key or index: (all that stands before it, where)
-    place, stop, tail = at + 1, at, at
-    while text[stop] != text[end - 1]:
-        key, start = len(members), ink(text, place)
-        if isinstance(old, dict):
-            key, colon = decode(text, start)
-            start = ink(text, ink(text, colon) + 1)
-        members[key] = text[place:start], start
-        tail = decode(text, start)[1]
-        stop = ink(text, tail)  # a comma, or the closing bracket
-        place = stop + 1
-    gap = text[at + 1 : ink(text, at + 1)]
-    unit, parts = unit if "\n" in gap else None, []  # what stands on one line stays there
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        label = f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(value, dict) else ""
-        known = key if label else old.index(item) if item in old else None
-        lead, start = members.get(known, (f"{gap or ' '}{label}", 0))
-        parts.append(lead + json_rewritten(text if start else "null", start, item, gap, unit))
-    return text[at] + ",".join(parts) + text[tail:end]
+    @functools.cache
+    def meaning(token: str) -> str:
+        return token.strip() if token.strip() in "[]{},:" else repr(json.loads(token))
 
-
-def ink(text: str, at: int) -> int:
-    """Where the next character stands that is not blank."""
-    return next(place for place in range(at, len(text)) if text[place] not in " \t\r\n")
+    old, new = JSON_TOKEN.findall(text), JSON_TOKEN.findall(fresh)
+    said = [[meaning(token) for token in tokens] for tokens in (old, new)]
+    head = len(os.path.commonprefix(said))
+    tail = len(os.path.commonprefix([tokens[head:][::-1] for tokens in said]))
+    rest = old[-tail:]
+    if rest[0].strip() in "]}":  # its table may have been empty, or is so now
+        rest[0] = new[-tail]
+    return "".join(old[:head] + new[head:-tail] + rest) + text[len("".join(old)):]
 
 
 def json_edited(text: str, cli: AgentCli, entry: Mapping[str, Any] | None,
                 hook: Mapping[str, Any] | None) -> str:
     """The settings with our entry and hook (None = as it is), or without ours if both are None."""
     data = json.loads(text)
-    empty = {key for key in (cli.servers, "hooks") if data.get(key) == {}}  # not by us
-    servers, hooks = data.setdefault(cli.servers, {}), data.setdefault("hooks", {})
-    if entry:
-        servers["agent-chat"] = merged_entry(servers.get("agent-chat"), entry)
-    elif not hook:
-        servers.pop("agent-chat", None)
+    if entry or not hook:
+        old = data.get(cli.servers, {}).get("agent-chat")
+        text = json_put(text, cli.servers, "agent-chat", entry and merged_entry(old, entry))
     for event in cli.events if hook or not entry else ():
-        groups, ours = hooks.get(event, []), {"hooks": [hook]}
-        if ours not in groups:  # else it stays where it is
-            hooks[event] = [ours] if hook else []
-            hooks[event][:0] = [group for group in groups if not all(
-                OWN_HOOK.search(each["command"]) for each in group["hooks"])]
-            if not hooks[event]:
-                del hooks[event]
-    for key in {cli.servers, "hooks"} - empty:
-        if not data[key]:
-            del data[key]
-    indent, newline = re.search(r'\n([ \t]+)"', text), "\r\n" if "\r\n" in text else "\n"
-    at = ink(text, 0)
-    body = json_rewritten(text, at, data, newline, indent[1] if indent else "  ")
-    edited = text[:at] + body + text[json.JSONDecoder().raw_decode(text, at)[1] :]
-    if json.loads(edited) != data:
-        raise ValueError("it has an unusual form")
-    return edited
-
-
-def toml_text(value: Any) -> str:
-    """A value in TOML; JSON's strings, numbers and lists are TOML's too."""
-    if isinstance(value, dict):
-        pairs = (f"{json.dumps(key)} = {toml_text(item)}" for key, item in value.items())
-        return "{ " + ", ".join(pairs) + " }"
-    return json.dumps(value, ensure_ascii=False)
+        groups = data.get("hooks", {}).get(event, [])
+        if {"hooks": [hook]} not in groups:  # else it stays where it is
+            groups = [group for group in groups if not all(
+                OWN_HOOK.search(each.get("command", "")) for each in group["hooks"])]
+            groups += [{"hooks": [hook]}] if hook else []
+        text = json_put(text, "hooks", event, groups or None)
+    return text
 
 
 def toml_edited(text: str, entry: Mapping[str, Any] | None) -> str:
     """The TOML text with our table at its end, or without our tables."""
     import tomllib
-
-    data, ending = tomllib.loads(text), r"(\.\s*env\s*)?\]" if entry else r"[.\]]"
+    data = tomllib.loads(text)
     servers = data.setdefault("mcp_servers", {})
-    old, inside = servers.pop("agent-chat", {}), False
-    kept: list[str] = []
+    old = servers.pop("agent-chat", {})
     merged = merged_entry(old, entry) if entry else {}
     if merged == old:
         return text
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        inside = bool(re.match(OWN_TABLE + ending, line)) if line.lstrip()[:1] == "[" else inside
-        if not inside or line.lstrip()[:1] in ("#", ""):  # comments may be others'
-            kept.append(line)
-    edited = "".join(kept)
+    table = OWN_TABLE + (r"(\.\s*env\s*)?\]" if entry else r"[.\]]")
+    edited, inside = "", False
+    for line in text.splitlines(keepends=True):
+        start = line.lstrip()[:1]
+        inside = bool(re.match(table, line)) if start == "[" else inside
+        if not inside or start in ("#", ""):  # comments may be others'
+            edited += line
     if entry:
+        servers["agent-chat"] = merged
+        ours = {key: value for key, value in merged.items() if not isinstance(value, dict)}
+        ours |= {f"env.{key}": value for key, value in merged["env"].items()}
         edited += "" if edited.endswith("\n") or not edited else "\n"
         edited += ("\n" if edited else "") + "[mcp_servers.agent-chat]\n" + "".join(
-            f"{key} = {toml_text(value)}\n" for key, value in merged.items()
-            if key == "env" or not isinstance(value, dict))  # `.tools` has tables of its own
-        servers["agent-chat"] = merged
-    after = tomllib.loads(edited)
-    after.setdefault("mcp_servers", {})
-    if after != data:
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in ours.items())
+    if {"mcp_servers": {}} | tomllib.loads(edited) != data:
         raise ValueError("it has agent-chat in an unusual form")
     return edited
 
@@ -4112,35 +3616,31 @@ def own_command(portable: bool) -> list[str]:
 
 def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Any]:
     """Our entry in that CLI's table of MCP servers. The key is never in it, only its variable."""
-    command, *arguments = [*own_command(portable), "mcp"]
+    command = [*own_command(portable), "mcp"]
     variables = {"AGENT_CHAT_SERVER": settings.server, "AGENT_TYPE": name}
     if name == "opencode":
-        return {"type": "local", "command": [command, *arguments], "environment": variables}
+        return {"type": "local", "command": command, "environment": variables}
     if name == "gemini" and environ().get("AGENT_CHAT_API_KEY"):
         variables["AGENT_CHAT_API_KEY"] = "$AGENT_CHAT_API_KEY"  # Gemini may hide keys else
-    entry: dict[str, Any] = {"command": command, "args": arguments, "env": variables}
+    entry: dict[str, Any] = {"command": command[0], "args": command[1:], "env": variables}
     if name == "codex":  # hands on what is named, and asks before each tool call
-        entry["env_vars"] = ["TMUX", "TMUX_PANE", "AGENT_CHAT_API_KEY", "AGENT_CHAT_TMUX"]
-        entry["tool_timeout_sec"] = MAX_WAIT_SECONDS + 10
-        entry["default_tools_approval_mode"] = "approve"
+        entry |= {"env_vars": ["TMUX", "TMUX_PANE", "AGENT_CHAT_API_KEY", "AGENT_CHAT_TMUX"],
+                  "tool_timeout_sec": MAX_WAIT_SECONDS + 10,
+                  "default_tools_approval_mode": "approve"}
     return entry
 
 
 def installed_clis() -> list[str]:
     """The agent CLIs that this user has, by their program or their files."""
     import shutil
-
-    home = os.path.expanduser("~")
     return [name for name, cli in AGENT_CLIS.items() if shutil.which(name) or any(
-        os.path.exists(os.path.join(home, path))
-        for path in (cli.user_file, os.path.dirname(cli.hooks_file or cli.user_file)))]
+        os.path.exists(os.path.expanduser(f"~/{path}")) for path in (cli.user_file, f".{name}"))]
 
 
 def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
                   settings: Settings) -> list[Edit]:
     """What `init` would do for these CLIs, in a project or (project "") for the user."""
     import shlex
-
     base, edits = os.path.abspath(project or os.path.expanduser("~")), []
     for name in names:
         cli = AGENT_CLIS[name]
@@ -4148,18 +3648,17 @@ def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
         entry = None if undo else plugin_entry(name, settings, bool(project))
         command = shlex.join([*own_command(bool(project)), "hook", name])
         hook = {"type": "command", "command": command} if hooks and not undo else None
-        for file in {first: 0, cli.hooks_file if hooks or undo else first: 0}:
-            if file:
-                path = os.path.realpath(os.path.join(base, file))
-                edits.append(planned_edit(path, cli, entry if file == first else None,
-                                          hook if file == cli.hooks_file else None))
+        for file in sorted({first, cli.hooks_file} - {""}) if hooks or undo else [first]:
+            edits.append(planned_edit(os.path.realpath(os.path.join(base, file)), cli,
+                                      entry if file == first else None,
+                                      hook if file == cli.hooks_file else None))
     return edits
 
 
 def planned_edit(path: str, cli: AgentCli, entry: Mapping[str, Any] | None,
                  hook: Mapping[str, Any] | None) -> Edit:
     """The edit of one file, or why it is left alone. Neither entry nor hook: what undoes it."""
-    toml, undo, before = path.endswith(".toml"), not (entry or hook), None
+    toml, before = path.endswith(".toml"), None
 
     def edited(text: str, *ours: Mapping[str, Any] | None) -> str:
         return toml_edited(text, ours[0]) if toml else json_edited(text, cli, *ours)
@@ -4170,27 +3669,22 @@ def planned_edit(path: str, cli: AgentCli, entry: Mapping[str, Any] | None,
 
     try:
         before, backup = read_file(path), read_file(path + BACKUP_SUFFIX)
-        if before is None and undo:
-            return Edit(path, None, None)
-        if before is None and os.path.exists(path + "c"):
-            raise ValueError(f"there is a {os.path.basename(path)}c, which may have comments")
-        text = before if before and before.strip() else "" if toml else "{}\n"
+        text = before or ("" if toml else "{}\n")
         rest = edited(text, None, None)  # without anything of ours
-        foreign, alone = content(rest) == content(text), not content(rest)
-        if not undo:
+        foreign, alone = rest == text, rest.strip() in ("", "{}")
+        if entry or hook:
+            if before is None and os.path.exists(path + "c"):
+                raise ValueError(f"there is a {os.path.basename(path)}c, which may have comments")
             keep = before is not None and (foreign or backup is None and not alone)
             return Edit(path, before, edited(text, entry, hook), "", keep)
         if foreign:
             return Edit(path, before, before)
-        if backup is None:
-            return Edit(path, before, None if alone else rest)
-        untouched = content(edited(backup or text, None, None)) == content(rest)
-        return Edit(path, before, backup if untouched else rest)
+        if backup and content(edited(backup, None, None)) == content(rest):
+            return Edit(path, before, backup)  # nobody but us changed anything since
+        return Edit(path, before, None if alone and backup is None else rest)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         why = error if isinstance(error, OSError | ValueError) else "it has an unusual form"
-        ours = {cli.servers: {"agent-chat": entry}} if entry else {"hooks": hook}
-        advice = "" if undo else f". Put in by hand: {json.dumps(ours)}"
-        return Edit(path, before, before, f"{path} is left alone: {why}{advice}")
+        return Edit(path, before, before, f"{path} is left alone: {why}; see the README")
 
 
 def read_file(path: str) -> str | None:
@@ -4223,23 +3717,26 @@ def apply_edit(edit: Edit) -> None:
         os.unlink(backup)
     if edit.after is None:
         os.unlink(edit.path)
-        return
-    mode = 0o644 if edit.before is None else os.stat(edit.path).st_mode & 0o777
-    write_file(edit.path, edit.after, mode)
+    else:
+        mode = 0o644 if edit.before is None else os.stat(edit.path).st_mode & 0o777
+        write_file(edit.path, edit.after, mode)
 
 
 def hook_answer(cli: str, event: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    """What that CLI's hook protocol wants to read after this event; None is silence.
-
-    It is the doorbell line for mail that no hook spoke of yet; nothing is marked by it. The end
-    of a turn is held up once at most.
-    """
+    """What that CLI's hook protocol wants to read after this event; None is silence. It is the
+    doorbell line for mail that no hook spoke of yet. The end of a turn is held up once at most."""
+    import socket
     name = str(event.get("hook_event_name", ""))
     if event.get("stop_hook_active") or "agent-chat" in str(event.get("tool_name")):
         return None
     client = Client(settings.server, settings.api_key, timeout=HOOK_SECONDS)
-    row = hook_agent(client.get("/api/agents"), cli, str(event.get("cwd", "")), settings)
-    mail = unheard_mail(client, row, settings) if row and row.get("unread") else []
+    here = (socket.gethostname(), os.path.realpath(str(event.get("cwd") or ".")))
+    agents = [settings.agent_name] if settings.agent_name else [
+        row["name"] for row in client.get("/api/agents") if row["type"].startswith(cli)
+        and (row["host"], row["cwd"]) == here and row["status"] != "offline"]
+    if len(agents) != 1:  # a hook cannot prove which one it speaks for
+        return None
+    mail = unheard_mail(client, agents[0], settings)
     if not mail or str(event.get("prompt", "")).lstrip().startswith(DOORBELL):
         return None  # or the bell rang in the terminal just now
     line = doorbell_line(mail, settings.preview)
@@ -4248,51 +3745,27 @@ def hook_answer(cli: str, event: Mapping[str, Any], settings: Settings) -> dict[
     return {"hookSpecificOutput": {"hookEventName": name, "additionalContext": line}}
 
 
-def hook_agent(rows: Sequence[Mapping[str, Any]], cli: str, cwd: str,
-               settings: Settings) -> Mapping[str, Any] | None:
-    """The agent a hook speaks for: by AGENT_NAME, else the one that runs in its directory.
-
-    A hook has no session to prove who it is; where two could be meant, it keeps silent.
-    """
-    import socket
-
-    if settings.agent_name:
-        found = [row for row in rows if row["name"].lower() == settings.agent_name.lower()]
-    else:
-        here = (socket.gethostname(), os.path.realpath(cwd or "."))
-        found = [row for row in rows if (row.get("host"), row.get("cwd")) == here
-                 and row["status"] != "offline"]
-    if len(found) > 1:
-        found = [row for row in found if str(row.get("type")).startswith(cli)]
-    return found[0] if len(found) == 1 else None
-
-
-def unheard_mail(client: Client, row: Mapping[str, Any],
-                 settings: Settings) -> list[dict[str, Any]]:
-    """Unread mail that no hook spoke of, less what a loop guard or a mute list keeps quiet.
-
-    A file per agent has the ids of what was handed over and is still unread.
-    """
-    heard_file = os.path.join(settings.home, "heard", checked_name(row["name"]).lower())
-    mail = client.get_messages(row["name"], limit=200, peek=True)[0]
-    heard = (read_file(heard_file) or "").split()
+def unheard_mail(client: Client, name: str, settings: Settings) -> list[dict[str, Any]]:
+    """Unseen mail that no hook spoke of, less what a loop guard or a mute list keeps quiet. A
+    file per agent has the ids of what was handed over."""
+    path = os.path.join(settings.home, "heard", checked_name(name).lower())
+    heard = (read_file(path) or "").split()
+    latest = client.get("/api/messages/history", agent=name, limit=50)
+    mail = [message for message in reversed(latest) for receipt in message["receipts"]
+            if receipt["agent"].lower() == name.lower()
+            and not (receipt["seen_at"] or receipt["read_at"] or receipt["quiet"])]
     new = [message for message in mail if message["id"] not in heard]
     if new:
-        os.makedirs(settings.home, mode=0o700, exist_ok=True)
-        write_file(heard_file, "\n".join(message["id"] for message in mail), 0o600)
-    loops = {loop["with"] for loop in row.get("quiet") or ()}
-    owner = Agent(row["name"], "")
-    owner.mute, owner.allow = tuple(row.get("mute") or ()), tuple(row.get("allow") or ())
-    return [message for message in new if message["from_agent"] not in loops
-            and owner.rings_for(message["from_agent"])]
+        write_file(path, "\n".join(message["id"] for message in mail), 0o600)
+    return new
 
 
 # ======================================================================================
 # DOCTOR -- what has to be right on this machine, and the proof that a bell rings.
-# Knows: Client, Doors, planned edits, subprocess.  Never: argparse, print, exit.
+# Knows: Client, the tmux door, planned edits, subprocess.  Never: argparse, print, exit.
 # ======================================================================================
 
-STAGE_SECONDS = 10  # for each step of the rehearsal
+RING_SECONDS = 10  # in a pane where nobody types
 
 
 class Check(NamedTuple):
@@ -4307,30 +3780,29 @@ class Check(NamedTuple):
 
 def doctor_checks(settings: Settings) -> Iterator[Check]:
     """Everything that has to be right on this machine, then the whole chain, stage by stage."""
-    import shutil
-    from importlib import metadata
-
+    from importlib import import_module, metadata
     own = f"{__version__} ({fingerprint()})"
     yield Check("program", "ok", f"{own}, Python {sys.version.split()[0]}")
-    for name in ("websockets", "mcp"):
+    for name, part in (("websockets", "asyncio.client"), ("mcp", "server.stdio")):
         try:
+            import_module(f"{name}.{part}")
             yield Check(name, "ok", metadata.version(name))
-        except metadata.PackageNotFoundError:
-            yield Check(name, "fail", "not installed", f"run install.sh, or pip install {name}")
+        except ImportError as error:  # its own parts may be missing, too
+            yield Check(name, "fail", f"not installed ({error})", "sh install.sh")
     if settings.config and settings.api_key and os.name == "posix":
         shared = os.stat(settings.config).st_mode & 0o077
         yield Check("config", "fail" if shared else "ok", settings.config,
                     f"others can read the key in it: chmod 600 {settings.config}")
     edits = [edit for project in (os.getcwd(), "")
              for edit in planned_edits(AGENT_CLIS, project, False, True, settings)]
-    yield from (Check("agents", "note", edit.trouble, "") for edit in edits if edit.trouble)
+    yield from (Check("agents", "note", edit.trouble) for edit in edits if edit.trouble)
     known = ", ".join(edit.path for edit in edits if edit.after != edit.before)
     yield Check("agents", "ok" if known else "note", known or "no agent CLI knows agent-chat yet",
                 "agent_chat.py init")
-    pane = environ().get("TMUX_PANE", "none")
-    yield Check("tmux", "ok" if shutil.which("tmux") else "note", f"pane {pane}", "install tmux")
     doors = ", ".join(Doors(settings).names())
-    yield Check("doors", "ok" if doors else "note", doors or "none in this terminal",
+    pane = environ().get("TMUX_PANE", "none")
+    yield Check("doors", "ok" if doors else "note",
+                f"{doors or 'none in this terminal'}; tmux pane {pane}",
                 "start agents inside tmux; elsewhere they learn of mail when they look")
     client, started = Client(settings.server, settings.api_key), time.perf_counter()
     try:
@@ -4349,114 +3821,55 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
     except ChatError as error:
         yield Check("hub", "fail", str(error), "start it: agent_chat.py serve -d")
     else:
-        yield from rehearsal(settings, client)
+        yield from chain_checks(settings, client)
 
 
-def rehearsal(settings: Settings, client: Client) -> Iterator[Check]:
-    """The real thing with a throw-away agent: plugin, message, bell, submitted line, tools."""
-    import shutil
-    import subprocess
-
-    if not shutil.which("tmux"):
-        yield Check("chain", "note", "not tried, there is no tmux here", "install tmux")
-        return
-    name = f"doctor-{os.urandom(3).hex()}"
-    stage = Stage(name, settings)
-    steps: dict[str, Callable[[], object]] = {
-        "plugin answers": stage.open,
-        "it registers": lambda: stage.until(
-            lambda: name in [row["name"] for row in client.get("/api/agents")]),
-        "message stored": lambda: client.send(HUMAN, "does the bell ring", name),
-        "line submitted": lambda: stage.until(
-            lambda: stage.tmux("capture-pane", "-p").count(DOORBELL) > 1),
-        "message read": lambda: stage.asked(
-            "tools/call", {"name": "check_messages", "arguments": {"mark_read": True}}),
-        "agent gone": lambda: stage.asked("tools/call", {"name": "deregister", "arguments": {}})}
+def chain_checks(settings: Settings, client: Client) -> Iterator[Check]:
+    started = time.perf_counter()
     try:
-        for step, play in steps.items():
-            started, done, trouble = time.perf_counter(), None, ""
-            try:
-                done = play()
-            except (ChatError, OSError, ValueError, subprocess.SubprocessError) as error:
-                trouble = f": {error}"
-            yield Check("chain", "ok" if done else "fail", step + trouble,
-                        "run `agent_chat.py mcp` by hand, and look into the hub's log",
-                        (time.perf_counter() - started) * 1e3)
-            if not done:
-                break
+        for stage in rehearsal(settings, client):
+            ms, started = (time.perf_counter() - started) * 1e3, time.perf_counter()
+            yield Check("chain", "ok", stage, ms=ms)
+    except FileNotFoundError:
+        yield Check("chain", "note", "not tried, there is no tmux here", "install tmux")
+    except (ChatError, OSError) as error:
+        yield Check("chain", "fail", str(error), "look into the hub's log")
+
+
+def rehearsal(settings: Settings, client: Client) -> Iterator[str]:
+    """The real thing with a throw-away agent and pane. Yields the name of each stage once it is
+    done; what goes wrong is raised."""
+    import shutil
+    import tempfile
+    name, place = f"doctor-{os.urandom(3).hex()}", tempfile.mkdtemp()
+    agent, tmux = Client(settings.server, settings.api_key), ["tmux", "-uS", f"{place}/tmux"]
+    try:
+        glyph = "".join(f"\\{byte:03o}" for byte in settings.prompts[0].encode())
+        pane = run_bounded([*tmux, "-f", os.devnull, "new-session", "-d", "-x250", "-PF#{pane_id}",
+                            f"printf '{glyph} '; exec cat"])[1].strip()  # says each line again
+        door = TmuxDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}"))
+        yield "pane opened"
+        agent.register({"name": name})
+        yield "agent registered"
+        sent = client.send(HUMAN, "does the bell ring", name)
+        yield "message stored"
+        line = f"{doorbell_line(agent.get_messages(name)[0])} #{os.urandom(2).hex()}"
+        word, end = "the pane is not found", time.monotonic() + RING_SECONDS
+        while word != "rung" or run_bounded([*tmux, "capture-pane", "-p"])[1].count(line) < 2:
+            if time.monotonic() > end:
+                raise ChatError(f"no line submitted in a pane of its own: {word}")
+            if word != "rung" and door.available():  # it may not have been drawn yet
+                word = door.ring(line).word
+            time.sleep(0.02)
+        yield "line submitted"
+        agent.post("/api/messages/read", {"agent_name": name, "message_ids": [sent["id"]]})
+        yield "message read"
     finally:
-        stage.close()
-        with contextlib.suppress(ChatError):  # gone already, if all went well
-            client.post("/api/deregister", {"agent_name": name})
-
-
-class Stage:
-    """A throw-away tmux pane with a composer in it, and the real plugin that rings there."""
-
-    plugin: Any = None
-
-    def __init__(self, name: str, settings: Settings) -> None:
-        import tempfile
-
-        self.name, self.settings, self.place = name, settings, tempfile.mkdtemp()
-
-    def open(self) -> bool:
-        """The pane is drawn and the plugin has answered."""
-        import subprocess
-
-        glyph = "".join(f"\\{byte:03o}" for byte in self.settings.prompts[0].encode())
-        pane = self.tmux("-f", os.devnull, "new-session", "-d", "-x", "250", "-PF", "#{pane_id}",
-                         f"printf '{glyph} '; exec cat")  # says each submitted line once more
-        env = {key: value for key, value in environ().items()
-               if key != "TMUX" and not key.startswith("CLAUDE_CODE_")}  # no other door
-        env |= {"AGENT_NAME": self.name, "AGENT_CHAT_SERVER": self.settings.server,
-                "AGENT_CHAT_API_KEY": self.settings.api_key,
-                "AGENT_CHAT_TMUX": f"{self.place}/tmux,{pane.strip()}"}
-        self.plugin = subprocess.Popen([sys.executable, os.path.abspath(__file__), "mcp"], env=env,
-                                       stdin=-1, stdout=-1, stderr=-3)  # PIPE, PIPE, DEVNULL
-        return self.asked("initialize", {
-            "protocolVersion": "2025-06-18", "capabilities": {},
-            "clientInfo": {"name": "doctor", "version": __version__}})
-
-    def tmux(self, *words: str) -> str:
-        import subprocess
-
-        done = subprocess.run(["tmux", "-uS", f"{self.place}/tmux", *words], check=True,
-                              capture_output=True, text=True, timeout=STAGE_SECONDS)
-        return done.stdout
-
-    def asked(self, method: str, params: Mapping[str, Any]) -> bool:
-        """One MCP request that went well. A plugin that says nothing is ended, which is an end."""
-        import threading
-
-        watchdog = threading.Timer(STAGE_SECONDS, self.plugin.kill)
-        watchdog.start()
-        frame = {"jsonrpc": "2.0", "id": method, "method": method, "params": params}
-        self.plugin.stdin.write(json.dumps(frame).encode() + b"\n")
-        self.plugin.stdin.flush()
-        answers = map(json.loads, self.plugin.stdout)
-        found: dict[str, Any] = next((each for each in answers if each.get("id") == method), {})
-        watchdog.cancel()
-        if method == "initialize":
-            self.plugin.stdin.write(b'{"jsonrpc":"2.0","method":"notifications/initialized"}\n')
-        return "result" in found and not found["result"].get("isError")
-
-    def until(self, condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + STAGE_SECONDS
-        while not (met := condition()) and time.monotonic() < end:
-            time.sleep(0.01)
-        return met
-
-    def close(self) -> None:
-        import shutil
-        import subprocess
-
-        if self.plugin:
-            self.plugin.kill()
-            self.plugin.wait()
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            self.tmux("kill-server")
-        shutil.rmtree(self.place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run_bounded([*tmux, "kill-server"])
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(ChatError):
+            agent.post("/api/deregister", {"agent_name": name})
 
 
 # ======================================================================================
@@ -4469,84 +3882,57 @@ STOP_SECONDS = 6  # the hub drains its connections in less
 
 
 class RunningHub(NamedTuple):
-    """What a hub writes into its pid file, next to its database. Names the process, not just
-    a number: a pid alone may be somebody else's by now."""
+    """What a hub writes beside its database: a pid alone may be somebody else's by now."""
 
     pid: int
     started: str
     url: str
-    version: str
+
+    def answers(self) -> bool:
+        try:
+            return bool(Client(self.url, timeout=2).get("/health"))
+        except ChatError:
+            return False
 
 
 def process_start(pid: int) -> str:
-    """When that process began, in its system's own words; "" if it is gone or cannot be asked."""
+    """When that process began, in ticks; "" if it is gone, and where there is no /proc."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # field 22 of proc(5), counted from 3
     except OSError:
-        if os.name == "nt" or os.path.exists("/proc/self/stat"):
-            return ""
-    import subprocess
-
-    words = ["ps", "-o", "lstart=", "-p", str(pid)]
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]  # field 22 of proc(5), counted from 3
 
 
-def read_pid_file(settings: Settings) -> RunningHub | None:
+def running_hub(settings: Settings) -> RunningHub | None:
     """The hub that runs on this database, None if there is none or its file is stale."""
     try:
-        number = os.open(settings.db + ".pid", os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with open(number, encoding="utf-8") as file:
-            hub = RunningHub(**json.load(file))
-        if hub.started:
-            return hub if process_start(hub.pid) == hub.started else None
-        return hub if Client(hub.url).get("/health") else None  # Windows: no start times
-    except (OSError, ValueError, TypeError, ChatError):
+        hub = RunningHub(**json.loads(read_file(settings.db + ".pid") or ""))
+    except (OSError, ValueError, TypeError):
         return None
-
-
-def write_pid_file(settings: Settings, url: str) -> None:
-    """Says that this process is the hub of that database. BadConfig where it cannot be said."""
-    hub = RunningHub(os.getpid(), process_start(os.getpid()), url, __version__)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        number = os.open(settings.db + ".pid", flags, 0o600)
-    except OSError as error:
-        raise BadConfig(f"{settings.db}.pid cannot be written: {error}") from None
-    with open(number, "w", encoding="utf-8") as file:
-        json.dump(hub._asdict(), file)
+    same = process_start(hub.pid) == hub.started if hub.started else hub.answers()
+    return hub if same else None
 
 
 def start_daemon(settings: Settings, flags: Sequence[str]) -> str:
-    """Starts this file again without a terminal; the sentence once it answers.
-
-    BadConfig with the end of its log if it dies, Conflict if a hub runs on this database.
-    """
+    """Starts this file again without a terminal; the sentence once it answers. Conflict if a hub
+    runs on this database, BadConfig with the end of its log if it dies."""
     import subprocess
-
+    if hub := running_hub(settings):
+        raise Conflict(f"already running at {hub.url} (pid {hub.pid})")
     log = os.path.join(os.path.dirname(settings.db), "agent-chat.log")
     os.makedirs(os.path.dirname(log), exist_ok=True)
     how = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    detached: dict[str, Any] = {"start_new_session": True}
-    if os.name == "nt":
-        detached = {"creationflags": 0x8 | 0x200}  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-    try:
-        output = open(os.open(log, how, 0o600), "r+b", 0)  # noqa: SIM115
-    except OSError as error:
-        raise BadConfig(f"the log {log} cannot be written: {error}") from None
-    with output:
+    with open(os.open(log, how, 0o600), "r+b", 0) as output:
         size = os.fstat(output.fileno()).st_size
-        if hub := read_pid_file(settings):
-            raise Conflict(f"already running at {hub.url} (pid {hub.pid})")
         child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "serve", *flags],
-                                 stdin=-3, stdout=output, stderr=output, **detached)
+                                 stdin=-3, stdout=output, stderr=output, start_new_session=True,
+                                 creationflags=getattr(subprocess, "DETACHED_PROCESS", 0))
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            ended, hub = child.poll() is not None, read_pid_file(settings)
-            if hub and (ended or hub.pid != child.pid) and os.name != "nt":
-                raise Conflict(f"already running at {hub.url} (pid {hub.pid})")
-            if hub and answers(hub.url):
+            ended, hub = child.poll() is not None, running_hub(settings)
+            if hub and (hub.pid == child.pid or os.name == "nt") and hub.answers():
                 return f"agent-chat {__version__} on {hub.url} (pid {hub.pid}), log {log}"
             if ended:
                 output.seek(size)
@@ -4556,35 +3942,16 @@ def start_daemon(settings: Settings, flags: Sequence[str]) -> str:
     raise BadConfig(f"no answer after {START_SECONDS} s, it may still be starting; see {log}")
 
 
-def answers(url: str) -> bool:
-    try:
-        return bool(Client(url, timeout=2).get("/health"))
-    except ChatError:
-        return False
-
-
 def stop_daemon(settings: Settings) -> str:
     """Ends exactly the hub of this database, and waits for its end; the sentence about it."""
     import signal
-
-    hub = read_pid_file(settings)
+    hub = running_hub(settings)
     if hub is None:
         raise NotFound(f"no hub is running on {settings.db}")
-    try:
-        handle = os.pidfd_open(hub.pid) if hasattr(os, "pidfd_open") else None
-        if read_pid_file(settings) != hub:  # asked again with the handle held: it is that one
-            raise ProcessLookupError
-        if handle is None:
-            os.kill(hub.pid, signal.SIGTERM)
-        else:
-            signal.pidfd_send_signal(handle, signal.SIGTERM)
-    except ProcessLookupError:
-        raise NotFound(f"the hub on {settings.db} ended by itself") from None
-    except PermissionError:
-        raise NotAllowed(f"the hub (pid {hub.pid}) belongs to another user") from None
+    os.kill(hub.pid, signal.SIGTERM)
     end = time.monotonic() + STOP_SECONDS
     while time.monotonic() < end:
-        if process_start(hub.pid) != hub.started or not (hub.started or answers(hub.url)):
+        if process_start(hub.pid) != hub.started or not (hub.started or hub.answers()):
             return f"stopped the hub at {hub.url} (pid {hub.pid})"
         time.sleep(0.02)
     raise StoreBusy(f"the hub (pid {hub.pid}) still runs after {STOP_SECONDS} s; see its log")
@@ -4595,47 +3962,39 @@ def stop_daemon(settings: Settings) -> str:
 # Knows: everything, argparse, print, exit, signals.  Never: the rules of the chat.
 # ======================================================================================
 
-HUB_FLAGS = ("config", "host", "port", "db", "retention", "log_level")
-EXIT_CODES = """exit codes: 0 done, 1 error (one line on stderr), 2 usage, 130 Ctrl-C,
-141 the reader of our output went away"""
+EXIT_CODES = "exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C, 141 nobody reads our output"
 
 
-def command_serve(arguments: argparse.Namespace) -> int:
+def command_serve(arguments: argparse.Namespace) -> None:
     import signal
-
     os.umask(0o077)
     settings = chosen_settings(arguments)
     if arguments.daemon:
-        print(start_daemon(settings, [
-            f"--{flag.replace('_', '-')}={value}" for flag in HUB_FLAGS
-            if (value := getattr(arguments, flag)) is not None]))
-        return 0
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items()
+                 if value is not None and key not in ("run", "daemon")]
+        print(start_daemon(settings, flags))
+        return
     hub = open_hub(settings)
-    signals: list[int] = []
 
-    def stop(number: int, _frame: object) -> None:
-        signals.append(number)
-        if len(signals) > 1:
-            os._exit(130)
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
         hub.stop()
 
-    try:
-        write_pid_file(settings, hub.url)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+    try:  # the database is ours from here on, and so is its pid file
+        running = RunningHub(os.getpid(), process_start(os.getpid()), hub.url)
+        write_file(settings.db + ".pid", json.dumps(running._asdict()), 0o600)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         print(f"agent-chat {__version__} on {hub.url}, database {settings.db}", flush=True)
         hub.serve_forever()
     finally:
-        running = read_pid_file(settings)  # while the database is still ours
-        if running and running.pid == os.getpid():
+        with contextlib.suppress(OSError):
             os.unlink(settings.db + ".pid")
         hub.close()
-    return 0
 
 
-def command_stop(arguments: argparse.Namespace) -> int:
+def command_stop(arguments: argparse.Namespace) -> None:
     print(stop_daemon(chosen_settings(arguments)))
-    return 0
 
 
 def command_mcp(arguments: argparse.Namespace) -> int:
@@ -4645,9 +4004,8 @@ def command_mcp(arguments: argparse.Namespace) -> int:
     return run_plugin(settings, doors.ring, line, doors.learn, doors.names)
 
 
-def command_version(_arguments: argparse.Namespace) -> int:
+def command_version(_arguments: argparse.Namespace) -> None:
     print(f"agent-chat {__version__} ({fingerprint()})")
-    return 0
 
 
 def chosen_settings(arguments: argparse.Namespace) -> Settings:
@@ -4660,111 +4018,94 @@ def client_for(arguments: argparse.Namespace) -> Client:
 
 
 def painted(text: str, code: str) -> str:
-    """The text in a colour, on a terminal that wants any."""
+    """The text made harmless, and in a colour on a terminal that wants any."""
     plain = not sys.stdout.isatty() or environ().get("NO_COLOR") or environ().get("TERM") == "dumb"
-    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+    return printable(text) if plain else f"\x1b[{code}m{printable(text)}\x1b[0m"
 
 
 def ago(moment: str | None) -> str:
     """'6 h ago' out of an RFC 3339 time."""
     from datetime import UTC, datetime
-
     if not moment:
         return "never"
     seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    size, unit = next((each for each in units if each[0] <= seconds), units[-1])
+    return f"{seconds // size:.0f} {unit} ago"
 
 
 def print_json(data: Any) -> None:
     print(json.dumps(data))  # ASCII: nothing in it can steer a terminal
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    for number, row in enumerate([list(titles), *cells]):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip() if number else painted(line.rstrip(), "1"))
-
-
 def print_message(message: Mapping[str, Any]) -> None:
     """A head line and the content, indented: no content can pass for a head line."""
     from datetime import datetime
-
     when = datetime.fromisoformat(message["created_at"]).astimezone()
     goal = message.get("group") and f"#{message['group']}" or message.get("to_agent", "")
     reply = f"  (reply to {message['in_reply_to']})" if message.get("in_reply_to") else ""
-    names = printable(f"{message['from_agent']} -> {goal}")
-    details = printable(f"{message['id']}{reply}")
-    print(f"{when:%m-%d %H:%M:%S}  {painted(names, '1;36')}  {painted(details, '2')}")
+    names = painted(f"{message['from_agent']} -> {goal}", "1;36")
+    print(f"{when:%m-%d %H:%M:%S}  {names}  {painted(message['id'] + reply, '2')}")
     for line in message["content"].splitlines():
         print("    " + printable(line))
 
 
 def print_messages(messages: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    for message in () if as_json else messages:
-        print_message(message)
     if as_json:
-        print_json(messages)
+        return print_json(messages)
+    for message in messages:
+        print_message(message)
 
 
-def command_send(arguments: argparse.Namespace) -> int:
-    goal, words = arguments.to, arguments.text
-    if arguments.group:
+def command_send(arguments: argparse.Namespace) -> None:
+    goal, group, words = arguments.to, arguments.group or "", arguments.text
+    if group:
         goal, words = "", [goal, *words]
     text = " ".join(words)
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
-    answer = client_for(arguments).send(arguments.sender, text, goal, arguments.group or "",
-                                        arguments.reply_to or "")
+    reply_to = arguments.reply_to or ""
+    answer = client_for(arguments).send(arguments.sender, text, goal, group, reply_to)
     if arguments.json:
-        print_json(answer)
-        return 0
-    print(painted(f"sent {printable(answer['id'])}", "2"))
+        return print_json(answer)
+    print(painted(f"sent {answer['id']}", "2"))
     for row in answer.get("recipients", []):
         print(printable(f"{row['agent']}: {row['status']}, {row['unread']} unread, "
                         f"last seen {ago(row.get('last_seen_at'))}"))
     if answer.get("quiet"):
-        print(painted(printable(f"no bell: {answer['quiet']}"), "33"))
-    return 0
+        print(painted(f"no bell: {answer['quiet']}", "33"))
 
 
-def command_inbox(arguments: argparse.Namespace) -> int:
-    client, name = client_for(arguments), arguments.name
-    end = time.monotonic() + (arguments.wait or 0)
-    while True:
-        wait = min(max(0, end - time.monotonic()), MAX_WAIT_SECONDS)
-        messages, unread = client.get_messages(name, arguments.limit, wait, peek=True)
-        if messages or time.monotonic() >= end:
-            break
+def command_inbox(arguments: argparse.Namespace) -> None:
+    client, name, wait = client_for(arguments), arguments.name, arguments.wait
+    messages, unread = client.get_messages(name, arguments.limit, peek=True)
+    while wait > 0 and not messages:
+        once = min(wait, MAX_WAIT_SECONDS)
+        messages, unread = client.get_messages(name, arguments.limit, once, peek=True)
+        wait -= once
     print_messages(messages, arguments.json)
     if not arguments.json:
-        print(painted(f"{unread} unread for {printable(name)}", "2"))
+        print(painted(f"{unread} unread for {name}", "2"))
     if messages and arguments.read:
         ids = [message["id"] for message in messages]
         client.post("/api/messages/read", {"agent_name": name, "message_ids": ids})
-    return 0
 
 
-def command_tail(arguments: argparse.Namespace) -> int:
+def command_tail(arguments: argparse.Namespace) -> None:
     """Prints what was said last, then what is said, until Ctrl-C. Survives a hub restart."""
-    client = client_for(arguments)
-    recent = client.get("/api/messages/history", limit=max(1, arguments.lines),
-                        agent=arguments.agent or "", group=arguments.group or "")
-    newest = client.get("/api/messages/recent", limit=1)
-    seq, lost = newest[0]["seq"] if newest else 0, False
+    client, lost = client_for(arguments), False
+    agent, group = (arguments.agent or "").lower(), (arguments.group or "").lower()
     show = print_json if arguments.json else print_message
-    for message in reversed(recent[: arguments.lines]):
+    newest = client.get("/api/messages/recent", limit=1)
+    seq = newest[0]["seq"] if newest else 0
+    last = client.get("/api/messages/history", limit=max(1, arguments.lines), before=seq + 1,
+                      agent=arguments.agent, group=arguments.group)
+    for message in reversed(last[: arguments.lines]):
         show(message)
-        seq = max(seq, message["seq"])
     while True:
         sys.stdout.flush()
         try:
-            news = client.get("/api/messages/recent", wait=25, after=seq, limit=100)
-            lost = False
+            news, lost = client.get("/api/messages/recent", wait=25, after=seq, limit=100), False
         except Unreachable as error:
             if not lost:
                 print(f"agent-chat: {printable(str(error))}; waiting", file=sys.stderr)
@@ -4772,60 +4113,55 @@ def command_tail(arguments: argparse.Namespace) -> int:
             time.sleep(1)
             continue
         for message in news:
-            seq = max(seq, message["seq"])
-            if concerns(message, arguments.agent, arguments.group):
+            seq = message["seq"]
+            people = [message["from_agent"].lower(), message["to_agent"].lower(),
+                      *(receipt["agent"].lower() for receipt in message["receipts"])]
+            if (not agent or agent in people) and group in ("", message["group"].lower()):
                 show(message)
 
 
-def concerns(message: Mapping[str, Any], agent: str | None, group: str | None) -> bool:
-    people = [message["from_agent"], message.get("to_agent", ""),
-              *(receipt["agent"] for receipt in message.get("receipts") or [])]
-    return (not agent or agent.lower() in map(str.lower, people)) and (
-        not group or group.lower() == message.get("group", "").lower())
-
-
-def command_agents(arguments: argparse.Namespace) -> int:
+def command_agents(arguments: argparse.Namespace) -> None:
     agents = client_for(arguments).get("/api/agents")
     if arguments.json:
-        print_json(agents)
-        return 0
-    print_table(("NAME", "STATUS", "UNREAD", "SEEN", "GROUPS", "WHERE", "BELL"), [
-        (row["name"], row["status"], row.get("unread", ""), ago(row.get("last_seen_at")),
-         ",".join(row.get("groups") or []),
-         ":".join(filter(None, (row.get("host"), row.get("cwd")))),
-         (row.get("door") or {}).get("outcome", "")) for row in agents])
-    return 0
+        return print_json(agents)
+    rows = [["NAME", "STATUS", "UNREAD", "SEEN", "GROUPS", "WHERE", "BELL"]]
+    for agent in agents:
+        place = ":".join(filter(None, (agent.get("host"), agent.get("cwd"))))
+        rows.append([printable(str(cell)) for cell in (
+            agent["name"], agent["status"], agent.get("unread", ""), ago(agent.get("last_seen_at")),
+            ",".join(agent.get("groups") or []), place,
+            (agent.get("door") or {}).get("outcome", ""))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        print(line if number else painted(line, "1"))
 
 
-def command_groups(arguments: argparse.Namespace) -> int:
+def command_groups(arguments: argparse.Namespace) -> None:
     groups = client_for(arguments).get("/api/groups")
     for line in [json.dumps(groups)] if arguments.json else map(printable, groups):
         print(line)
-    return 0
 
 
-def command_search(arguments: argparse.Namespace) -> int:
-    query = {"q": " ".join(arguments.query), "agent": arguments.agent, "group": arguments.group}
-    found = client_for(arguments).get("/api/messages/search", limit=arguments.limit, **query)
-    print_messages(found, arguments.json)
-    return 0
+def command_search(arguments: argparse.Namespace) -> None:
+    query = {key: getattr(arguments, key) for key in ("agent", "group", "limit")}
+    query["q"] = " ".join(arguments.query)
+    print_messages(client_for(arguments).get("/api/messages/search", **query), arguments.json)
 
 
-def command_export(arguments: argparse.Namespace) -> int:
-    query = {key: getattr(arguments, key) or "" for key in ("since", "until", "agent", "group")}
-    pieces = client_for(arguments).stream("/api/export", format=arguments.format, **query)
+def command_export(arguments: argparse.Namespace) -> None:
+    keys = ("format", "since", "until", "agent", "group")
+    pieces = client_for(arguments).stream("/api/export", **{k: getattr(arguments, k) for k in keys})
     if sys.stdout.isatty():  # a file gets every byte, a terminal gets no surprises
         for line in b"".join(pieces).decode("utf-8", "replace").splitlines():
             print(printable(line))
     else:
         sys.stdout.buffer.writelines(pieces)
-    return 0
 
 
 def command_init(arguments: argparse.Namespace) -> int:
     """Shows what would change in the agents' configuration files, asks, and writes it."""
     import difflib
-
     if arguments.project and arguments.user:
         raise BadRequest("give --project DIR or --user, not both")
     names = arguments.clis or installed_clis()
@@ -4840,8 +4176,7 @@ def command_init(arguments: argparse.Namespace) -> int:
     for edit in changes:
         old, new = (edit.before or "").splitlines(), (edit.after or "").splitlines()
         for line in difflib.unified_diff(old, new, edit.path, edit.path, lineterm=""):
-            colour = {"+": "32", "-": "31", "@": "36"}.get(line[:1], "0")
-            print(painted(printable(line), colour))
+            print(painted(line, {"+": "32", "-": "31", "@": "36"}.get(line[:1], "0")))
     if not changes:
         print("nothing to change")
     elif not arguments.yes and not arguments.dry_run:
@@ -4860,10 +4195,9 @@ def command_doctor(arguments: argparse.Namespace) -> int:
         checks.append(check)
         if arguments.json:
             continue
-        colour = {"ok": "32", "note": "33", "fail": "31"}[check.state]
+        state = painted(check.state.ljust(4), {"ok": "32", "note": "33"}.get(check.state, "31"))
         ms = f"{check.ms:7.1f} ms  " if check.ms is not None else " " * 12
-        print(f"{painted(check.state.ljust(4), colour)}  {check.name:8}{ms}"
-              f"{printable(check.detail)}", flush=True)
+        print(f"{state}  {check.name:8}{ms}{printable(check.detail)}", flush=True)
         if check.state != "ok" and check.advice:
             print(" " * 26 + f"-> {printable(check.advice)}")
     if arguments.json:
@@ -4871,95 +4205,84 @@ def command_doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(check.state == "fail" for check in checks) else 0
 
 
-def command_hook(arguments: argparse.Namespace) -> int:
+def command_hook(arguments: argparse.Namespace) -> None:
     """Never in the agent's way: whatever goes wrong here is silence and exit code 0."""
-    try:
-        event = json.load(sys.stdin)
-        answer = hook_answer(arguments.cli, event, chosen_settings(arguments))
-    except (ChatError, OSError, ValueError, AttributeError, KeyError, TypeError):
-        return 0
-    if answer:
-        print_json(answer)
-    return 0
+    os.umask(0o077)
+    with contextlib.suppress(ChatError, OSError, ValueError, AttributeError, KeyError, TypeError):
+        answer = hook_answer(arguments.cli, json.load(sys.stdin), chosen_settings(arguments))
+        if answer:
+            print_json(answer)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {  # those of all commands; each means the same everywhere
+    "-c --config": dict(metavar="FILE", help="default ~/.agent-chat/config.yaml"),
+    "--db": dict(metavar="FILE", help="default ~/.agent-chat/agent-chat.db"),
+    "-d --daemon": dict(action="store_true", help="in the background"),
+    "--host": dict(help="default 127.0.0.1; any other needs a key"),
+    "--port": dict(type=int, help="default 9420"),
+    "--retention": dict(type=float, metavar="DAYS", help="default 30, 0 = keep for ever"),
+    "--log-level": dict(choices=LOG_LEVELS, help="default info"),
+    "--server": dict(metavar="URL", help="the hub, default http://127.0.0.1:9420"),
+    "--json": dict(action="store_true", help="JSON instead of text"),
+    "to": dict(metavar="TO", help="an agent, or human"),
+    "text": dict(nargs="*", metavar="TEXT", help="the message; - is standard input"),
+    "--from": dict(dest="sender", default=HUMAN, metavar="NAME", help="default human"),
+    "--reply-to": dict(metavar="ID"), "--agent": dict(metavar="NAME"), "--group": {},
+    "name": dict(nargs="?", default=HUMAN, help="default human"),
+    "--wait": dict(type=float, default=0, metavar="SECONDS", help="until there is one"),
+    "--read": dict(action="store_true", help="mark them read"),
+    "query": dict(nargs="+"), "--limit": dict(type=int, default=20),
+    "-n": dict(dest="lines", type=int, default=10, metavar="N", help="begin with the last N"),
+    "--format": dict(choices=("jsonl", "md"), default="jsonl"),
+    "--since": dict(metavar="TIME", help="RFC 3339, as in 2026-11-22T10:00:00Z"),
+    "--until": dict(metavar="TIME"),
+    "clis": dict(nargs="*", metavar="CLI", help=f"{', '.join(AGENT_CLIS)}; default: those here"),
+    "--project": dict(metavar="DIR", help="for one project; else for you, in all of them"),
+    "--user": dict(action="store_true", help="for you (the default)"),
+    "--hooks": dict(action="store_true", help="also hand mail over at turn edges"),
+    "--undo": dict(action="store_true", help="take it out again"),
+    "--dry-run": dict(action="store_true", help="show what would change"),
+    "--yes": dict(action="store_true", help="do not ask"),
+    "cli": dict(choices=[name for name, cli in AGENT_CLIS.items() if cli.events]),
+}
+CLIENT, FILTERS = "--server --json ", "--server --json --agent --group "
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str]] = {
+    "serve start": (command_serve, "run the hub",
+                    "--db --daemon --host --port --retention --log-level"),
+    "stop": (command_stop, "stop the hub of a database", "--db"),
+    "version": (command_version, "version and fingerprint of this file", ""),
+    "mcp": (command_mcp, "the plugin; an agent's CLI starts it", CLIENT),
+    "send": (command_send, "send TO TEXT, or send --group GROUP TEXT",
+             CLIENT + "to text --group --from --reply-to"),
+    "inbox": (command_inbox, "unread messages, oldest first",
+              CLIENT + "name --wait --read --limit"),
+    "tail": (command_tail, "follow all messages until Ctrl-C", FILTERS + "-n"),
+    "agents": (command_agents, "who is here", CLIENT),
+    "groups": (command_groups, "the groups", CLIENT),
+    "search": (command_search, "full text, newest first", FILTERS + "query --limit"),
+    "export": (command_export, "all messages to standard output",
+               FILTERS + "--format --since --until"),
+    "init": (command_init, "tell agent CLIs about the plugin",
+             CLIENT + "clis --project --user --hooks --undo --dry-run --yes"),
+    "doctor": (command_doctor, "check this machine, then prove the whole chain", CLIENT),
+    "hook": (command_hook, "answer a hook of an agent's CLI (JSON on stdin)", CLIENT + "cli"),
+}
 
 
 def build_parser(only: str = "") -> argparse.ArgumentParser:
-    """The parser of all commands, or of one: the other fourteen cost 5 ms at each start."""
+    """The parser of all commands, or of one: the other thirteen cost 5 ms at each start."""
     import argparse
-
     parser = argparse.ArgumentParser(prog="agent-chat", epilog=EXIT_CODES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-c", "--config", metavar="FILE", help="default ~/.agent-chat/config.yaml")
-
-    def add(run: Callable[[argparse.Namespace], int], names: str, text: str,
-            *parents: argparse.ArgumentParser) -> Callable[..., object]:
-        name, *aliases = names.split()
-        if only and only not in names.split():
-            return lambda *_, **__: None
-        made = commands.add_parser(name, aliases=aliases, help=text, description=text,
-                                   parents=[common, *parents])
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    option = add(command_serve, "serve start", "run the hub")
-    option("--db", metavar="FILE", help="default ~/.agent-chat/agent-chat.db")
-    option("-d", "--daemon", action="store_true", help="in the background")
-    option("--host", help="default 127.0.0.1; any other needs a key")
-    option("--port", type=int, help="default 9420")
-    option("--retention", type=float, metavar="DAYS", help="default 30, 0 = keep for ever")
-    option("--log-level", choices=LOG_LEVELS, help="default info")
-    option = add(command_stop, "stop", "stop the hub of a database")
-    option("--db", metavar="FILE", help="default ~/.agent-chat/agent-chat.db")
-    add(command_version, "version", "version and fingerprint of this file")
-    add_client_commands(add)
-    return parser if commands.choices else build_parser()
-
-
-def add_client_commands(add: Callable[..., Callable[..., object]]) -> None:
-    """The commands that talk to a hub, and those that set the agents up to do so."""
-    import argparse
-
-    client = argparse.ArgumentParser(add_help=False)
-    client.add_argument("--server", metavar="URL", help="the hub, default http://127.0.0.1:9420")
-    client.add_argument("--json", action="store_true", help="JSON instead of text")
-    filters = argparse.ArgumentParser(add_help=False, parents=[client])
-    filters.add_argument("--agent", metavar="NAME")
-    filters.add_argument("--group", metavar="GROUP")
-    add(command_mcp, "mcp", "the plugin; an agent's CLI starts it", client)
-    option = add(command_send, "send", "send TO TEXT, or send --group GROUP TEXT", client)
-    option("to", metavar="TO", help="an agent, or human")
-    option("text", nargs="*", metavar="TEXT", help="the message; - is standard input")
-    option("--group", metavar="GROUP")
-    option("--from", dest="sender", default=HUMAN, metavar="NAME", help="default human")
-    option("--reply-to", metavar="ID")
-    option = add(command_inbox, "inbox", "unread messages, oldest first", client)
-    option("name", nargs="?", default=HUMAN, help="default human")
-    option("--wait", type=float, metavar="SECONDS", help="until there is one")
-    option("--read", action="store_true", help="mark them read")
-    option("--limit", type=int, default=20)
-    option = add(command_tail, "tail", "follow all messages until Ctrl-C", filters)
-    option("-n", dest="lines", type=int, default=10, metavar="N", help="begin with the last N")
-    add(command_agents, "agents", "who is here", client)
-    add(command_groups, "groups", "the groups", client)
-    option = add(command_search, "search", "full text, newest first", filters)
-    option("query", nargs="+")
-    option("--limit", type=int, default=20)
-    option = add(command_export, "export", "all messages to standard output", filters)
-    option("--format", choices=("jsonl", "md"), default="jsonl")
-    option("--since", metavar="TIME", help="RFC 3339, as in 2026-11-22T10:00:00Z")
-    option("--until", metavar="TIME")
-    option = add(command_init, "init", "tell agent CLIs about the plugin", client)
-    option("clis", nargs="*", metavar="CLI", help=f"{', '.join(AGENT_CLIS)}; default: those here")
-    option("--project", metavar="DIR", help="for one project; else for you, in all of them")
-    option("--user", action="store_true", help="for you (the default)")
-    option("--hooks", action="store_true", help="also hand mail over at turn edges")
-    option("--undo", action="store_true", help="take it out again")
-    option("--dry-run", action="store_true", help="show what would change")
-    option("--yes", action="store_true", help="do not ask")
-    add(command_doctor, "doctor", "check this machine, then prove the whole chain", client)
-    option = add(command_hook, "hook", "answer a hook of an agent's CLI (JSON on stdin)", client)
-    option("cli", choices=[name for name, cli in AGENT_CLIS.items() if cli.events])
+    chosen = {words: row for words, row in COMMANDS.items() if only in words.split()}
+    for words, (run, text, options) in (chosen or COMMANDS).items():
+        name, *aliases = words.split()
+        command = commands.add_parser(name, aliases=aliases, help=text, description=text)
+        command.set_defaults(run=run)
+        for flags, about in OPTIONS.items():
+            if flags.split()[-1] in ["--config", *options.split()]:
+                command.add_argument(*flags.split(), **about)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4970,7 +4293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="backslashreplace")
         words = sys.argv[1:] if argv is None else list(argv)
         arguments = build_parser(words[0] if words else "").parse_args(words)
-        code: int = arguments.run(arguments)
+        code: int = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -4984,23 +4307,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # A main script is compiled at each start, and CPython keeps its syntax tree for life: 13 MB.
-# What runs for hours starts itself again as a module, which has neither.
-AS_MODULE = """import os, sys
-del sys.argv[0]
-folder, name = os.path.split(sys.argv[0])
-sys.path.insert(0, folder)
-raise SystemExit(__import__(os.path.splitext(name)[0]).main())
-"""
+# What runs for hours is compiled first, and then starts itself again as a module.
+AS_MODULE = "import sys\nsys.path.insert(0, {!r})\nraise SystemExit(__import__({!r}).main())"
 
 if __name__ == "__main__":
     if os.name == "posix" and sys.argv[1:2] in (["serve"], ["start"], ["mcp"]):
-        import importlib.util
-        import py_compile
-
-        script = os.path.abspath(__file__)
-        compiled = importlib.util.cache_from_source(script)
-        with contextlib.suppress(OSError):  # a folder that cannot be written to costs 10 MB
-            if not os.path.exists(compiled) or os.stat(compiled).st_mtime < os.stat(script).st_mtime:
-                py_compile.compile(script)
-        os.execv(sys.executable, [sys.executable, "-P", "-c", AS_MODULE, script, *sys.argv[1:]])
+        import compileall
+        folder, name = os.path.split(os.path.abspath(__file__))
+        compileall.compile_file(__file__, quiet=2)  # does nothing in a folder it cannot write to
+        code = AS_MODULE.format(folder, os.path.splitext(name)[0])
+        os.execv(sys.executable, [sys.executable, "-P", "-c", code, *sys.argv[1:]])
     raise SystemExit(main())

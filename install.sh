@@ -183,15 +183,19 @@ run_tests() {
     tools="${XDG_CACHE_HOME:-$HOME/.cache}/agent-chat/test-venv"
     make_environment "$tools"
     # shellcheck disable=SC2046 # one word each
-    add_packages "$tools" $(requirements) pytest pytest-xdist hypothesis playwright mypy ruff
+    add_packages "$tools" $(requirements) pytest pytest-timeout pytest-xdist hypothesis \
+        playwright axe-playwright-python mypy ruff
     cd -- "$folder"
-    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest test_agent_chat.py "$@"
+    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . -n 2 \
+        test_agent_chat.py "$@"
 }
 
 system_packages() {
     missing=""
     have tmux || missing="tmux"
     have chromium || have google-chrome || missing="$missing chromium"
+    have curl || have wget || missing="$missing curl"
+    have uv || python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
     [ -n "$missing" ] || return 0
     if ! have apt-get; then
         say "not found:$missing; tests that need them are skipped"
