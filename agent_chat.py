@@ -3697,12 +3697,15 @@ def read_file(path: str) -> str | None:
 
 
 def write_file(path: str, text: str, mode: int) -> None:
-    """The text under that name in one step: a reader sees the old file or the new one."""
-    draft = f"{path}.{os.getpid()}"
+    """The text under that name in one step: a reader sees the old file or the new one. `mode` is
+    for a new file; an old one keeps its own."""
+    draft, old = f"{path}.{os.getpid()}", os.path.exists(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if old else mode)
     with open(number, "w", encoding="utf-8", newline="") as file:
         file.write(text)
+    if old:
+        os.chmod(draft, os.stat(path).st_mode & 0o777)
     os.replace(draft, path)
 
 
@@ -3718,8 +3721,7 @@ def apply_edit(edit: Edit) -> None:
     if edit.after is None:
         os.unlink(edit.path)
     else:
-        mode = 0o644 if edit.before is None else os.stat(edit.path).st_mode & 0o777
-        write_file(edit.path, edit.after, mode)
+        write_file(edit.path, edit.after, 0o644)
 
 
 def hook_answer(cli: str, event: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
