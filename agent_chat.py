@@ -2543,7 +2543,7 @@ class Client:
             connection.connect()
         except (OSError, http.client.InvalidURL) as error:
             raise Unreachable(f"no hub answers at {self.server} ({error}); start it with "
-                              "`agent_chat.py serve`, or correct AGENT_CHAT_SERVER") from None
+                              "`agent-chat serve`, or correct AGENT_CHAT_SERVER") from None
         with contextlib.closing(connection):
             connection.sock.settimeout(self.timeout + wait)
             written = {} if body is None else {"Content-Type": "application/json"}
@@ -3801,7 +3801,7 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
     yield from (Check("agents", "note", edit.trouble) for edit in edits if edit.trouble)
     known = ", ".join(edit.path for edit in edits if edit.after != edit.before)
     yield Check("agents", "ok" if known else "note", known or "no agent CLI knows agent-chat yet",
-                "agent_chat.py init")
+                "agent-chat init")
     doors = ", ".join(Doors(settings).names())
     pane = environ().get("TMUX_PANE", "none")
     yield Check("doors", "ok" if doors else "note",
@@ -3822,7 +3822,7 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
     except NotAuthorized as error:
         yield Check("key", "fail", str(error), "set AGENT_CHAT_API_KEY, or api_key in config.yaml")
     except ChatError as error:
-        yield Check("hub", "fail", str(error), "start it: agent_chat.py serve -d")
+        yield Check("hub", "fail", str(error), "start it: agent-chat serve -d")
     else:
         yield from chain_checks(settings, client)
 
