@@ -153,10 +153,8 @@ def fingerprint() -> str:
 
 
 def load_settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> Settings:
-    """Settings from flags (None = not given), environment, file and defaults.
-
-    Raises BadConfig for the first value that is not understood, with file and line if it has one.
-    """
+    """Settings from flags (None = not given), environment, file and defaults. Raises BadConfig for
+    the first value that is not understood, with file and line if it has one."""
     home = os.path.join(os.path.expanduser("~"), ".agent-chat")
     path = os.path.expanduser(flags.get("config") or os.path.join(home, "config.yaml"))
     if not flags.get("config") and not os.path.exists(path):
@@ -2186,11 +2184,9 @@ class WebSocket:
 # ======================================================================================
 
 class HubServer(HTTPServer):
-    """The I/O thread: an HTTPServer whose serve_forever is one selectors loop.
-
-    A turn takes what all sockets have, lets the Api work, commits once, and only then sends:
-    no answer and no push leaves before the commit that holds its message.
-    """
+    """The I/O thread: an HTTPServer whose serve_forever is one selectors loop. A turn takes what
+    all sockets have, lets the Api work, commits once, and only then sends: no answer and no push
+    leaves before the commit that holds its message."""
 
     request_queue_size = 1024
 
@@ -2262,20 +2258,23 @@ class HubServer(HTTPServer):
             self.sweep(now)
         for _ in range(10):  # what the woken do may concern others; the rest wait for a turn
             for listener in self.api.woken():
-                listener.wake()
+                self.attend(None, listener.wake)
         self.commit()
 
-    def attend(self, connection: Connection, work: Callable[..., None], *given: Any) -> None:
+    def attend(self, connection: Connection | None, work: Callable[..., None],
+               *given: Any) -> None:
         """One client's share of the turn. A mistake of ours costs that client its connection
         and this turn its commit, never anybody the hub."""
         try:
             work(*given)
-        except HttpError as error:
-            connection.answer_error(error)
+        except ChatError as error:  # a failed write has spoilt the turn: the commit tells it
+            if connection and isinstance(error, HttpError):
+                connection.answer_error(error)
         except Exception:
             self.log.exception("a connection failed")
             self.api.spoil()
-            connection.drop()
+            if connection:
+                connection.drop()
 
     def commit(self) -> None:
         try:

@@ -1975,6 +1975,19 @@ def test_the_hub_does_what_a_model_of_plain_lists_does(hub: Hub) -> None:
     assert rows[0] == rows[1] == rows[2] > 50
 
 
+def test_a_locked_file_does_not_end_a_hub_that_pushes_a_backlog(hub: Hub) -> None:
+    hub.register("bob")
+    hub.send("ann", "bob", "waits")
+    other = sqlite3.connect(hub.db, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert hub.socket("bob").status != 101, "what is pushed to an older client is marked in its turn"
+    assert hub.call("POST", "/api/send", {"from": "ann", "to": "bob", "content": "x"})[0] == 503
+    assert hub.call("GET", "/health")[0] == 200 and len(hub.unread("bob")) == 1
+    other.execute("ROLLBACK")
+    assert hub.socket("bob").mail()["content"] == "waits"
+    assert "Traceback" not in hub.log.read_text()
+
+
 # ======================================================================================
 # HTTP -- what a socket may say to the hub: framing, deadlines, strangers, the key.
 # ======================================================================================
