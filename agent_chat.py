@@ -2336,10 +2336,7 @@ class HubServer(HTTPServer):
             self.attend(connection, connection.expire)
         if self.socket not in self.selector.get_map():
             self.selector.register(self.socket, READ)  # there may be file descriptors again
-        try:
-            self.api.tick()
-        except ChatError as error:
-            self.log.warning("background work waits: %s", error)
+        self.attend(None, self.api.tick)
 
     def frame(self, item: Message | dict[str, Any], plain: bool) -> bytes:
         """An event, or a message, which is serialised once for all who get it."""

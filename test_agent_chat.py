@@ -372,7 +372,7 @@ SECTIONS = ["SETTINGS", "WORDS", "LOG", "STORE", "HUB", "ROSTER", "POST", "API",
             "DAEMON", "COMMANDS"]
 # The file was meant for 3,000 lines. Without giving a feature up it takes 4,300; what a long file
 # costs at start is met by compiled bytecode (see the end of agent_chat.py). It only shrinks now.
-FILE_LINES, SECTION_LINES, CLASS_LINES, FUNCTION_LINES = 4325, 405, 250, 50
+FILE_LINES, SECTION_LINES, CLASS_LINES, FUNCTION_LINES = 4321, 405, 250, 50
 WALLS = {  # section: what its code must not name
     "WORDS": {"time", "os", "socket", "json", "open"},
     "LOG": {"socket", "http", "Hub", "Listener", "Api", "json", "HubServer", "os"},
