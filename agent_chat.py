@@ -2672,10 +2672,10 @@ class Door:
         self.settings = settings
 
     def available(self) -> bool:
-        raise NotImplementedError
+        return False
 
     def ring(self, line: str) -> Outcome:
-        raise NotImplementedError
+        return self.came("unavailable")
 
     def learn(self, meta: Mapping[str, Any]) -> None:
         """The `_meta` of a tool call, for doors that need something from it."""

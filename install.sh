@@ -195,6 +195,8 @@ system_packages() {
     have tmux || missing="tmux"
     have chromium || have google-chrome || missing="$missing chromium"
     have curl || have wget || missing="$missing curl"
+    have faketime || missing="$missing faketime"
+    have strace || missing="$missing strace"
     have uv || python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
     [ -n "$missing" ] || return 0
     if ! have apt-get; then
