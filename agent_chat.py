@@ -516,9 +516,9 @@ class Log:
             f"quieted JOIN messages USING (seq) WHERE quiet = 'loop' AND {UNREAD} GROUP BY 1, 2")
 
     def unseen(self, low: int, high: int) -> list[tuple[Any, ...]]:
-        """Sender, agent, count and last id of what nobody saw in low <= seq < high."""
-        return self.rows(
-            "SELECT from_agent, agent, count(*), max(id) FROM messages JOIN inbox USING (seq) "
+        """Sender, agent, count, last id and its seq of what nobody saw in low <= seq < high."""
+        return self.rows(  # ids of one millisecond have no order: the id is that of max(seq)
+            "SELECT from_agent, agent, count(*), id, max(seq) FROM messages JOIN inbox USING (seq) "
             f"WHERE seq >= ? AND seq < ? AND {UNREAD} AND seen_at IS NULL "
             f"AND from_agent != '{SERVER_NAME}' GROUP BY 1, 2", low, high)
 
@@ -561,8 +561,8 @@ ADOPTION = """
     UPDATE messages SET thread = in_reply_to WHERE EXISTS (SELECT 1 FROM messages p
         WHERE p.id = messages.in_reply_to AND p.seq < messages.seq);
     INSERT INTO words (rowid, content) SELECT seq, content FROM messages;
-    INSERT INTO facts SELECT 'unseen', coalesce(max(seq), 0) FROM messages;
-    INSERT INTO facts SELECT 'indexed', coalesce(max(seq), 0) FROM messages;
+    INSERT INTO facts SELECT column1, (SELECT coalesce(max(seq), 0) FROM messages)
+        FROM (VALUES ('unseen'), ('indexed'));
     """
 DAMAGED = ("{0} is damaged or not a database ({1}); move it away and start again, "
            "`sqlite3 FILE .recover` saves what can still be read")
@@ -1524,11 +1524,12 @@ class Api(Reading):
         for agent in self.agents.values() if self.ticks % 5 == 0 else ():
             if agent.shown != self.status(agent):
                 self.show(agent, to_agents=True)
-        for agent in self.changed.values():
+        for agent in self.changed.values() if self.hub.watchers else ():
             self.hub.tell("agent", self.agent_row(agent))
-            if agent.name != HUMAN and self.ticks % 30 == 0:
-                self.store.save_agent(agent)
         self.changed.clear()
+        for agent in self.agents.values() if self.ticks % 30 == 0 else ():
+            if agent.name != HUMAN and agent.active and time.monotonic() - agent.active < 31:
+                self.store.save_agent(agent)  # it was seen since the last time
         self.tell_unseen()
         self.store.index_words()
         self.retain()
@@ -1541,7 +1542,7 @@ class Api(Reading):
         high = min(self.store.seq_at(utc(time.time() - minutes * 60)), cursor + SWEEP_MESSAGES + 1)
         if high <= cursor + 1:
             return
-        for sender, name, count, message_id in self.store.unseen(cursor + 1, high):
+        for sender, name, count, message_id, _ in self.store.unseen(cursor + 1, high):
             agent, author = self.agents.get(name.lower()), self.agents.get(sender.lower())
             if agent and author and agent is not author:
                 self.deliver([author.name], from_agent=SERVER_NAME, to_agent=author.name, content=(
@@ -2422,10 +2423,8 @@ def connection_limit() -> int:
 
 
 def open_hub(settings: Settings) -> HubServer:
-    """A hub that listens but does not serve yet: `serve_forever`, `stop`, `close`.
-
-    Raises BadConfig with a sentence when it cannot: the port is taken, the file is broken.
-    """
+    """A hub that listens but does not serve yet: `serve_forever`, `stop`, `close`. Raises BadConfig
+    with a sentence when it cannot: the port is taken, the file is broken."""
     import http.server
     import ipaddress
     import logging
