@@ -60,6 +60,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -247,6 +248,19 @@ RESERVED = {HUMAN, SERVER_NAME, "system", "all"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 DOORBELL = "[agent-chat]"
 MUTED, LOOPING = "muted", "loop"  # why a message waits without a ring
+
+
+class Ring(StrEnum):
+    """What came of a ring, as receipts, frames and the dashboard spell it."""
+
+    RUNG = "rung"
+    DRAFT = "draft"
+    DIALOG = "dialog"
+    MODE = "mode"
+    GONE = "gone"
+    INPUT_OFF = "input-off"
+    UNCONFIRMED = "unconfirmed"
+    UNAVAILABLE = "unavailable"  # nothing was tried, so the next door may
 
 
 class Message(NamedTuple):
