@@ -29,7 +29,8 @@ The rooms of this house, in order. Each one names only rooms above it:
     SETUP      the agents' configuration files and hooks
     DOCTOR     the proof that the whole chain works
     DAEMON     the hub in the background: its pid file, its start, its end
-    COMMANDS   argparse, print, exit
+    CONSOLE    what people type, and what fits their terminal
+    COMMANDS   one function for each command, print, exit
 
 How a message travels. The Store is the log, the Hub is only a bell:
 
@@ -54,6 +55,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import io
 import json
 import os
 import re
@@ -61,7 +63,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     import selectors
     import socket
     import sqlite3
+    import subprocess
 
 __version__ = "1.0.0"
 
@@ -3889,446 +3892,1700 @@ def rehearsal(settings: Settings, client: Client) -> Iterator[str]:
 # Knows: processes, signals, Client.  Never: argparse, print, exit, Store, Hub.
 # ======================================================================================
 
+# A hub writes `agent-chat.db.pid` beside its database once the database is its own.
+# Everybody who looks for the hub of a database looks there, and believes it only if the
+# process of that number is still the one that wrote it: numbers are given again.
+
 START_SECONDS = 60  # for a daemon to answer; checking a large file takes its time
 STOP_SECONDS = 6  # the hub drains its connections in less
+GLANCE_SECONDS = 0.02  # between two looks at a process that starts or ends
 
 
 class RunningHub(NamedTuple):
     """What a hub writes beside its database: a pid alone may be somebody else's by now."""
 
     pid: int
-    started: str
+    started: str  # when that process began, as /proc says; "" where there is none
     url: str
 
     def answers(self) -> bool:
+        """Whether a hub answers at its address."""
         try:
-            return bool(Client(self.url, timeout=2).get("/health"))
+            Client(self.url, timeout=2).get("/health")
         except ChatError:
             return False
+        return True
+
+    def runs(self) -> bool:
+        """Whether that very process is still there."""
+        if self.started:
+            return process_start(self.pid) == self.started
+        return self.answers()
 
 
 def process_start(pid: int) -> str:
     """When that process began, in ticks; "" if it is gone, and where there is no /proc."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
+            text = file.read()
     except OSError:
         return ""
-    return "" if fields[0] in "ZX" else fields[19]  # field 22 of proc(5), counted from 3
+    after_name = text.rpartition(")")[2]  # the name may hold anything
+    state, *fields = after_name.split()  # field 3 of proc(5), and those behind it
+    if state in "ZX":
+        return ""
+    return fields[22 - 4]
+
+
+def pid_file(settings: Settings) -> str:
+    """Where the hub of this database says which process it is."""
+    return settings.db + ".pid"
+
+
+def log_file(settings: Settings) -> str:
+    """What a hub in the background writes its sentences to."""
+    folder = os.path.dirname(settings.db)
+    return os.path.join(folder, "agent-chat.log")
+
+
+def write_pid_file(settings: Settings, url: str) -> None:
+    """Says that the hub of this database is this process, at that address."""
+    pid = os.getpid()
+    here = RunningHub(pid, process_start(pid), url)
+    text = json.dumps(here._asdict())
+    write_file(pid_file(settings), text, 0o600)
+
+
+def remove_pid_file(settings: Settings) -> None:
+    """Takes it away again, if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(pid_file(settings))
+
+
+def read_pid_file(path: str) -> RunningHub | None:
+    """What a hub wrote there; None if there is no such file, or it says something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            written = json.load(file)
+    except (OSError, ValueError):
+        return None
+    match written:
+        case {"pid": int(pid), "started": str(started), "url": str(url)}:
+            return RunningHub(pid, started, url)
+    return None
 
 
 def running_hub(settings: Settings) -> RunningHub | None:
-    """The hub that runs on this database, None if there is none or its file is stale."""
-    try:
-        hub = RunningHub(**json.loads(read_file(settings.db + ".pid") or ""))
-    except (OSError, ValueError, TypeError):
+    """The hub that runs on this database; None if there is none, or its file is stale."""
+    hub = read_pid_file(pid_file(settings))
+    if hub is None or not hub.runs():
         return None
-    same = process_start(hub.pid) == hub.started if hub.started else hub.answers()
-    return hub if same else None
+    return hub
 
 
 def start_daemon(settings: Settings, flags: Sequence[str]) -> str:
-    """Starts this file again without a terminal; the sentence once it answers. Conflict if a hub
-    runs on this database, BadConfig with the end of its log if it dies."""
-    import subprocess
-    if hub := running_hub(settings):
+    """Starts this file again without a terminal; the sentence once it answers. Raises
+    Conflict if a hub runs on this database, BadConfig with the end of its log if it dies."""
+    hub = running_hub(settings)
+    if hub:
         raise Conflict(f"already running at {hub.url} (pid {hub.pid})")
-    log = os.path.join(os.path.dirname(settings.db), "agent-chat.log")
-    os.makedirs(os.path.dirname(log), exist_ok=True)
-    how = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with open(os.open(log, how, 0o600), "r+b", 0) as output:
-        size = os.fstat(output.fileno()).st_size
-        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "serve", *flags],
-                                 stdin=-3, stdout=output, stderr=output, start_new_session=True,
-                                 creationflags=getattr(subprocess, "DETACHED_PROCESS", 0))
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            ended, hub = child.poll() is not None, running_hub(settings)
-            if hub and (hub.pid == child.pid or os.name == "nt") and hub.answers():
-                return f"agent-chat {__version__} on {hub.url} (pid {hub.pid}), log {log}"
-            if ended:
-                output.seek(size)
-                lines = output.read().decode("utf-8", "replace").strip().splitlines()
-                raise BadConfig(f"the hub did not start: {' | '.join(lines[-3:])} (log: {log})")
-            time.sleep(0.02)
-    raise BadConfig(f"no answer after {START_SECONDS} s, it may still be starting; see {log}")
+    log = log_file(settings)
+    with open_log(log) as output:
+        begin = os.fstat(output.fileno()).st_size
+        child = spawn_hub(flags, output)
+        hub = awaited_hub(child, settings)
+        ended = child.poll() is not None
+        reason = last_words(output, begin)
+    if hub:
+        place = f"{hub.url} (pid {hub.pid})"
+        return f"agent-chat {__version__} on {place}, log {log}"
+    if ended:
+        raise BadConfig(f"the hub did not start: {reason} (log: {log})")
+    raise BadConfig(f"no answer after {START_SECONDS} s, it may still be starting; "
+                    f"see {log}")
+
+
+def open_log(path: str) -> io.FileIO:
+    """The log, to be written at its end by this user alone. A link in its place is refused:
+    it might lead to a file of somebody else."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    how = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    if os.name == "posix":
+        how |= os.O_NOFOLLOW
+    number = os.open(path, how, 0o600)
+    return open(number, "r+b", buffering=0)
+
+
+def python_words() -> list[str]:
+    """The command that starts this Python again, as far from the environment as it is now:
+    the PYTHONPATH of a project must not reach a hub that was installed."""
+    if sys.flags.isolated:
+        return [sys.executable, "-I"]
+    if sys.flags.ignore_environment:
+        return [sys.executable, "-E"]
+    return [sys.executable]
+
+
+def spawn_hub(flags: Sequence[str], output: io.FileIO) -> subprocess.Popen[bytes]:
+    """A hub in a session of its own: the end of this terminal is not its end."""
+    import subprocess
+
+    program = os.path.abspath(__file__)
+    words = [*python_words(), program, "serve", *flags]
+    detached = getattr(subprocess, "DETACHED_PROCESS", 0)  # Windows' word for it
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                            start_new_session=True, creationflags=detached)
+
+
+def awaited_hub(child: subprocess.Popen[bytes], settings: Settings) -> RunningHub | None:
+    """That child once it answers; None if it ended, or does not answer in time."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        ended = child.poll() is not None  # asked first: it may answer, and end after that
+        hub = running_hub(settings)
+        # On Windows the child is a launcher, and the hub has another pid.
+        if hub and os.name == "posix" and hub.pid != child.pid:
+            hub = None
+        if hub and hub.answers():
+            return hub
+        if ended:
+            return None
+        time.sleep(GLANCE_SECONDS)
+    return None
+
+
+def last_words(output: io.FileIO, begin: int) -> str:
+    """The last three lines of a log from `begin` on, as one line."""
+    output.seek(begin)
+    text = output.read().decode("utf-8", "replace")
+    lines = text.strip().splitlines()
+    return " | ".join(lines[-3:])
 
 
 def stop_daemon(settings: Settings) -> str:
-    """Ends exactly the hub of this database, and waits for its end; the sentence about it."""
+    """Ends exactly the hub of this database, and waits for its end; the sentence about it.
+    NotFound if none runs, StoreBusy if it does not end."""
     import signal
+
     hub = running_hub(settings)
     if hub is None:
         raise NotFound(f"no hub is running on {settings.db}")
     os.kill(hub.pid, signal.SIGTERM)
     end = time.monotonic() + STOP_SECONDS
     while time.monotonic() < end:
-        if process_start(hub.pid) != hub.started or not (hub.started or hub.answers()):
+        if not hub.runs():
             return f"stopped the hub at {hub.url} (pid {hub.pid})"
-        time.sleep(0.02)
-    raise StoreBusy(f"the hub (pid {hub.pid}) still runs after {STOP_SECONDS} s; see its log")
+        time.sleep(GLANCE_SECONDS)
+    raise StoreBusy(f"the hub (pid {hub.pid}) still runs after {STOP_SECONDS} s; "
+                    "see its log")
+
+
+# ======================================================================================
+# CONSOLE -- what people type, and what fits their terminal: options, times, tables.
+# Knows: argparse, the terminal's width.  Never: print, exit, Client, what a command does.
+# ======================================================================================
+
+# An option is described once, here as a record and in COMMANDS as a row. The parser, the
+# help and the completion of three shells are made from it.
+
+PAGE_COLUMNS = 96  # how wide help is where nobody says how wide the terminal is
+UNIT_SECONDS = {
+    "s": 1,
+    "m": 60,
+    "min": 60,
+    "h": 3600,
+    "d": 86400,
+    "w": 604800,
+}
+NAMES = "<names>"  # a shell offers agents and groups for such a value
+FILES = "<files>"
+TIME_FORMS = ("90s, 10m, 1h, 3d, 2w, today, yesterday, 10:30, 2026-11-22, "
+              "2026-11-22T10:00:00Z")
+
+
+class UsageError(ChatError):
+    """What was typed makes no sense: exit code 2, and a line that says how it is typed."""
+
+
+class Given(NamedTuple):
+    """The words and options of one command line, by their names in OPTIONS."""
+
+    values: Mapping[str, object]
+
+    def text(self, name: str) -> str:
+        """The value of an option or a word, "" if it was not given."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            return value
+        return ""
+
+    def words(self, name: str) -> list[str]:
+        """All words that stand for one thing, none if there are none."""
+        value = self.values.get(name)
+        if isinstance(value, list):
+            return list(value)
+        return []
+
+    def number(self, name: str) -> float:
+        """A number, 0 if it was not given."""
+        value = self.values.get(name)
+        if isinstance(value, int | float):
+            return value
+        return 0
+
+    def count(self, name: str) -> int:
+        """A whole number, 0 if it was not given."""
+        return int(self.number(name))
+
+    def has(self, name: str) -> bool:
+        """Whether a switch is on."""
+        return bool(self.values.get(name))
+
+    def settings(self) -> Settings:
+        """Flags over environment over file over defaults. Raises BadConfig."""
+        return load_settings(self.values, environ())
+
+
+# -- values: what a word means, or UsageError with the form that is wanted
+
+
+def typed_text(word: str) -> str:
+    """A word of the command line as text. Its bytes are UTF-8, whatever the locale made of
+    them; bytes that are not become U+FFFD, since no message may hold a lone surrogate."""
+    return os.fsencode(word).decode("utf-8", "replace")
+
+
+def typed_whole(word: str) -> int:
+    """A whole number from 0 up."""
+    if re.fullmatch(r"[0-9]{1,9}", word):
+        return int(word)
+    raise UsageError(f"a whole number is wanted, not {word!r}")
+
+
+def typed_count(word: str) -> int:
+    """A whole number from 1 up."""
+    count = typed_whole(word)
+    if count == 0:
+        raise UsageError("a number from 1 up is wanted, not 0")
+    return count
+
+
+def typed_number(word: str) -> float:
+    """A number from 0 up."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", word):
+        return float(word)
+    raise UsageError(f"a number is wanted, not {word!r}")
+
+
+def typed_moment(word: str) -> str:
+    """A time as people write it, seen from now, as the hub wants it."""
+    return moment(word, time.time())
+
+
+def moment(text: str, now: float) -> str:
+    """RFC 3339 in UTC out of one of TIME_FORMS. A span is counted back from `now`; a time
+    without a zone is this machine's."""
+    from datetime import UTC, datetime, timedelta
+
+    text = text.strip()
+    here = datetime.fromtimestamp(now).astimezone()
+    midnight = here.replace(hour=0, minute=0, second=0, microsecond=0)
+    span = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|d|w)(?: ago)?", text, re.ASCII)
+    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text, re.ASCII)
+    days = {
+        "now": here,
+        "today": midnight,
+        "yesterday": midnight - timedelta(days=1),
+    }
+    try:
+        if span:
+            seconds = float(span[1]) * UNIT_SECONDS[span[2]]
+            found = here - timedelta(seconds=seconds)
+        elif clock:
+            found = midnight.replace(hour=int(clock[1]), minute=int(clock[2]))
+        elif text in days:
+            found = days[text]
+        else:
+            found = datetime.fromisoformat(text)
+        shown = found.astimezone(UTC).isoformat(timespec="microseconds")
+    except (ValueError, OverflowError):
+        raise UsageError(f"{text!r} is no time; write it as one of {TIME_FORMS}") from None
+    return shown.replace("+00:00", "Z")
+
+
+class Target(NamedTuple):
+    """Whom a message is for: one agent, or one group."""
+
+    agent: str = ""
+    group: str = ""
+
+    def shown(self) -> str:
+        """As it is typed: a group has its sign."""
+        if self.group:
+            return "#" + self.group
+        return self.agent
+
+
+def parse_targets(text: str) -> list[Target]:
+    """'bob,#dev' taken apart, in its order, each one once. UsageError for a gap in it."""
+    found: list[Target] = []
+    for word in text.split(","):
+        name = word.strip()
+        if name in ("", "#"):
+            raise UsageError(f"{text!r} names nobody in one place; write bob,eve,#dev")
+        target = Target(agent=name)
+        if name.startswith("#"):
+            target = Target(group=name[1:])
+        if target not in found:
+            found.append(target)
+    return found
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X or Y?' with what is spelt nearly alike, "" if nothing is."""
+    import difflib
+
+    spellings = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spellings, 3, 0.6)
+    if not close:
+        return ""
+    return f"; did you mean {' or '.join(spellings[name] for name in close)}?"
+
+
+# -- options and commands: what argparse, the help and the shells' completion are made from
+
+
+class Option(NamedTuple):
+    """One option or word of a command line. It means the same wherever it is taken."""
+
+    flags: str  # as typed; without dashes: a word that is known by its place
+    help: str  # one sentence
+    takes: str = ""  # what its value is called; "" for a switch
+    read: Callable[[str], object] = str  # UsageError for a value that makes no sense
+    default: object = None
+    nargs: str = ""  # "?", "*" or "+", as argparse understands them
+    choices: tuple[str, ...] = ()
+    completes: str = ""  # what a shell offers for its value: NAMES, FILES, or words
+
+    @property
+    def name(self) -> str:
+        """The name of its value in Given: that of its last flag."""
+        last = self.flags.split()[-1]
+        return last.lstrip("-").replace("-", "_")
+
+    @property
+    def is_word(self) -> bool:
+        """Whether it is known by its place, not by dashes."""
+        return not self.flags.startswith("-")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Tells argparse about it."""
+        import argparse
+
+        def read(word: str) -> object:
+            """The value; argparse puts the option's name before a complaint."""
+            try:
+                return self.read(word)
+            except UsageError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        flags = self.flags.split()
+        if not self.takes:
+            parser.add_argument(*flags, action="store_true", help=self.help)
+            return
+        parser.add_argument(*flags, help=self.help, metavar=self.takes, type=read,
+                            default=self.default, nargs=self.nargs or None,
+                            choices=self.choices or None)
+
+
+class Command(NamedTuple):
+    """One command: what it runs, what it takes, how it is typed."""
+
+    name: str
+    run: Callable[[Given], int]  # returns the exit code
+    about: str
+    takes: tuple[Option, ...] = ()
+    example: str = ""
+    words: str = ""  # how its words are shown in the usage line
+    alias: str = ""
+
+    def usage(self) -> str:
+        """How it is typed, in one line."""
+        words = ["agent-chat", self.name, self.words, "[OPTIONS]"]
+        return " ".join(word for word in words if word)
+
+    def names(self) -> list[str]:
+        """What it is called by."""
+        if self.alias:
+            return [self.name, self.alias]
+        return [self.name]
+
+    def flags(self) -> list[str]:
+        """All its options as they are typed."""
+        found = ["--help"]
+        for option in self.takes:
+            if not option.is_word:
+                found += option.flags.split()
+        return found
+
+    def parse(self, typed: Sequence[str]) -> Given:
+        """The words and options that were typed. UsageError for what it does not take."""
+        found, unknown = self.parser().parse_known_intermixed_args(typed)
+        if not unknown:
+            return Given(vars(found))
+        word = typed_text(unknown[0])
+        if not word.startswith("-"):
+            raise UsageError(f"{word!r} is one word too many")
+        name, _, _ = word.partition("=")
+        advice = did_you_mean(name, self.flags()) or "; a text may follow behind --"
+        raise UsageError(f"there is no option {word}{advice}")
+
+    def parser(self) -> argparse.ArgumentParser:
+        """Its parser alone: those of all commands would cost 5 ms at each start."""
+        import argparse
+
+        class Parser(argparse.ArgumentParser):
+            """One that leaves it to us to say what is wrong."""
+
+            def error(self, message: str) -> NoReturn:
+                """Raises what argparse would print."""
+                raise UsageError(message)
+
+        # The width is told: argparse would load shutil to ask for it, which takes 4 ms.
+        width = min(PAGE_COLUMNS, terminal_columns() or PAGE_COLUMNS)
+        look = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
+        parser = Parser(prog=f"agent-chat {self.name}", usage=self.usage(),
+                        description=f"{self.about[0].upper()}{self.about[1:]}.",
+                        epilog=f"example: {self.example}", formatter_class=look)
+        for option in self.takes:
+            option.add_to(parser)
+        return parser
+
+
+# -- what fits
+
+
+def terminal_columns() -> int:
+    """How many columns the terminal has; 0 where nobody limits them: a pipe and a file get
+    everything."""
+    if not sys.stdout.isatty():
+        return 0
+    told = environ().get("COLUMNS", "")
+    if re.fullmatch(r"[1-9][0-9]{0,4}", told):
+        return int(told)
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        return 80
+    return size.columns or 80
+
+
+def columns_of(text: str) -> int:
+    """How many columns a terminal gives the text: two to a wide character, none to a mark
+    that stands on another one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    columns = 0
+    for character in text:
+        if unicodedata.combining(character):
+            continue
+        columns += 1
+        if unicodedata.east_asian_width(character) in "WF":
+            columns += 1
+    return columns
+
+
+def cut(text: str, room: int) -> str:
+    """The beginning of a text that fits into so many columns, with a sign where it was cut
+    (a tilde where the terminal's encoding has no dots)."""
+    if columns_of(text) <= room:
+        return text
+    encoding = sys.stdout.encoding or ""
+    sign = "…" if "utf" in encoding.lower() else "~"
+    while text and columns_of(text) > room - 1:
+        text = text[:-1]
+    return text + sign
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    title: str
+    least: int = 99  # how much of it a narrow terminal shows at least
+
+
+def fitted_widths(wanted: Sequence[int], columns: Sequence[Column], room: int) -> list[int]:
+    """Widths that fit into the room, two blanks between them. The column with most to spare
+    gives way first, none below its least. If that is not enough, the last columns are left
+    out: their width is 0."""
+    widths = list(wanted)
+    shown = len(widths)
+    while shown > 1 and sum(widths) + 2 * (shown - 1) > room:
+        spare: list[int] = []
+        for width, column in zip(widths, columns, strict=True):
+            spare.append(width - min(column.least, width))
+        if max(spare) > 0:
+            widths[spare.index(max(spare))] -= 1
+        else:
+            shown -= 1
+            widths[shown] = 0
+    return widths
+
+
+def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]],
+                room: int) -> list[str]:
+    """A table with its titles, one line a row, in so many columns; room 0 is no limit."""
+    titles = [column.title for column in columns]
+    table = [titles, *rows]
+    widths: list[int] = []
+    for cells in zip(*table, strict=True):
+        widths.append(max(map(columns_of, cells)))
+    if room:
+        widths = fitted_widths(widths, columns, room)
+    return [table_line(row, widths) for row in table]
+
+
+def table_line(row: Sequence[str], widths: Sequence[int]) -> str:
+    """One row, each cell cut or filled to its width, without those whose width is 0."""
+    line = ""
+    for cell, width in zip(row, widths, strict=True):
+        if width:
+            shown = cut(cell, width)
+            blanks = width - columns_of(shown) + 2
+            line += shown + " " * blanks
+    return line.rstrip()
+
+
+def ago(then: str | None) -> str:
+    """'6 h ago' out of an RFC 3339 time, 'never' out of none."""
+    from datetime import UTC, datetime
+
+    if not then:
+        return "never"
+    passed = datetime.now(UTC) - datetime.fromisoformat(then)
+    seconds = max(0.0, passed.total_seconds())
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+# -- completion: the scripts that shells read. The hub is asked for names when one is typed.
+
+ASK_NAMES = "agent-chat completion names 2>/dev/null"
+BASH = """\
+_agent_chat() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} offered=""
+    case $COMP_CWORD:$before in
+        1:* | *:help) offered="@COMMANDS@" ;;
+@VALUES@
+        *) case ${COMP_WORDS[1]} in
+@CASES@
+        esac ;;
+    esac
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
+}
+complete -o default -F _agent_chat agent-chat"""
+ZSH = """\
+#compdef agent-chat
+_agent_chat() {
+    local -a commands options values
+    commands=(
+@COMMANDS@
+    )
+    if (( CURRENT == 2 )) || [[ $words[2] == help ]]; then
+        _describe command commands
+        return
+    fi
+    case $words[CURRENT-1] in
+@VALUES@
+    esac
+    case $words[2] in
+@CASES@
+    esac
+    _describe -o option options
+    compadd -a values
+}
+if [[ $funcstack[1] == _agent_chat ]]; then
+    _agent_chat "$@"
+else
+    compdef _agent_chat agent-chat
+fi"""
+
+
+def quoted(text: str) -> str:
+    """A text as one word of a shell."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def filled(script: str, commands: str, values: Sequence[str], cases: Sequence[str]) -> str:
+    """A script with its three lists in their places."""
+    script = script.replace("@COMMANDS@", commands)
+    script = script.replace("@VALUES@", "\n".join(values))
+    return script.replace("@CASES@", "\n".join(cases))
+
+
+def offered_values(option: Option) -> str:
+    """What a shell can offer for an option's value: words, or a command in $(...)."""
+    if option.completes == NAMES:
+        return f"$({ASK_NAMES})"
+    if option.completes == FILES:
+        return ""
+    return option.completes or " ".join(option.choices)
+
+
+def offered_words(command: Command) -> str:
+    """What may stand in a command's places without dashes."""
+    values: list[str] = []
+    for option in command.takes:
+        if option.is_word:
+            values.append(offered_values(option))
+    return " ".join(values).strip()
+
+
+def valued_options(commands: Iterable[Command]) -> list[Option]:
+    """The options of all commands that a value follows, each once."""
+    found: dict[str, Option] = {}
+    for command in commands:
+        for option in command.takes:
+            if option.takes and not option.is_word:
+                found[option.flags] = option
+    return list(found.values())
+
+
+def bash_completion(commands: Sequence[Command]) -> str:
+    """The script for bash. Where it offers nothing, bash offers files."""
+    names = ["help"]
+    values: list[str] = []
+    cases: list[str] = []
+    for option in valued_options(commands):
+        pattern = "*:" + option.flags.replace(" ", " | *:")
+        values.append(f'        {pattern}) offered="{offered_values(option)}" ;;')
+    for command in commands:
+        names += command.names()
+        words = " ".join([*command.flags(), offered_words(command)])
+        pattern = " | ".join(command.names())
+        cases.append(f'            {pattern}) offered="{words.strip()}" ;;')
+    return filled(BASH, " ".join(names), values, cases)
+
+
+def zsh_completion(commands: Sequence[Command]) -> str:
+    """The script for zsh, to be sourced or to lie in its fpath as _agent_chat."""
+    described: list[str] = []
+    values: list[str] = []
+    cases: list[str] = []
+    for option in valued_options(commands):
+        offer = f"compadd -- {offered_values(option)}"
+        if option.completes == FILES:
+            offer = "_files"
+        pattern = option.flags.replace(" ", "|")
+        values.append(f"        {pattern}) {offer}; return ;;")
+    for command in commands:
+        described.append("        " + quoted(f"{command.name}:{command.about}"))
+        options: list[str] = []
+        for option in command.takes:
+            if not option.is_word:
+                _, _, flag = option.flags.rpartition(" ")
+                options.append(quoted(f"{flag}:{option.help}"))
+        pattern = "|".join(command.names())
+        cases.append(f"        {pattern})\n"
+                     f"            values=({offered_words(command)})\n"
+                     f"            options=({' '.join(options)}) ;;")
+    return filled(ZSH, "\n".join(described), values, cases)
+
+
+def fish_completion(commands: Sequence[Command]) -> str:
+    """The script for fish: one line for each command and each of its options."""
+    first = "complete -c agent-chat -n __fish_use_subcommand"
+    lines = ["complete -c agent-chat -f", f"{first} -a help -d 'explain a command'"]
+    for command in commands:
+        about = quoted(command.about)
+        lines.append(f"{first} -a {command.name} -d {about}")
+        names = " ".join(command.names())
+        when = quoted(f"__fish_seen_subcommand_from {names}")
+        for option in command.takes:
+            lines.append(f"complete -c agent-chat -n {when} {fish_option(option)}")
+    return "\n".join(lines)
+
+
+def fish_option(option: Option) -> str:
+    """How fish is told about one option or word."""
+    words: list[str] = []
+    if not option.is_word:
+        for flag in option.flags.split():
+            kind = "-l" if flag.startswith("--") else "-s"
+            words.append(f"{kind} {flag.lstrip('-')}")
+        words.append(f"-d {quoted(option.help)}")
+        if option.takes:
+            words.append("-r")  # a value follows
+    if option.completes == FILES:
+        words.append("-F")
+    values = offered_values(option).replace("$(", "(")
+    if values:
+        words.append(f"-a {quoted(values)}")
+    return " ".join(words)
+
+
+COMPLETIONS: dict[str, Callable[[Sequence[Command]], str]] = {
+    "bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
 
 
 # ======================================================================================
 # COMMANDS -- the program as people and scripts start it; the composition root.
-# Knows: everything, argparse, print, exit, signals.  Never: the rules of the chat.
+# Knows: everything, print, exit, signals.  Never: the rules of the chat.
 # ======================================================================================
 
+# Standard output is for results, and is all that a pipe gets. What only a person wants to
+# know (nothing was found, the hub is away) goes to standard error, in one line. Whatever
+# somebody else wrote passes through `printable` first: no message can steer a terminal.
+#
+# A command is a function that takes what was Given and returns its exit code. What goes
+# wrong is raised as a ChatError; `main` alone turns it into a sentence and a code.
+
 EXIT_CODES = "exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C, 141 nobody reads our output"
+SHELL_NAME = "shell"  # who writes to the human from a script, if nobody says who
+STATUS_LINES = 5  # of each kind in `status`: it stays one screen
+BOLD = "1"
+FAINT = "2"
+RED = "31"
+GREEN = "32"
+YELLOW = "33"
+CYAN = "36"
+BOLD_CYAN = "1;36"
+PLAIN_WORDS = (  # what the hub says to programs, and how a person would say it
+    (r"; see GET /api/agents", "; `agent-chat agents` lists them"),
+    (r"; see GET /api/groups", "; `agent-chat groups` lists them"),
+    (r" \(header X-Agent-Session\)", ""),
+    (r" answers \d{3}, but not as", " answers, but not as"),
+    (r"\[Errno -?\d+\] ", ""),
+)
+
+Row = Mapping[str, Any]  # one JSON object of a hub's answer
 
 
-def command_serve(arguments: argparse.Namespace) -> None:
-    import signal
+# -- what everybody prints with: nobody below prints the words of others in any other way
+
+
+def painted(text: str, color: str) -> str:
+    """The text made harmless, and in a colour on a terminal that wants any: NO_COLOR and a
+    dumb terminal want none, nor does a pipe."""
+    shown = printable(text)
+    if not sys.stdout.isatty() or environ().get("NO_COLOR"):
+        return shown
+    if environ().get("TERM") == "dumb":
+        return shown
+    return f"\x1b[{color}m{shown}\x1b[0m"
+
+
+def note(sentence: str) -> None:
+    """Something that a person should know and a pipe should not get."""
+    print(f"agent-chat: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def in_plain_words(sentence: str) -> str:
+    """What the hub says to programs, without the words of their protocol: who types a
+    command has never heard of headers."""
+    for technical, plain in PLAIN_WORDS:
+        sentence = re.sub(technical, plain, sentence)
+    return sentence
+
+
+def print_json(data: object) -> None:
+    """One line of JSON, in ASCII: nothing in it can steer a terminal."""
+    print(json.dumps(data))
+
+
+def print_message(message: Row) -> None:
+    """A head line and the content, indented: no content can pass for a head line."""
+    from datetime import datetime
+
+    when = datetime.fromisoformat(message["created_at"]).astimezone()
+    target = Target(message.get("to_agent", ""), message.get("group", ""))
+    names = painted(f"{message['from_agent']} -> {target.shown()}", BOLD_CYAN)
+    about = message["id"]
+    if message.get("in_reply_to"):
+        about += f"  (reply to {message['in_reply_to']})"
+    print(f"{when:%m-%d %H:%M:%S}  {names}  {painted(about, FAINT)}")
+    for line in message["content"].splitlines():
+        print("    " + printable(line))
+    if message.get("choices"):
+        answers = " | ".join(message["choices"])
+        print("    " + painted(f"answers: {answers}", YELLOW))
+
+
+def print_messages(messages: Sequence[Row], given: Given, empty: str) -> None:
+    """All of them as text or as JSON. If there are none, a person reads `empty`, and a
+    program gets an empty list."""
+    if given.has("json"):
+        print_json(messages)
+    elif messages:
+        for message in messages:
+            print_message(message)
+    else:
+        note(empty)
+
+
+def client_of(given: Given) -> Client:
+    """A way to the hub that is meant: --server, else AGENT_CHAT_SERVER, else the settings
+    file, else this machine. It also has the key."""
+    settings = given.settings()
+    return Client(settings.server, settings.api_key)
+
+
+# -- the hub: its life, and a look at it
+
+
+def command_serve(given: Given) -> int:
+    """Runs the hub until it is told to stop, or starts it in the background. Raises
+    BadConfig where it cannot begin, and the hub's own sentence where it cannot go on."""
     os.umask(0o077)
-    settings = chosen_settings(arguments)
-    if arguments.daemon:
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items()
-                 if value is not None and key not in ("run", "daemon")]
-        print(start_daemon(settings, flags))
-        return
+    settings = given.settings()
+    require_package("websockets")
+    if given.has("daemon"):
+        print(start_daemon(settings, daemon_flags(given)))
+        return 0
     hub = open_hub(settings)
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
-        hub.stop()
-
     try:  # the database is ours from here on, and so is its pid file
-        running = RunningHub(os.getpid(), process_start(os.getpid()), hub.url)
-        write_file(settings.db + ".pid", json.dumps(running._asdict()), 0o600)
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        write_pid_file(settings, hub.url)
+        stop_on_signals(hub.stop)
         print(f"agent-chat {__version__} on {hub.url}, database {settings.db}", flush=True)
         hub.serve_forever()
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(settings.db + ".pid")
+        remove_pid_file(settings)
         hub.close()
+    return 0
 
 
-def command_stop(arguments: argparse.Namespace) -> None:
-    print(stop_daemon(chosen_settings(arguments)))
+def require_package(name: str) -> None:
+    """BadConfig with the commands that install it, if a package is not there."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise BadConfig(f"the Python package {name} is missing; `sh install.sh` installs "
+                        f"everything, `{sys.executable} -m pip install {name}` this one")
 
 
-def command_mcp(arguments: argparse.Namespace) -> int:
-    settings = chosen_settings(arguments)
+def daemon_flags(given: Given) -> list[str]:
+    """The same options once more, for the hub in the background. The key is never among
+    them: everybody can read the words of a process."""
+    flags: list[str] = []
+    for name, value in given.values.items():
+        if value is not None and name != "daemon":
+            flags.append(f"--{name.replace('_', '-')}={value}")
+    return flags
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM and Ctrl-C end the hub in good order; a second Ctrl-C does not wait for it.
+    `stop` has to be safe inside a signal handler."""
+    import signal
+
+    def stop_once(*_: object) -> None:
+        """What the signals call."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop()
+
+    signal.signal(signal.SIGTERM, stop_once)
+    signal.signal(signal.SIGINT, stop_once)
+
+
+def command_stop(given: Given) -> int:
+    """Ends the hub of a database. NotFound if none runs."""
+    print(stop_daemon(given.settings()))
+    return 0
+
+
+def command_version(_given: Given) -> int:
+    """Version and fingerprint of this file."""
+    print(f"agent-chat {__version__} ({fingerprint()})")
+    return 0
+
+
+class Overview(NamedTuple):
+    """What `status` shows, and what it prints with --json: all of the hub's own rows."""
+
+    server: str
+    version: str
+    process: str  # pid and database, "" where the hub is not this machine's
+    agents: list[Row]
+    unread: int  # the human's
+    waiting: list[Row]  # questions that wait for an answer of the human
+    loops: list[Row]  # pairs whose bell is quiet
+
+
+def command_status(given: Given) -> int:
+    """The hub, its agents, unread mail, open questions and quiet bells, on one screen. Of
+    what there may be many, the first few are shown and the rest is counted."""
+    seen = take_overview(given)
+    if given.has("json"):
+        print_json(seen._asdict())
+        return 0
+    print_status("hub", f"{seen.server}, version {seen.version}{seen.process}")
+    print_status("agents", agents_sentence(seen.agents))
+    print_status("unread", unread_sentence(seen.agents, seen.unread))
+    questions: list[str] = []
+    for message in seen.waiting:
+        first_line = message["content"].strip().partition("\n")[0]
+        questions.append(f"{message['from_agent']}: {first_line}")
+    print_some("question", questions)
+    quiet: list[str] = []
+    for loop in seen.loops:
+        pair = " and ".join(loop["agents"])
+        quiet.append(f"{pair}, since {ago(loop.get('since'))}")
+    print_some("quiet", quiet)
+    return 0
+
+
+def take_overview(given: Given) -> Overview:
+    """Asks the hub for everything that `status` shows. Raises Unreachable if none is there,
+    NotAuthorized if it wants a key."""
+    settings = given.settings()
+    client = client_of(given)
+    health = client.get("/health")
+    process = ""
+    hub = running_hub(settings)
+    if hub and hub.url == client.server:
+        process = f", pid {hub.pid}, {settings.db}"
+    _, unread = client.get_messages(HUMAN, 1, peek=True)
+    return Overview(client.server, health.get("version", "unknown"), process,
+                    client.get("/api/agents"), unread, waiting_questions(client),
+                    client.get("/api/loops"))
+
+
+def waiting_questions(client: Client) -> list[Row]:
+    """What agents ask of the human and nobody answered; older hubs do not know it."""
+    try:
+        return list(client.get("/api/waiting"))
+    except NotFound:
+        return []
+
+
+def print_status(title: str, text: str) -> None:
+    """One line of `status`, no wider than the terminal, which is never so narrow that
+    nothing is left."""
+    shown = printable(text)
+    room = terminal_columns()
+    if room:
+        shown = cut(shown, max(20, room - 10))
+    print(painted(f"{title:10}", BOLD) + shown)
+
+
+def print_some(title: str, lines: Sequence[str]) -> None:
+    """The first of some lines of `status`, and how many more there are."""
+    for line in lines[:STATUS_LINES]:
+        print_status(title, line)
+    if len(lines) > STATUS_LINES:
+        print_status(title, f"and {len(lines) - STATUS_LINES} more")
+
+
+def agents_sentence(agents: Sequence[Row]) -> str:
+    """'5: 2 online, 3 offline'."""
+    states = collections.Counter(agent["status"] for agent in agents)
+    if not states:
+        return "none yet; `agent-chat init` tells your agents' CLIs about agent-chat"
+    parts: list[str] = []
+    for state, count in states.most_common():
+        parts.append(f"{count} {state}")
+    return f"{len(agents)}: {', '.join(parts)}"
+
+
+def unread_sentence(agents: Sequence[Row], human: int) -> str:
+    """'human 3, bob 2': who has unread mail; you first, then who has most."""
+    counts: collections.Counter[str] = collections.Counter()
+    for agent in agents:
+        counts[agent["name"]] = int(agent.get("unread") or 0)
+    parts = [f"{HUMAN} {human}"]
+    for name, count in counts.most_common():
+        if count:
+            parts.append(f"{name} {count}")
+    sentence = ", ".join(parts[:8])
+    if len(parts) > 8:
+        sentence += f" and {len(parts) - 8} more"
+    return sentence
+
+
+AGENT_COLUMNS = (
+    Column("NAME"), Column("STATUS"), Column("UNREAD"), Column("SEEN"),
+    Column("GROUPS", 10), Column("WHERE", 16), Column("BELL", 10))
+
+
+def command_agents(given: Given) -> int:
+    """Who is here, in a table as wide as the terminal at most; a pipe gets all of it."""
+    agents = client_of(given).get("/api/agents")
+    if given.has("json"):
+        print_json(agents)
+    elif agents:
+        rows = [agent_cells(agent) for agent in agents]
+        titles, *lines = table_lines(AGENT_COLUMNS, rows, terminal_columns())
+        print(painted(titles, BOLD))
+        for line in lines:
+            print(line)
+    else:
+        note("no agents yet; `agent-chat init` tells your agents' CLIs about agent-chat")
+    return 0
+
+
+def agent_cells(agent: Row) -> list[str]:
+    """One agent's row; where its bell did not ring, the last cell says why."""
+    place = str(agent.get("cwd") or "")
+    if agent.get("host"):
+        place = f"{agent['host']}:{place}"
+    groups = agent.get("groups") or []
+    ring = agent.get("door") or {}
+    cells = [
+        agent["name"],
+        agent["status"],
+        agent.get("unread", ""),
+        ago(agent.get("last_seen_at")),
+        ",".join(groups),
+        place,
+        ring.get("outcome") or agent.get("door_note") or "",
+    ]
+    return [printable(str(cell)) for cell in cells]
+
+
+def command_groups(given: Given) -> int:
+    """The groups, one a line."""
+    groups = client_of(given).get("/api/groups")
+    if given.has("json"):
+        print_json(groups)
+    elif groups:
+        for group in groups:
+            print(printable(group))
+    else:
+        note("no groups yet; agents join them by AGENT_GROUPS, or with their register tool")
+    return 0
+
+
+# -- messages: what is said and what was said. To the hub a person is an agent named human.
+
+
+def command_send(given: Given) -> int:
+    """Sends one text to one or several targets, and tells how each recipient is. Everything
+    that can be checked is checked before the first is sent."""
+    targets, text = addressed(given)
+    client = client_of(given)
+    if given.text("reply_to"):
+        require_message(client, given.text("reply_to"))
+    if len(targets) > 1:
+        require_targets(client, targets)
+    for target in targets:
+        answer = send_one(client, given, target, text)
+        if given.has("json"):
+            print_json(answer)
+        else:
+            print_sent(answer)
+    return 0
+
+
+def addressed(given: Given) -> tuple[list[Target], str]:
+    """Whom the words are for, and the text. UsageError where one is missing."""
+    words = given.words("words")
+    group = given.text("group")
+    if group:
+        targets = [Target(group=group.removeprefix("#"))]
+    elif words:
+        targets = parse_targets(words.pop(0))
+    else:
+        raise UsageError("say whom to send to, and what")
+    if not words:
+        raise UsageError("the text is missing: it follows the name; - reads standard input")
+    text = " ".join(words)
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
+    if not text.strip():
+        raise BadRequest("there is nothing in the text; nothing was sent")
+    return targets, text
+
+
+def send_one(client: Client, given: Given, target: Target, text: str) -> Row:
+    """Stores one message, and returns the hub's answer. Who writes is --from, else
+    AGENT_NAME, else the human; to the human it is `shell`, for a script writes to you, not
+    you yourself. NotAllowed for a --from that is connected."""
+    named = given.text("from")
+    own = given.settings().agent_name
+    unnamed = HUMAN
+    if target.agent.lower() == HUMAN:
+        unnamed = SHELL_NAME
+    sender = named or own or unnamed
+    reply_to = given.text("reply_to")
+    try:
+        return client.send(sender, text, target.agent, target.group, reply_to)
+    except NotAllowed:
+        if named or not own:
+            raise
+    # An agent's plugin is connected under AGENT_NAME. This is a command in the shell of
+    # that agent, and does not have its session.
+    answer = client.send(SHELL_NAME, text, target.agent, target.group, reply_to)
+    note(f"{own} is connected, and only its own session writes as it: sent as {SHELL_NAME}")
+    return answer
+
+
+def require_message(client: Client, message_id: str) -> None:
+    """NotFound if there is no such message to reply to."""
+    from urllib.parse import quote
+
+    absent = NotFound(f"there is no message {message_id!r} to reply to; nothing was sent")
+    try:
+        found = client.get("/api/messages/" + quote(message_id, safe=""))
+    except (NotFound, BadRequest):
+        raise absent from None
+    if not isinstance(found, dict):  # it was the name of a list, as `recent` is one
+        raise absent
+
+
+def require_targets(client: Client, targets: Sequence[Target]) -> None:
+    """NotFound for the first that does not exist: a list is sent whole, or not at all, as
+    far as that can be known before."""
+    groups = [str(group) for group in client.get("/api/groups")]
+    for target in targets:
+        if target.agent:
+            require_agent(client, target.agent)
+        elif target.group not in groups:
+            close = did_you_mean(target.group, groups)
+            raise NotFound(f"there is no group {target.group!r}{close}; nothing was sent")
+
+
+def require_agent(client: Client, name: str) -> None:
+    """NotFound, with names that are spelt nearly alike, if there is no such agent."""
+    names = agent_names(client)
+    if name.lower() not in [known.lower() for known in names]:
+        close = did_you_mean(name, names) or "; `agent-chat agents` lists them"
+        raise NotFound(f"there is no agent {name!r}{close}")
+
+
+def agent_names(client: Client) -> list[str]:
+    """All that a message can be sent to by name."""
+    names = [HUMAN]
+    for agent in client.get("/api/agents"):
+        names.append(str(agent["name"]))
+    return names
+
+
+def print_sent(answer: Row) -> None:
+    """The id of a message, and how each of its recipients is: whether it is there, how much
+    it has not read."""
+    print(painted(f"sent {answer['id']}", FAINT))
+    for row in answer.get("recipients", []):
+        seen = ago(row.get("last_seen_at"))
+        state = f"{row['status']}, {row['unread']} unread, last seen {seen}"
+        print(printable(f"{row['agent']}: {state}"))
+    if answer.get("quiet"):
+        print(painted(f"no bell: {answer['quiet']}", YELLOW))
+
+
+def command_inbox(given: Given) -> int:
+    """Unread messages of one agent, oldest first. To look changes nothing; --read marks
+    what was shown, after it was shown."""
+    client = client_of(given)
+    name = given.text("name")
+    messages, unread = awaited_mail(client, name, given)
+    print_messages(messages, given, f"no unread messages for {name}")
+    if messages and not given.has("json"):
+        count = f"{unread} unread for {name}"
+        if unread > len(messages):
+            count += f", the first {len(messages)} are shown"
+        print(painted(count, FAINT))
+    if messages and given.has("read"):
+        ids = [message["id"] for message in messages]
+        client.post("/api/messages/read", {"agent_name": name, "message_ids": ids})
+    return 0
+
+
+def awaited_mail(client: Client, name: str, given: Given) -> tuple[Sequence[Row], int]:
+    """Unread mail and how much there is in all, at once or when the first comes. NotFound
+    if there is none, and nobody of that name."""
+    limit = given.count("limit")
+    wait = given.number("wait")
+    messages, unread = client.get_messages(name, limit, peek=True)
+    if not messages:
+        require_agent(client, name)  # before it is waited for in vain
+    while wait > 0 and not messages:
+        once = min(wait, MAX_WAIT_SECONDS)
+        messages, unread = client.get_messages(name, limit, once, peek=True)
+        wait -= once
+    return messages, unread
+
+
+def command_tail(given: Given) -> int:
+    """Prints what was said last, then what is said, until Ctrl-C. A hub that is restarted
+    meanwhile costs nothing: what was said is asked for by its number."""
+    client = client_of(given)
+    newest = client.get("/api/messages/recent", limit=1)
+    seq = 0
+    if newest:
+        seq = newest[0]["seq"]
+    lines = given.count("lines")
+    last = client.get("/api/messages/history", agent=given.text("agent"),
+                      group=group_of(given), limit=max(1, lines), before=seq + 1)
+    for message in reversed(last[:lines]):
+        print_followed(message, given)
+    if not last and not given.has("json"):
+        note("no messages yet; waiting for the first, Ctrl-C ends")
+    while True:
+        sys.stdout.flush()
+        for message in next_messages(client, seq):
+            seq = message["seq"]
+            if concerns(message, given):
+                print_followed(message, given)
+
+
+def next_messages(client: Client, seq: int) -> list[Row]:
+    """What was said after `seq`, or is said within 25 s. A hub that is away is awaited, and
+    that is told once."""
+    lost = False
+    while True:
+        try:
+            return list(client.get("/api/messages/recent", wait=25, after=seq, limit=100))
+        except Unreachable as error:
+            if not lost:
+                note(f"{in_plain_words(str(error))}; waiting")
+            lost = True
+            time.sleep(1)
+
+
+def concerns(message: Row, given: Given) -> bool:
+    """Whether --agent and --group let this message through. An agent is concerned if it
+    wrote the message or is one of its recipients."""
+    agent = given.text("agent").lower()
+    people = {message["from_agent"].lower(), message["to_agent"].lower()}
+    for receipt in message["receipts"]:
+        people.add(receipt["agent"].lower())
+    if agent and agent not in people:
+        return False
+    return group_of(given).lower() in ("", message["group"].lower())
+
+
+def print_followed(message: Row, given: Given) -> None:
+    """One message, as text or as a line of JSON."""
+    if given.has("json"):
+        print_json(message)
+    else:
+        print_message(message)
+
+
+def group_of(given: Given) -> str:
+    """--group; it may be typed with its sign."""
+    return given.text("group").removeprefix("#")
+
+
+def command_search(given: Given) -> int:
+    """Full text over everything on the hub, newest first."""
+    # An agent that has gone is no mistake here: what it said is still to be found.
+    client = client_of(given)
+    words = " ".join(given.words("query"))
+    found = client.get("/api/messages/search", q=words, limit=given.count("limit"),
+                       agent=given.text("agent"), group=group_of(given),
+                       since=given.text("since"), until=given.text("until"))
+    empty = f"nothing found for {words!r}"
+    if not found:
+        empty += absent_agent(client, given)
+    print_messages(found, given, empty)
+    return 0
+
+
+def absent_agent(client: Client, given: Given) -> str:
+    """Why --agent may find nothing: nobody has that name now. "" if somebody has it."""
+    name = given.text("agent")
+    if not name:
+        return ""
+    try:
+        require_agent(client, name)
+    except NotFound as error:
+        return f"; {error}"
+    return ""
+
+
+def command_export(given: Given) -> int:
+    """All messages to standard output, piece by piece: there may be more of them than fit
+    into the memory."""
+    client = client_of(given)
+    pieces = client.stream("/api/export", format=given.text("format"),
+                           agent=given.text("agent"), group=group_of(given),
+                           since=given.text("since"), until=given.text("until"))
+    some = False
+    if sys.stdout.isatty():  # a file gets every byte, a terminal gets no surprises
+        for line in lines_of(pieces):
+            print(printable(line))
+            some = True
+    else:
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+            some = True
+    if not some:
+        note(f"there are no such messages{absent_agent(client, given)}")
+    return 0
+
+
+def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a text that comes in pieces, the last one even without its end."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+    if rest:
+        yield rest.decode("utf-8", "replace")
+
+
+# -- this machine: its agents' CLIs, their configuration, their hooks, its shells
+
+
+def command_mcp(given: Given) -> int:
+    """The plugin, on standard input and output. This is where it gets its doors."""
+    settings = given.settings()
     doors = Doors(settings)
     line = functools.partial(doorbell_line, preview=settings.preview)
     return run_plugin(settings, doors.ring, line, doors.learn, doors.names)
 
 
-def command_version(_arguments: argparse.Namespace) -> None:
-    print(f"agent-chat {__version__} ({fingerprint()})")
-
-
-def chosen_settings(arguments: argparse.Namespace) -> Settings:
-    return load_settings(vars(arguments), environ())
-
-
-def client_for(arguments: argparse.Namespace) -> Client:
-    settings = chosen_settings(arguments)
-    return Client(settings.server, settings.api_key)
-
-
-def painted(text: str, code: str) -> str:
-    """The text made harmless, and in a colour on a terminal that wants any."""
-    plain = not sys.stdout.isatty() or environ().get("NO_COLOR") or environ().get("TERM") == "dumb"
-    return printable(text) if plain else f"\x1b[{code}m{printable(text)}\x1b[0m"
-
-
-def ago(moment: str | None) -> str:
-    """'6 h ago' out of an RFC 3339 time."""
-    from datetime import UTC, datetime
-    if not moment:
-        return "never"
-    seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    size, unit = next((each for each in units if each[0] <= seconds), units[-1])
-    return f"{seconds // size:.0f} {unit} ago"
-
-
-def print_json(data: Any) -> None:
-    print(json.dumps(data))  # ASCII: nothing in it can steer a terminal
-
-
-def print_message(message: Mapping[str, Any]) -> None:
-    """A head line and the content, indented: no content can pass for a head line."""
-    from datetime import datetime
-    when = datetime.fromisoformat(message["created_at"]).astimezone()
-    goal = message.get("group") and f"#{message['group']}" or message.get("to_agent", "")
-    reply = f"  (reply to {message['in_reply_to']})" if message.get("in_reply_to") else ""
-    names = painted(f"{message['from_agent']} -> {goal}", "1;36")
-    print(f"{when:%m-%d %H:%M:%S}  {names}  {painted(message['id'] + reply, '2')}")
-    for line in message["content"].splitlines():
-        print("    " + printable(line))
-
-
-def print_messages(messages: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    if as_json:
-        return print_json(messages)
-    for message in messages:
-        print_message(message)
-
-
-def command_send(arguments: argparse.Namespace) -> None:
-    goal, group, words = arguments.to, arguments.group or "", arguments.text
-    if group:
-        goal, words = "", [goal, *words]
-    text = " ".join(words)
-    if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
-    reply_to = arguments.reply_to or ""
-    answer = client_for(arguments).send(arguments.sender, text, goal, group, reply_to)
-    if arguments.json:
-        return print_json(answer)
-    print(painted(f"sent {answer['id']}", "2"))
-    for row in answer.get("recipients", []):
-        print(printable(f"{row['agent']}: {row['status']}, {row['unread']} unread, "
-                        f"last seen {ago(row.get('last_seen_at'))}"))
-    if answer.get("quiet"):
-        print(painted(f"no bell: {answer['quiet']}", "33"))
-
-
-def command_inbox(arguments: argparse.Namespace) -> None:
-    client, name, wait = client_for(arguments), arguments.name, arguments.wait
-    messages, unread = client.get_messages(name, arguments.limit, peek=True)
-    while wait > 0 and not messages:
-        once = min(wait, MAX_WAIT_SECONDS)
-        messages, unread = client.get_messages(name, arguments.limit, once, peek=True)
-        wait -= once
-    print_messages(messages, arguments.json)
-    if not arguments.json:
-        print(painted(f"{unread} unread for {name}", "2"))
-    if messages and arguments.read:
-        ids = [message["id"] for message in messages]
-        client.post("/api/messages/read", {"agent_name": name, "message_ids": ids})
-
-
-def command_tail(arguments: argparse.Namespace) -> None:
-    """Prints what was said last, then what is said, until Ctrl-C. Survives a hub restart."""
-    client, lost = client_for(arguments), False
-    agent, group = (arguments.agent or "").lower(), (arguments.group or "").lower()
-    show = print_json if arguments.json else print_message
-    newest = client.get("/api/messages/recent", limit=1)
-    seq = newest[0]["seq"] if newest else 0
-    last = client.get("/api/messages/history", limit=max(1, arguments.lines), before=seq + 1,
-                      agent=arguments.agent, group=arguments.group)
-    for message in reversed(last[: arguments.lines]):
-        show(message)
-    while True:
-        sys.stdout.flush()
-        try:
-            news, lost = client.get("/api/messages/recent", wait=25, after=seq, limit=100), False
-        except Unreachable as error:
-            if not lost:
-                print(f"agent-chat: {printable(str(error))}; waiting", file=sys.stderr)
-            lost = True
-            time.sleep(1)
-            continue
-        for message in news:
-            seq = message["seq"]
-            people = [message["from_agent"].lower(), message["to_agent"].lower(),
-                      *(receipt["agent"].lower() for receipt in message["receipts"])]
-            if (not agent or agent in people) and group in ("", message["group"].lower()):
-                show(message)
-
-
-def command_agents(arguments: argparse.Namespace) -> None:
-    agents = client_for(arguments).get("/api/agents")
-    if arguments.json:
-        return print_json(agents)
-    rows = [["NAME", "STATUS", "UNREAD", "SEEN", "GROUPS", "WHERE", "BELL"]]
-    for agent in agents:
-        place = ":".join(filter(None, (agent.get("host"), agent.get("cwd"))))
-        rows.append([printable(str(cell)) for cell in (
-            agent["name"], agent["status"], agent.get("unread", ""), ago(agent.get("last_seen_at")),
-            ",".join(agent.get("groups") or []), place,
-            (agent.get("door") or {}).get("outcome", ""))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        line = "  ".join(map(str.ljust, row, widths)).rstrip()
-        print(line if number else painted(line, "1"))
-
-
-def command_groups(arguments: argparse.Namespace) -> None:
-    groups = client_for(arguments).get("/api/groups")
-    for line in [json.dumps(groups)] if arguments.json else map(printable, groups):
-        print(line)
-
-
-def command_search(arguments: argparse.Namespace) -> None:
-    query = {key: getattr(arguments, key) for key in ("agent", "group", "limit")}
-    query["q"] = " ".join(arguments.query)
-    print_messages(client_for(arguments).get("/api/messages/search", **query), arguments.json)
-
-
-def command_export(arguments: argparse.Namespace) -> None:
-    keys = ("format", "since", "until", "agent", "group")
-    pieces = client_for(arguments).stream("/api/export", **{k: getattr(arguments, k) for k in keys})
-    if sys.stdout.isatty():  # a file gets every byte, a terminal gets no surprises
-        for line in b"".join(pieces).decode("utf-8", "replace").splitlines():
-            print(printable(line))
-    else:
-        sys.stdout.buffer.writelines(pieces)
-
-
-def command_init(arguments: argparse.Namespace) -> int:
-    """Shows what would change in the agents' configuration files, asks, and writes it."""
-    import difflib
-    if arguments.project and arguments.user:
-        raise BadRequest("give --project DIR or --user, not both")
-    names = arguments.clis or installed_clis()
-    if not names:
-        raise NotFound(f"no agent CLI found on this machine; name one of {', '.join(AGENT_CLIS)}")
-    edits = planned_edits(names, arguments.project or "", arguments.hooks, arguments.undo,
-                          chosen_settings(arguments))
-    troubles = [edit.trouble for edit in edits if edit.trouble]
-    for trouble in troubles:
-        print(f"agent-chat: {printable(trouble)}", file=sys.stderr)
-    changes = [edit for edit in edits if edit.before != edit.after]
-    for edit in changes:
-        old, new = (edit.before or "").splitlines(), (edit.after or "").splitlines()
-        for line in difflib.unified_diff(old, new, edit.path, edit.path, lineterm=""):
-            print(painted(line, {"+": "32", "-": "31", "@": "36"}.get(line[:1], "0")))
+def command_init(given: Given) -> int:
+    """Shows what would change in the agents' configuration files, asks, and writes it. The
+    exit code is 1 if a file had to be left alone."""
+    changes: list[Edit] = []
+    code = 0
+    for edit in wanted_edits(given):
+        if edit.trouble:
+            note(edit.trouble)
+            code = 1
+        elif edit.before != edit.after:
+            print_difference(edit)
+            changes.append(edit)
     if not changes:
         print("nothing to change")
-    elif not arguments.yes and not arguments.dry_run:
-        print(f"Write {len(changes)} file(s)? [y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise BadRequest("nothing was written; answer y, or give --yes")
-    for edit in () if arguments.dry_run else changes:
+    elif not given.has("dry_run"):
+        if not given.has("yes"):
+            require_consent(len(changes))
+        write_edits(changes)
+    return code
+
+
+def wanted_edits(given: Given) -> list[Edit]:
+    """What init would do to each file of the CLIs that were named, else that are here."""
+    project = given.text("project")
+    if project and given.has("user"):
+        raise UsageError("give --project DIR or --user, not both")
+    for name in given.words("clis"):
+        if name not in AGENT_CLIS:
+            close = did_you_mean(name, AGENT_CLIS)
+            raise UsageError(f"init does not know {name!r}{close}; it knows "
+                             f"{', '.join(AGENT_CLIS)}")
+    names = given.words("clis") or installed_clis()
+    if not names:
+        raise NotFound("no agent CLI found on this machine; name one of "
+                       f"{', '.join(AGENT_CLIS)}")
+    return planned_edits(names, project, given.has("hooks"), given.has("undo"),
+                         given.settings())
+
+
+def print_difference(edit: Edit) -> None:
+    """What one edit changes, as a unified diff."""
+    import difflib
+
+    old = (edit.before or "").splitlines()
+    new = (edit.after or "").splitlines()
+    colors = {"+": GREEN, "-": RED, "@": CYAN}
+    for line in difflib.unified_diff(old, new, edit.path, edit.path, lineterm=""):
+        print(painted(line, colors.get(line[:1], "0")))
+
+
+def require_consent(files: int) -> None:
+    """Asks on the terminal. BadRequest if the answer is not yes."""
+    print(f"Write {files} file(s)? [y/N] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise BadRequest("nothing was written; answer y, or give --yes")
+
+
+def write_edits(changes: Iterable[Edit]) -> None:
+    """Carries the edits out, and says of each that it is done. Stops at the first that
+    cannot be: Conflict if a file was changed meanwhile."""
+    for edit in changes:
         apply_edit(edit)
-        print(f"{'wrote' if edit.after is not None else 'removed'} {printable(edit.path)}")
-    return 1 if troubles else 0
+        done = "wrote"
+        if edit.after is None:
+            done = "removed"
+        print(f"{done} {printable(edit.path)}")
 
 
-def command_doctor(arguments: argparse.Namespace) -> int:
-    checks = []
-    for check in doctor_checks(chosen_settings(arguments)):
+def command_doctor(given: Given) -> int:
+    """Every check as it is done, with what to do about it; exit code 1 if one failed."""
+    checks: list[Check] = []
+    for check in doctor_checks(given.settings()):
         checks.append(check)
-        if arguments.json:
-            continue
-        state = painted(check.state.ljust(4), {"ok": "32", "note": "33"}.get(check.state, "31"))
-        ms = f"{check.ms:7.1f} ms  " if check.ms is not None else " " * 12
-        print(f"{state}  {check.name:8}{ms}{printable(check.detail)}", flush=True)
-        if check.state != "ok" and check.advice:
-            print(" " * 26 + f"-> {printable(check.advice)}")
-    if arguments.json:
+        if not given.has("json"):
+            print_check(check)
+    if given.has("json"):
         print_json([check._asdict() for check in checks])
-    return 1 if any(check.state == "fail" for check in checks) else 0
+    return int(any(check.state == "fail" for check in checks))
 
 
-def command_hook(arguments: argparse.Namespace) -> None:
-    """Never in the agent's way: whatever goes wrong here is silence and exit code 0."""
+def print_check(check: Check) -> None:
+    """One line of doctor, and its advice below it: not if all is well."""
+    colors = {"ok": GREEN, "note": YELLOW}
+    state = painted(check.state.ljust(4), colors.get(check.state, RED))
+    taken = " " * 12
+    if check.ms is not None:
+        taken = f"{check.ms:7.1f} ms  "
+    detail = printable(check.detail)
+    print(f"{state}  {check.name:8}{taken}{detail}", flush=True)
+    if check.state != "ok" and check.advice:
+        print(" " * 26 + f"-> {printable(check.advice)}")
+
+
+def command_hook(given: Given) -> int:
+    """Never in the agent's way: whatever goes wrong here is silence and exit code 0. An
+    agent's CLI would show anything else to its user, or stop."""
     os.umask(0o077)
-    with contextlib.suppress(ChatError, OSError, ValueError, AttributeError, KeyError, TypeError):
-        answer = hook_answer(arguments.cli, json.load(sys.stdin), chosen_settings(arguments))
-        if answer:
-            print_json(answer)
+    with contextlib.suppress(ChatError, OSError, ValueError):
+        event = json.load(sys.stdin)
+        if isinstance(event, dict):
+            answer = hook_answer(given.text("cli"), event, given.settings())
+            if answer:
+                print_json(answer)
+    return 0
 
 
-OPTIONS: dict[str, dict[str, Any]] = {  # those of all commands; each means the same everywhere
-    "-c --config": dict(metavar="FILE", help="default ~/.agent-chat/config.yaml"),
-    "--db": dict(metavar="FILE", help="default ~/.agent-chat/agent-chat.db"),
-    "-d --daemon": dict(action="store_true", help="in the background"),
-    "--host": dict(help="default 127.0.0.1; any other needs a key"),
-    "--port": dict(type=int, help="default 9420"),
-    "--retention": dict(type=float, metavar="DAYS", help="default 30, 0 = keep for ever"),
-    "--log-level": dict(choices=LOG_LEVELS, help="default info"),
-    "--server": dict(metavar="URL", help="the hub, default http://127.0.0.1:9420"),
-    "--json": dict(action="store_true", help="JSON instead of text"),
-    "to": dict(metavar="TO", help="an agent, or human"),
-    "text": dict(nargs="*", metavar="TEXT", help="the message; - is standard input"),
-    "--from": dict(dest="sender", default=HUMAN, metavar="NAME", help="default human"),
-    "--reply-to": dict(metavar="ID"), "--agent": dict(metavar="NAME"), "--group": {},
-    "name": dict(nargs="?", default=HUMAN, help="default human"),
-    "--wait": dict(type=float, default=0, metavar="SECONDS", help="until there is one"),
-    "--read": dict(action="store_true", help="mark them read"),
-    "query": dict(nargs="+"), "--limit": dict(type=int, default=20),
-    "-n": dict(dest="lines", type=int, default=10, metavar="N", help="begin with the last N"),
-    "--format": dict(choices=("jsonl", "md"), default="jsonl"),
-    "--since": dict(metavar="TIME", help="RFC 3339, as in 2026-11-22T10:00:00Z"),
-    "--until": dict(metavar="TIME"),
-    "clis": dict(nargs="*", metavar="CLI", help=f"{', '.join(AGENT_CLIS)}; default: those here"),
-    "--project": dict(metavar="DIR", help="for one project; else for you, in all of them"),
-    "--user": dict(action="store_true", help="for you (the default)"),
-    "--hooks": dict(action="store_true", help="also hand mail over at turn edges"),
-    "--undo": dict(action="store_true", help="take it out again"),
-    "--dry-run": dict(action="store_true", help="show what would change"),
-    "--yes": dict(action="store_true", help="do not ask"),
-    "cli": dict(choices=[name for name, cli in AGENT_CLIS.items() if cli.events]),
+def command_completion(given: Given) -> int:
+    """What a shell reads to complete our words. `names` is what such a script asks for."""
+    shell = given.text("shell")
+    if shell in COMPLETIONS:
+        print(COMPLETIONS[shell](list(dict.fromkeys(COMMANDS.values()))))
+        return 0
+    # Whoever presses Tab wants names or nothing: no hub, no names, and no sentence.
+    with contextlib.suppress(ChatError):
+        client = client_of(given)
+        for name in agent_names(client):
+            print(printable(name))
+        for group in client.get("/api/groups"):
+            print(printable("#" + group))
+    return 0
+
+
+# -- all commands: one row for each, and one for each option. The help is their only manual.
+
+
+CLIS_WITH_HOOKS = tuple(name for name in AGENT_CLIS if AGENT_CLIS[name].events)
+OPTIONS = (  # in the order of the help; each means the same in every command that has it
+    Option("-c --config", "The settings file, instead of ~/.agent-chat/config.yaml.",
+           "FILE", completes=FILES),
+    Option("--server", "The hub's address; else AGENT_CHAT_SERVER, else this machine's.",
+           "URL"),
+    Option("--json", "JSON for programs, instead of text for people."),
+    Option("-d --daemon", "Run in the background; `agent-chat stop` ends it."),
+    Option("--host", "The address to listen at, 127.0.0.1 by default; others need a key.",
+           "ADDRESS"),
+    Option("--port", "The port to listen at, 9420 by default.", "N", typed_whole),
+    Option("--db", "The file of the messages, ~/.agent-chat/agent-chat.db by default.",
+           "FILE", completes=FILES),
+    Option("--retention", "Delete read messages after so many days: 30 (default); 0 never.",
+           "DAYS", typed_number),
+    Option("--log-level", "How much the hub logs: debug, info (default), warning or error.",
+           "LEVEL", choices=LOG_LEVELS),
+    Option("words", "Whom it is for (bob, '#dev', bob,eve,#ops), then the text; - reads it "
+           "from standard input.", "WORD", typed_text, nargs="*", completes=NAMES),
+    Option("--from", "Who writes: else AGENT_NAME, else human; to the human, shell.",
+           "NAME", typed_text, completes=NAMES),
+    Option("--reply-to", "The id of the message that this one answers.", "ID", typed_text),
+    Option("name", "Whose mail: yours, if nobody is named.",
+           "NAME", typed_text, HUMAN, "?", completes=NAMES),
+    Option("--wait", "Wait up to so many seconds for a message, if there is none.",
+           "SECONDS", typed_number, 0.0),
+    Option("--read", "Mark what is shown as read."),
+    Option("query", "Words that all have to occur in a message.",
+           "WORD", typed_text, nargs="+"),
+    Option("--agent", "Only what this agent sent or received.",
+           "NAME", typed_text, completes=NAMES),
+    Option("--group", "Only this group; with send, the group that it is for.",
+           "GROUP", typed_text, completes=NAMES),
+    Option("--since", "Only what was said since then: 1h (ago), today, 10:30, 2026-11-22.",
+           "TIME", typed_moment),
+    Option("--until", "Only what was said before then.",
+           "TIME", typed_moment),
+    Option("--limit", "Show so many messages at most, 20 by default.",
+           "N", typed_count, 20),
+    Option("-n --lines", "Begin with the last N messages, 10 by default.",
+           "N", typed_whole, 10),
+    Option("--format", "jsonl (one JSON object a line, the default) or md (Markdown).",
+           "FORMAT", default="jsonl", choices=("jsonl", "md")),
+    Option("clis", f"Any of {', '.join(AGENT_CLIS)}; else those that are installed here.",
+           "CLI", nargs="*", completes=" ".join(AGENT_CLIS)),
+    Option("--project", "Write into the files of this project, instead of your own.",
+           "DIR", completes=FILES),
+    Option("--user", "Write into your own files (the default)."),
+    Option("--hooks", "Also add hooks, which hand mail over where a turn begins or ends."),
+    Option("--undo", "Take our entries out again."),
+    Option("--dry-run", "Show what would change, and write nothing."),
+    Option("--yes", "Do not ask."),
+    Option("cli", f"Whose hook it is: {', '.join(CLIS_WITH_HOOKS)}.",
+           "CLI", choices=CLIS_WITH_HOOKS),
+    Option("shell", "bash, zsh or fish; names prints what their scripts offer.",
+           "SHELL", choices=("bash", "zsh", "fish", "names")),
+)
+
+
+def options(names: str) -> tuple[Option, ...]:
+    """Some of OPTIONS by their names, and --config, which every command takes."""
+    wanted = ["config", *names.split()]
+    return tuple(option for option in OPTIONS if option.name in wanted)
+
+
+CHAPTERS: dict[str, tuple[Command, ...]] = {
+    "Messages": (
+        Command("send", command_send, "send a message to agents, groups or the human",
+                options("server json words from reply_to group"),
+                "agent-chat send bob,eve 'the spec is in docs/orders.md'", "TO TEXT"),
+        Command("inbox", command_inbox, "show unread messages, oldest first",
+                options("server json name wait read limit"),
+                "agent-chat inbox --wait 60 --read", "[NAME]"),
+        Command("tail", command_tail, "follow all messages until Ctrl-C",
+                options("server json agent group lines"),
+                "agent-chat tail --group dev -n 50"),
+        Command("search", command_search, "search all messages, newest first",
+                options("server json query agent group since until limit"),
+                "agent-chat search migration --since 1d", "WORD..."),
+        Command("export", command_export, "print all messages as JSON lines or Markdown",
+                options("server json agent group since until format"),
+                "agent-chat export --format md --since today > chat.md"),
+    ),
+    "The hub": (
+        Command("serve", command_serve, "run the hub (start is the same)",
+                options("db daemon host port retention log_level"),
+                "agent-chat serve -d", alias="start"),
+        Command("stop", command_stop, "stop the hub of a database", options("db"),
+                "agent-chat stop"),
+        Command("status", command_status, "show hub, agents, unread mail and quiet bells",
+                options("server json db"), "agent-chat status"),
+        Command("agents", command_agents, "list the agents, their unread mail, their bells",
+                options("server json"), "agent-chat agents"),
+        Command("groups", command_groups, "list the groups", options("server json"),
+                "agent-chat groups"),
+    ),
+    "This machine": (
+        Command("init", command_init, "tell your agents' CLIs about agent-chat",
+                options("server clis project user hooks undo dry_run yes"),
+                "agent-chat init claude codex --dry-run", "[CLI...]"),
+        Command("doctor", command_doctor, "check this machine, then prove the whole chain",
+                options("server json"), "agent-chat doctor"),
+        Command("completion", command_completion, "print what your shell completes words by",
+                options("server shell"), "source <(agent-chat completion bash)", "SHELL"),
+        Command("version", command_version, "print version and fingerprint of this file",
+                options(""), "agent-chat version"),
+    ),
+    "Called by your agents' CLIs": (
+        Command("mcp", command_mcp, "the plugin: an MCP server on stdin and stdout",
+                options("server"), "agent-chat mcp"),
+        Command("hook", command_hook, "answer a hook, whose event is JSON on stdin",
+                options("server cli"), "agent-chat hook claude", "CLI"),
+    ),
 }
-CLIENT, FILTERS = "--server --json ", "--server --json --agent --group "
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str]] = {
-    "serve start": (command_serve, "run the hub",
-                    "--db --daemon --host --port --retention --log-level"),
-    "stop": (command_stop, "stop the hub of a database", "--db"),
-    "version": (command_version, "version and fingerprint of this file", ""),
-    "mcp": (command_mcp, "the plugin; an agent's CLI starts it", CLIENT),
-    "send": (command_send, "send TO TEXT, or send --group GROUP TEXT",
-             CLIENT + "to text --group --from --reply-to"),
-    "inbox": (command_inbox, "unread messages, oldest first",
-              CLIENT + "name --wait --read --limit"),
-    "tail": (command_tail, "follow all messages until Ctrl-C", FILTERS + "-n"),
-    "agents": (command_agents, "who is here", CLIENT),
-    "groups": (command_groups, "the groups", CLIENT),
-    "search": (command_search, "full text, newest first", FILTERS + "query --limit"),
-    "export": (command_export, "all messages to standard output",
-               FILTERS + "--format --since --until"),
-    "init": (command_init, "tell agent CLIs about the plugin",
-             CLIENT + "clis --project --user --hooks --undo --dry-run --yes"),
-    "doctor": (command_doctor, "check this machine, then prove the whole chain", CLIENT),
-    "hook": (command_hook, "answer a hook of an agent's CLI (JSON on stdin)", CLIENT + "cli"),
-}
+COMMANDS: dict[str, Command] = {}  # by all their names, in the order of the help
+for _chapter in CHAPTERS.values():
+    for _command in _chapter:
+        COMMANDS.update(dict.fromkeys(_command.names(), _command))
+ASKING_FOR_HELP = ("help", "-h", "--help")
+EXAMPLES = (
+    "agent-chat serve -d                       # the hub, in the background",
+    "agent-chat send bob 'is the build red?'   # from you to an agent",
+    "agent-chat inbox --wait 60                # what agents write to you",
+)
 
 
-def build_parser(only: str = "") -> argparse.ArgumentParser:
-    """The parser of all commands, or of one: the other thirteen cost 5 ms at each start."""
-    import argparse
-    look = functools.partial(argparse.HelpFormatter, width=96)  # to ask the terminal takes 7 ms
-    parser = argparse.ArgumentParser(prog="agent-chat", epilog=EXIT_CODES, formatter_class=look)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    chosen = {words: row for words, row in COMMANDS.items() if only in words.split()}
-    for words, (run, text, options) in (chosen or COMMANDS).items():
-        name, *aliases = words.split()
-        command = commands.add_parser(name, aliases=aliases, help=text, description=text,
-                                      formatter_class=look)
-        command.set_defaults(run=run)
-        for flags, about in OPTIONS.items():
-            if flags.split()[-1] in ["--config", *options.split()]:
-                command.add_argument(*flags.split(), **about)
-    return parser
+def print_overview() -> None:
+    """All commands by chapter, and three examples: what a bare `agent-chat` shows. It needs
+    no parser, and so none is loaded."""
+    print("agent-chat: messages between AI coding agents, and you\n")
+    print("usage: agent-chat COMMAND [OPTIONS]")
+    for title, commands in CHAPTERS.items():
+        print(f"\n{title}")
+        for command in commands:
+            print(f"    {command.name:12}{command.about}")
+    print("\nExamples")
+    for example in EXAMPLES:
+        print(f"    {example}")
+    print("\n`agent-chat help COMMAND` explains a command and its options.")
+    print(EXIT_CODES)
+
+
+def chosen_command(word: str) -> Command:
+    """The command that a word names. UsageError, with those that are spelt nearly alike, if
+    it names none."""
+    if word in ("-V", "--version"):
+        word = "version"
+    if word in COMMANDS:
+        return COMMANDS[word]
+    if word.startswith("-"):
+        raise UsageError(f"{word} stands before the command; options come after it")
+    close = did_you_mean(word, [*COMMANDS, "help"])
+    raise UsageError(f"there is no command {word!r}{close}")
+
+
+def run(words: Sequence[str]) -> int:
+    """Runs what was typed; its exit code. UsageError with the usage line of the command
+    below the sentence, if there is a command."""
+    if not words or list(words) in ([word] for word in ASKING_FOR_HELP):
+        print_overview()
+        return 0
+    if words[0] in ASKING_FOR_HELP:
+        words = [words[1], "--help"]
+    command = chosen_command(words[0])
+    try:
+        return command.run(command.parse(words[1:]))
+    except UsageError as error:
+        raise UsageError(f"{error}\nusage: {command.usage()}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code; usage errors exit with 2, as argparse does."""
+    """Runs one command and returns its exit code, as EXIT_CODES says. `argv` is what was
+    typed behind the program's name; None is that of this process."""
+    words = sys.argv[1:]
+    if argv is not None:
+        words = list(argv)
     try:
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # names may not fit the terminal's encoding
+            if isinstance(stream, io.TextIOWrapper):  # names may not fit its encoding
                 stream.reconfigure(errors="backslashreplace")
-        words = sys.argv[1:] if argv is None else list(argv)
-        arguments = build_parser(words[0] if words else "").parse_args(words)
-        code: int = arguments.run(arguments) or 0
+        code = run(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 141
+    except UsageError as error:
+        sentence, _, usage = str(error).partition("\n")
+        note(sentence)
+        print(usage or "`agent-chat help` lists the commands", file=sys.stderr)
+        return 2
     except (ChatError, OSError) as error:
-        print(f"agent-chat: {printable(str(error))}", file=sys.stderr)
+        note(in_plain_words(str(error)))
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-# A main script is compiled at each start, and CPython keeps its syntax tree for life: 13 MB.
-# What runs for hours is compiled first, and then starts itself again as a module.
-AS_MODULE = "import sys\nsys.path.insert(0, {!r})\nraise SystemExit(__import__({!r}).main())"
+# A main script is compiled at each start, and CPython keeps its syntax tree for life: 13
+# MB. What runs for hours is compiled first, and then starts itself again as a module.
+LASTING_COMMANDS = ("serve", "start", "mcp")
+AS_MODULE = """import sys
+sys.path.insert(0, {!r})
+raise SystemExit(__import__({!r}).main())"""
+
+
+def run_as_module() -> NoReturn:
+    """This process once more, from the compiled module, with the same words and no less
+    isolated from its environment."""
+    import compileall
+
+    folder, name = os.path.split(os.path.abspath(__file__))
+    compileall.compile_file(__file__, quiet=2)  # nothing happens in a read-only folder
+    code = AS_MODULE.format(folder, os.path.splitext(name)[0])
+    python = [*python_words(), "-P"]  # the current directory is no place for modules
+    os.execv(sys.executable, [*python, "-c", code, *sys.argv[1:]])
+
 
 if __name__ == "__main__":
-    if os.name == "posix" and sys.argv[1:2] in (["serve"], ["start"], ["mcp"]):
-        import compileall
-        folder, name = os.path.split(os.path.abspath(__file__))
-        compileall.compile_file(__file__, quiet=2)  # does nothing in a folder it cannot write to
-        code = AS_MODULE.format(folder, os.path.splitext(name)[0])
-        os.execv(sys.executable, [sys.executable, "-P", "-c", code, *sys.argv[1:]])
+    if os.name == "posix" and sys.argv[1:2] and sys.argv[1] in LASTING_COMMANDS:
+        run_as_module()
     raise SystemExit(main())

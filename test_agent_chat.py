@@ -26,6 +26,7 @@ import time
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -369,7 +370,7 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
 
 SECTIONS = ["SETTINGS", "WORDS", "LOG", "STORE", "HUB", "ROSTER", "POST", "API", "WIRE",
             "CONNECTION", "SERVER", "CLIENT", "DOORS", "BELL", "PLUGIN", "SETUP", "DOCTOR",
-            "DAEMON", "COMMANDS"]
+            "DAEMON", "CONSOLE", "COMMANDS"]
 # The file was meant for 3,000 lines. Without giving a feature up it takes 4,300; what a long file
 # costs at start is met by compiled bytecode (see the end of agent_chat.py). It only shrinks now.
 FILE_LINES, SECTION_LINES, CLASS_LINES, FUNCTION_LINES = 4321, 405, 250, 50
@@ -391,6 +392,7 @@ WALLS = {  # section: what its code must not name
                "Store", "Hub", "Api"},
     "DOCTOR": {"argparse", "print", "exit", "Store", "Hub", "Api", "sqlite3"},
     "DAEMON": {"argparse", "print", "Store", "Hub", "Api", "sqlite3"},
+    "CONSOLE": {"print", "exit", "Client", "Store", "Hub", "Api", "sqlite3", "subprocess"},
     "SETUP": {"argparse", "print", "exit", "Store", "Hub", "Api", "sqlite3"},
     "COMMANDS": {"sqlite3", "Hub"},
 }
@@ -4995,7 +4997,8 @@ def test_version_names_the_file(shell: Shell) -> None:
 
 
 def test_client_commands_start_without_heavy_modules(shell: Shell) -> None:
-    heavy = {"asyncio", "websockets", "mcp", "sqlite3", "http.server", "pydantic", "subprocess"}
+    heavy = {"asyncio", "websockets", "mcp", "sqlite3", "http.server", "pydantic", "subprocess",
+             "shutil", "difflib", "compileall"}
     absent = "['agents', '--server', 'http://127.0.0.1:9']"
     for words in ("['--help']", absent, "['hook', 'claude']"):
         probe = ("import sys, agent_chat\ntry: agent_chat.main(" + words + ")\n"
@@ -5004,6 +5007,419 @@ def test_client_commands_start_without_heavy_modules(shell: Shell) -> None:
                               capture_output=True, stdin=subprocess.DEVNULL)
         loaded = set(done.stdout.rpartition("LOADED")[2].split())
         assert "agent_chat" in loaded and not loaded & heavy, (words, loaded & heavy)
+
+
+# -- what people type: pure, without a process
+
+NOON = 1_790_000_000.0  # some moment, from which the spans below are counted
+
+
+@pytest.mark.parametrize(("typed", "seconds_ago"), [
+    ("90s", 90), ("10m", 600), ("10min", 600), ("1h", 3600), ("1h ago", 3600), ("1.5 h", 5400),
+    ("3d", 3 * 86400), ("2w", 14 * 86400), ("now", 0), (" 1h ", 3600)])
+def test_a_span_is_counted_back_from_now(typed: str, seconds_ago: int) -> None:
+    found = datetime.fromisoformat(agent_chat.moment(typed, NOON))
+    assert found.timestamp() == NOON - seconds_ago
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("2026-11-22T10:00:00Z", "2026-11-22T10:00:00.000000Z"),
+    ("2026-11-22T10:00:00+02:00", "2026-11-22T08:00:00.000000Z"),
+    ("2026-11-22T10:00:00.123456Z", "2026-11-22T10:00:00.123456Z")])
+def test_a_time_with_a_zone_is_that_time(typed: str, meant: str) -> None:
+    assert agent_chat.moment(typed, NOON) == meant
+
+
+def test_a_day_and_a_clock_are_those_of_this_machine() -> None:
+    here = datetime.fromtimestamp(NOON).astimezone()
+    midnight = here.replace(hour=0, minute=0, second=0)
+    wanted = {"today": midnight, "yesterday": midnight - timedelta(days=1),
+              "10:30": midnight.replace(hour=10, minute=30),
+              here.strftime("%Y-%m-%d"): midnight}
+    for typed, meant in wanted.items():
+        assert datetime.fromisoformat(agent_chat.moment(typed, NOON)) == meant, typed
+
+
+@pytest.mark.parametrize("typed", ["", "1", "h", "-1h", "1y", "1 hour", "25:00", "10:60", "soon",
+                                   "99999999999d", "2026-13-01", "١h", "1h\n2h"])
+def test_what_is_no_time_is_told_the_forms(typed: str) -> None:
+    with pytest.raises(agent_chat.UsageError, match="1h, 3d"):
+        agent_chat.moment(typed, NOON)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("bob", ["bob"]), ("#dev", ["#dev"]), ("bob,#dev,eve", ["bob", "#dev", "eve"]),
+    (" bob , eve ", ["bob", "eve"]), ("bob,bob,#dev,#dev", ["bob", "#dev"])])
+def test_targets_are_taken_apart(typed: str, meant: list[str]) -> None:
+    assert [target.shown() for target in agent_chat.parse_targets(typed)] == meant
+
+
+@pytest.mark.parametrize("typed", ["", ",", "bob,", ",bob", "bob,,eve", "#", "bob,#"])
+def test_a_gap_in_the_targets_is_refused(typed: str) -> None:
+    with pytest.raises(agent_chat.UsageError):
+        agent_chat.parse_targets(typed)
+
+
+@pytest.mark.parametrize(("typed", "known", "told"), [
+    ("bbo", ["bob", "eve"], "; did you mean bob?"), ("BOB", ["bob"], "; did you mean bob?"),
+    ("serv", ["serve", "search", "stop"], "; did you mean serve or search?"),
+    ("xyz", ["bob"], ""), ("bob", [], "")])
+def test_what_is_spelt_nearly_alike_is_offered(typed: str, known: list[str], told: str) -> None:
+    assert agent_chat.did_you_mean(typed, known) == told
+
+
+@pytest.mark.parametrize(("text", "columns"), [
+    ("", 0), ("abc", 3), ("项目", 4), ("aé", 2), ("e\u0301", 1), ("ｆ", 2), ("🎉", 2)])
+def test_wide_characters_take_two_columns(text: str, columns: int) -> None:
+    assert agent_chat.columns_of(text) == columns
+
+
+COLUMNS = (agent_chat.Column("NAME"), agent_chat.Column("WHERE", 8), agent_chat.Column("BELL", 4))
+ROWS = [["bob", "host:/src/a/long/way/down", "draft"], ["eve-2", "项目/项目/项目", ""]]
+
+
+@pytest.mark.parametrize("room", [0, *range(1, 60)])
+def test_a_table_fits_whatever_the_room_is(room: int) -> None:
+    lines = agent_chat.table_lines(COLUMNS, ROWS, room)
+    assert len(lines) == 1 + len(ROWS)
+    assert [line[:5].rstrip() for line in lines] == ["NAME", "bob", "eve-2"]
+    if room >= 5:
+        assert all(agent_chat.columns_of(line) <= room for line in lines)
+    if room in (0, 59):
+        assert "host:/src/a/long/way/down  draft" in lines[1]
+
+
+# -- the command line as a whole
+
+
+def test_bare_and_asked_the_program_shows_what_it_can_do(shell: Shell) -> None:
+    shown = shell.run()
+    assert shown == shell.run("help") == shell.run("--help") == shell.run("-h")
+    examples = shown.partition("\nExamples\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) == 3 and all("agent-chat " in line for line in examples)
+    for name, command in agent_chat.COMMANDS.items():
+        assert f"\n    {command.name} " in shown
+        explained = shell.run("help", name) if name in ("send", "start") else ""
+        assert explained in ("", shell.run(name, "--help")) and "\x1b" not in explained
+    assert shell.run("help", "send").startswith("usage: agent-chat send TO TEXT")
+
+
+def test_every_option_has_a_sentence() -> None:
+    for option in agent_chat.OPTIONS:
+        assert re.fullmatch(r"[^\n%]{10,}\.", option.help), option.flags
+        assert any(option in command.takes for command in agent_chat.COMMANDS.values())
+    for command in agent_chat.COMMANDS.values():
+        assert command.example.count("agent-chat ") == 1
+        assert command.parser().format_help().count("agent-chat") >= 2
+
+
+def test_an_option_means_the_same_everywhere() -> None:
+    names = [option.name for option in agent_chat.OPTIONS]
+    flags = [flag for option in agent_chat.OPTIONS for flag in option.flags.split()]
+    assert len(set(names)) == len(names) and len(set(flags)) == len(flags)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["dance"], "there is no command 'dance'"), (["serv"], "did you mean serve"),
+    (["inbx"], "did you mean inbox"), (["SEND"], "did you mean send"), ([""], "no command ''"),
+    (["--json", "agents"], "options come after"), (["help", "dance"], "no command 'dance'"),
+    (["inbox", "--limti", "3"], "did you mean --limit"), (["inbox", "-x"], "no option -x"),
+    (["inbox", "--limit", "x"], "--limit: a whole number is wanted"),
+    (["inbox", "--limit", "0"], "from 1 up"), (["inbox", "--wait", "-1"], "--wait"),
+    (["inbox", "bob", "eve"], "'eve' is one word too many"), (["inbox", "--limit"], "--limit"),
+    (["send"], "whom to send to"), (["send", "bob"], "the text is missing"),
+    (["send", "--group", "dev"], "the text is missing"), (["send", "bob,", "x"], "names nobody"),
+    (["send", "bob", "-x"], "may follow behind --"), (["export", "--since", "soon"], "1h, 3d"),
+    (["export", "--format", "pdf"], "jsonl"), (["completion", "tcsh"], "bash"),
+    (["completion"], "SHELL"), (["init", "cluade", "--yes"], "did you mean claude"),
+    (["serve", "--port", "x"], "--port"), (["hook", "opencode"], "claude"), (["search"], "WORD")])
+def test_a_mistyped_line_is_told_what_was_meant(shell: Shell, words: list[str],
+                                                told: str) -> None:
+    assert shell.run(*words, code=2) == ""
+    sentence, usage = shell.errors.splitlines()
+    assert sentence.startswith("agent-chat: ") and told in sentence
+    assert usage.startswith("usage: agent-chat ") or "`agent-chat help`" in usage
+
+
+def test_a_text_may_begin_with_a_dash_and_stand_anywhere(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    caller.run("send", "bob", "--", "-x is", "wrong")
+    caller.run("send", "--json", "bob", "two", "words")
+    caller.run("send", "bob", "one", "--from", "eve", "more")
+    texts = [message["content"] for message in hub.unread("bob")]
+    assert texts == ["-x is wrong", "two words", "one more"]
+
+
+def test_words_are_the_bytes_that_were_typed(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for text in ("emoji 🎉", "äöü", "项目"):
+        caller.run("send", "bob", text, **plain)
+        assert hub.unread("bob")[-1]["content"] == text
+    words = [*map(os.fsencode, COMMAND), b"send", b"bob", b"latin \xe9"]
+    subprocess.run(words, env={**caller.env, **plain}, check=True, capture_output=True)
+    assert hub.unread("bob")[-1]["content"] == "latin \ufffd"
+    assert "\\U0001f389" in caller.run("inbox", "bob", **plain)
+
+
+def test_who_writes_from_a_script(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+
+    def sender(*words: object, name: str = "bob", **env: str) -> str:
+        caller.run("send", *words, **env)
+        return str(hub.unread(name)[-1]["from_agent"])
+
+    assert sender("bob", "x") == "human"
+    assert sender("bob", "x", AGENT_NAME="ada") == "ada"
+    assert sender("human", "x", name="human") == "shell"
+    assert sender("Human", "x", name="human", AGENT_NAME="ada") == "ada"
+    assert sender("human", "x", "--from", "bob", name="human", AGENT_NAME="ada") == "bob"
+    session = hub.register("ada")["session"]
+    plugin = hub.socket("ada", session)
+    assert plugin.status == 101
+    assert sender("human", "x", name="human", AGENT_NAME="ada") == "shell"
+    assert "ada is connected" in caller.errors
+    caller.run("send", "bob", "x", "--from", "ada", code=1)
+    assert "ada" in caller.errors
+    plugin.close()
+
+
+def test_one_text_goes_to_several_targets_or_to_none(caller: Shell, hub: Hub) -> None:
+    for name in ("bob", "eve", "kim"):
+        hub.register(name, ("dev",) if name != "bob" else ())
+    caller.run("send", "bob,#dev", "hello")
+    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [1, 1, 1]
+    caller.run("send", "#dev", "hello")
+    caller.run("send", "--group", "#dev", "hello")
+    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [1, 3, 3]
+    answers = caller.run("send", "bob,eve", "hi", "--json").splitlines()
+    assert [json.loads(line)["recipients"][0]["agent"] for line in answers] == ["bob", "eve"]
+    for words, told in ((("bob,evee", "x"), "did you mean eve"),
+                        (("bob,#dve", "x"), "did you mean dev"),
+                        (("bob,nobody", "x"), "no agent 'nobody'")):
+        caller.run("send", *words, code=1)
+        assert told in caller.errors
+    caller.run("send", "bob", " \n", code=1)
+    assert "nothing was sent" in caller.errors
+    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [2, 4, 3]
+
+
+def test_a_reply_is_to_a_message_that_exists(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    first = caller.json("send", "bob", "one")["id"]
+    caller.run("send", "bob", "two", "--reply-to", first)
+    for wrong in ("msg-1", "recent", "../../health", "a b", "é"):
+        caller.run("send", "bob", "three", "--reply-to", wrong, code=1)
+        assert "no message" in caller.errors and "nothing was sent" in caller.errors
+    assert [message["content"] for message in hub.unread("bob")] == ["one", "two"]
+
+
+def test_what_is_empty_says_so_to_people_alone(caller: Shell, hub: Hub) -> None:
+    def said(*words: object) -> str:
+        assert caller.run(*words) == "", words
+        return caller.errors
+
+    assert "no agents yet" in said("agents")
+    assert "no groups yet" in said("groups")
+    hub.register("bob")
+    assert "no unread messages for human" in said("inbox")
+    assert "no unread messages for bob" in said("inbox", "BOB".lower())
+    assert "nothing found for 'zebra'" in said("search", "zebra")
+    assert "did you mean bob" in said("search", "zebra", "--agent", "bbo")
+    assert "no such messages" in said("export")
+    assert "no such messages" in said("export", "--since", "1h", "--group", "#dev")
+    for words in (["inbox"], ["search", "zebra"], ["groups"]):
+        assert caller.json(*words) == [] and caller.errors == ""
+
+
+def test_the_inbox_of_nobody_is_an_error(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    for options in ([], ["--wait", "30"], ["--json"]):
+        assert caller.run("inbox", "bbo", *options, code=1) == ""
+        assert caller.errors == "agent-chat: there is no agent 'bbo'; did you mean bob?\n"
+    caller.run("inbox", "nobody", code=1)
+    assert "`agent-chat agents`" in caller.errors
+    assert caller.run("inbox", "BOB") == ""
+
+
+def test_since_and_until_choose_what_is_shown(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    hub.send("human", "bob", "just now")
+    assert "just now" in caller.run("export", "--since", "1h")
+    assert "just now" in caller.run("export", "--since", "yesterday", "--until", "now")
+    assert caller.run("export", "--until", "1h") == ""
+    eventually(lambda: "just now" in caller.run("search", "just", "--since", "10m"))
+    assert caller.run("search", "just", "--until", "1d") == ""
+
+
+def test_status_is_one_screen(caller: Shell, hub: Hub) -> None:
+    assert "none yet" in caller.run("status")
+    for number in range(12):
+        hub.register(f"agent-{number}")
+        hub.send("human", f"agent-{number}", "x")
+    hub.send("agent-1", "human", "may I?")
+    hub.send("human", "agent-3", "y")
+    shown = caller.run("status")
+    assert hub.url in shown and agent_chat.__version__ in shown
+    assert "human 1, agent-3 2, " in shown and "more" in shown
+    assert re.search(r"^agents    12: ", shown, re.M) and len(shown.splitlines()) < 24
+    found = caller.json("status")
+    assert found["unread"] == 1 and len(found["agents"]) == 12 and found["loops"] == []
+    caller.run("status", "--server", "http://127.0.0.1:9", code=1)
+    assert "no hub answers" in caller.errors
+
+
+def test_status_names_the_quiet_bells(caller: Shell, make_hub: Callable[..., Hub]) -> None:
+    hub = make_hub(config="chain_limit: 1\n")
+    caller.env["AGENT_CHAT_SERVER"] = hub.url
+    for name in ("ann", "bob"):
+        hub.register(name)
+    last = ""
+    for number in range(4):
+        pair = ("ann", "bob") if number % 2 else ("bob", "ann")
+        last = hub.send(*pair, "ping", in_reply_to=last)["id"]
+    assert re.search(r"^quiet     ann and bob, since \d+ s ago", caller.run("status"), re.M)
+
+
+TECHNICAL = r"\b(GET|POST|HTTP|header|JSON|Errno|body|status|40\d|41\d|50\d)\b|Traceback|X-"
+
+
+def test_no_word_of_a_protocol_reaches_a_person(caller: Shell, hub: Hub,
+                                                make_hub: Callable[..., Hub]) -> None:
+    session = hub.register("bob", ("dev",))["session"]
+    locked = make_hub(key="s3cret")
+    plugin = hub.socket("bob", session)
+    for words in (["send", "bbo", "x"], ["send", "zzzzzz", "x"], ["send", "#ops", "x"],
+                  ["send", "a b", "x"], ["send", "bob", "x", "--from", "bob"], ["inbox", "x y"],
+                  ["send", "bob", "x", "--from", "server"], ["send", "server", "x"],
+                  ["send", "bob", "-"], ["agents", "--server", locked.url],
+                  ["status", "--server", "http://127.0.0.1:9"],
+                  ["agents", "--server", "http://127.0.0.1:9/x/y"],
+                  ["agents", "--server", hub.url + "/nowhere"], ["agents", "--server", "ftp://x"],
+                  ["stop", "--db", "nowhere.db"], ["inbox", "bob", "--read"]):
+        if words == ["inbox", "bob", "--read"]:
+            hub.send("human", "bob", "hello")
+        caller.run(*words, text="x" * (1 << 20), code=1)
+        assert caller.errors.count("\n") == 1, (words, caller.errors)
+        assert not re.search(TECHNICAL, caller.errors), (words, caller.errors)
+    plugin.close()
+
+
+@NEEDS_TMUX
+@pytest.mark.tmux
+def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux) -> None:
+    hub.register("backend-development", ("dev", "operations"), host="machine",
+                 cwd="/home/somebody/src/a/very/long/way/down/项目/x")
+    piped = caller.run("agents").splitlines()[1]
+    assert piped.endswith("machine:/home/somebody/src/a/very/long/way/down/项目/x")
+    for width in (40, 60, 80):
+        pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", width=width, env={
+            "AGENT_CHAT_SERVER": hub.url, "HOME": str(caller.home), "NO_COLOR": "1"})
+        shown = eventually(lambda pane=pane: "backend" in (text := tmux.screen(pane))  # type: ignore[misc]
+                           and text)
+        assert len(shown.strip().splitlines()) == 2, shown
+
+
+# -- completion
+
+
+def test_bash_completes_commands_options_and_names(caller: Shell, hub: Hub) -> None:
+    hub.register("bob", ("dev",))
+    program = caller.file("bin/agent-chat", f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
+    program.chmod(0o700)
+    script = caller.run("completion", "bash")
+
+    def offered(*words: str) -> list[str]:
+        line = shlex.join(words)
+        ask = (f"{script}\nCOMP_WORDS=({line})\nCOMP_CWORD={len(words) - 1}\n_agent_chat\n"
+               'printf "%s\\n" "${COMPREPLY[@]}"')
+        env = {**caller.env, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "--norc", "-c", ask], env=env, capture_output=True,
+                              text=True, timeout=30)
+        assert not done.stderr
+        return done.stdout.split()
+
+    assert offered("agent-chat", "se") == ["send", "search", "serve"]
+    assert offered("agent-chat", "help", "comp") == ["completion"]
+    assert offered("agent-chat", "start", "--po") == ["--port"]
+    assert offered("agent-chat", "send", "b") == ["bob"]
+    assert offered("agent-chat", "send", "bob", "x", "--from", "hu") == ["human"]
+    assert offered("agent-chat", "export", "--format", "") == ["jsonl", "md"]
+    assert offered("agent-chat", "init", "co") == ["codex"]
+    assert offered("agent-chat", "serve", "--db", "") == []
+    assert caller.run("completion", "names").split() == ["human", "bob", "#dev"]
+    assert caller.run("completion", "names", "--server", "http://127.0.0.1:9") == ""
+    assert caller.errors == ""
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_every_shell_reads_its_script(shell: Shell, name: str) -> None:
+    script = shell.run("completion", name)
+    for command in agent_chat.COMMANDS.values():
+        assert command.name in script
+        assert [flag for flag in command.flags() if flag.lstrip("-") not in script
+                and flag != "--help"] == []
+    if shutil.which(name):
+        checked = subprocess.run([name, "-n"], input=script, capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+# -- one run
+
+
+def test_a_hub_that_cannot_go_on_says_why_and_ends(tmp_path: Path, monkeypatch: Any,
+                                                   capsys: Any) -> None:
+    class Broken:
+        """A hub whose file breaks while it serves."""
+
+        url = "http://127.0.0.1:1"
+        closed = False
+
+        def stop(self) -> None:
+            """Nobody asks."""
+
+        def serve_forever(self) -> None:
+            raise agent_chat.ChatError("the file is damaged; move it away")
+
+        def close(self) -> None:
+            Broken.closed = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(signal, "SIG_DFL", signal.getsignal(number))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(agent_chat, "open_hub", lambda _: Broken())
+    db = tmp_path / "x.db"
+    assert agent_chat.main(["serve", "--db", str(db)]) == 1
+    said = capsys.readouterr().err
+    assert said == "agent-chat: the file is damaged; move it away\n"
+    assert Broken.closed and not Path(f"{db}.pid").exists()
+
+
+def test_a_missing_package_is_named_with_what_installs_it(shell: Shell) -> None:
+    without = [PYTHON, "-I", "-S", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+               "import agent_chat; sys.exit(agent_chat.main())", str(HERE)]
+    done = subprocess.run([*without, "serve"], env=shell.env, capture_output=True, text=True)
+    assert done.returncode == 1 and "websockets is missing" in done.stderr
+    assert "sh install.sh" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([*without, "--help"], env=shell.env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_what_runs_for_hours_runs_as_a_module(hub: Hub) -> None:
+    words = Path(f"/proc/{hub.pid}/cmdline").read_text().split("\0")
+    assert words[1:3] == ["-P", "-c"] and "serve" in words
+
+
+def test_an_isolated_start_stays_isolated(shell: Shell) -> None:
+    """A project's PYTHONPATH may hold a module of any name."""
+    shell.file("project/json.py", "raise SystemExit('a stranger was imported')\n")
+    shell.env["PYTHONPATH"] = str(shell.home / "project")
+    done = subprocess.run([PYTHON, "-I", str(PROGRAM), "serve", "-d", "--port", "0"],
+                          env=shell.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    words = Path(f"/proc/{pid_file(shell)['pid']}/cmdline").read_text().split("\0")
+    stopped = subprocess.run([PYTHON, "-I", str(PROGRAM), "stop"], env=shell.env)
+    assert "-I" in words and stopped.returncode == 0
 
 
 # -- init
