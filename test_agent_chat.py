@@ -380,7 +380,7 @@ ROOM_ORDER = (
     "WIRE", "CONNECTION", "SERVER",
     "CLIENT", "DOORS", "BELL", "PLUGIN", "SETUP", "DOCTOR", "DAEMON", "COMMANDS",
 )
-SEVERAL_ROOMS = {("CLIENT", "BELL"), ("PLUGIN", "DOCTOR")}
+SEVERAL_ROOMS = {("CLIENT", "BELL"), ("PLUGIN", "DOCTOR"), ("DOCTOR", "COMMANDS")}
 # Rooms of the older plan that still stand where these will stand.
 NOT_YET_BUILT = {
     "HUB": ("TURN",),
