@@ -5274,6 +5274,8 @@ def wanted_edits(given: Given) -> list[Edit]:
             raise UsageError(f"init does not know {name!r}{close}; it knows "
                              f"{', '.join(AGENT_CLIS)}")
     names = given.words("clis") or installed_clis()
+    if given.has("undo") and not given.words("clis"):
+        names = list(AGENT_CLIS)  # a CLI may be gone, and our entry still be there
     if not names:
         raise NotFound("no agent CLI found on this machine; name one of "
                        f"{', '.join(AGENT_CLIS)}")

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Installs agent-chat for this user: a private virtual environment and one launcher. No root,
-# nothing outside ~/.local. Every line of work is inside a function and the last line calls
+# Installs agent-chat for this user: a private virtual environment and one launcher, nothing
+# outside ~/.local. Where Debian's Python cannot make environments, python3-venv is installed
+# first, as root or with sudo. Every line of work is inside a function and the last line calls
 # the first of them, so that a download cut off anywhere does nothing.
 #
 #     sh install.sh                     from the folder this file lies in; again = upgrade
 #     curl -fsSL http://HUB:9420/install.sh | sh              from a running hub
 #     sh install.sh install http://HUB:9420                   the same, by name
-#     sh install.sh uninstall           messages in ~/.agent-chat stay
+#     sh install.sh uninstall           takes out what init wrote; messages in ~/.agent-chat stay
 #     sh install.sh test [pytest args]  test tools in an environment of their own, then the tests
 HUB_URL=""
 
@@ -21,6 +22,14 @@ main() {
     base="$HOME/.local/share/agent-chat"
     launcher="$HOME/.local/bin/agent-chat"
     folder=$(dirname -- "$0")
+    scrap=""
+    dots=""
+    # This machine is never asked for through a proxy, whatever http_proxy says.
+    no_proxy="127.0.0.1,localhost,::1,${no_proxy:-${NO_PROXY:-}}"
+    NO_PROXY="$no_proxy"
+    export no_proxy NO_PROXY
+    trap tidy EXIT
+    trap 'exit 130' INT TERM
     case "${1:-install}" in
         install) install_all "${2:-$HUB_URL}" ;;
         uninstall) uninstall_all ;;
@@ -36,6 +45,25 @@ die() {
     exit 1
 }
 
+tidy() {
+    if [ -n "$dots" ]; then kill "$dots" 2>/dev/null || true; fi
+    if [ -n "$scrap" ]; then rm -rf -- "$scrap"; fi
+}
+
+# A command that takes its time; on a terminal, dots show that it is at work.
+patiently() {
+    if [ -t 2 ]; then
+        while sleep 1; do printf . >&2; done &
+        dots=$!
+    fi
+    "$@"
+    if [ -n "$dots" ]; then
+        kill "$dots" 2>/dev/null || true
+        dots=""
+        printf '\n' >&2
+    fi
+}
+
 have() { command -v "$1" >/dev/null 2>&1; }
 
 install_all() {
@@ -44,21 +72,26 @@ install_all() {
     fi
     fresh="$base/incoming"
     rm -rf -- "$fresh"
+    scrap="$fresh"
     mkdir -p -- "$fresh"
-    trap 'rm -rf -- "$fresh"' EXIT
-    trap 'exit 130' INT TERM
     if [ -n "$1" ]; then
+        say "1/4 fetching the program from ${1%/}"
         fetch_from "${1%/}"
     else
+        say "1/4 copying the program"
         [ -f "$folder/agent_chat.py" ] || die "there is no agent_chat.py beside this file;" \
             "give the address of a hub: sh install.sh install http://HUB:9420"
         for file in agent_chat.py agent_chat_web.html install.sh; do
             if [ -f "$folder/$file" ]; then cp -- "$folder/$file" "$fresh/$file"; fi
         done
     fi
-    make_environment "$base/venv"
+    say "2/4 making a Python environment in $base"
+    need_python
+    patiently make_environment "$base/venv"
     requirements >"$fresh/requirements.txt"
-    add_packages "$base/venv" -r "$fresh/requirements.txt"
+    say "3/4 installing its packages: $(requirements | tr '\n' ' ')"
+    patiently add_packages "$base/venv" -r "$fresh/requirements.txt"
+    say "4/4 putting it in place"
     put_in_place
     version=$("$launcher" version) || die "the installed program does not start"
     say "installed $version as $launcher"
@@ -73,12 +106,11 @@ install_all() {
 # What arrived is compared with the fingerprint that the hub gives of itself. That finds a
 # damaged or mixed copy; it cannot find a hub that lies, so install only from one you trust.
 fetch_from() {
-    say "fetching from $1"
-    download "$1/health" "$fresh/health" || die "no hub answers at $1"
-    download "$1/agent_chat.py" "$fresh/agent_chat.py" || die "$1 does not hand out its source"
+    download "$1/health" "$fresh/health" || explain "$1"
+    download "$1/agent_chat.py" "$fresh/agent_chat.py" || explain "$1"
     told=$(sed -n 's/.*"fingerprint": *"\([0-9a-f]*\)".*/\1/p' "$fresh/health")
     found=$(digest "$fresh/agent_chat.py" | cut -c1-12)
-    [ -n "$told" ] && [ "$told" = "$found" ] ||
+    [ "${told:-none}" = "$found" ] ||
         die "the file from $1 has fingerprint $found, the hub says '$told'; nothing was installed"
     download "$1/" "$fresh/agent_chat_web.html" || true
     grep -qi '<!doctype html' "$fresh/agent_chat_web.html" 2>/dev/null ||
@@ -88,14 +120,41 @@ fetch_from() {
     fi
 }
 
+# The body of a good answer goes into $2. If there is none, `refusal` is what was answered
+# instead, "" if nobody answered.
 download() {
+    refusal=""
     if have curl; then
-        curl -fsS --max-time 60 -o "$2" "$1"
+        code=$(curl -sS --noproxy "$no_proxy" --max-time 60 -o "$2" -w '%{http_code}' "$1") ||
+            return 1
+        [ "$code" != 200 ] || return 0
+        refusal=$(said_in "$2")
+        refusal="${refusal:-it answers $code, and not as a hub does}"
     elif have wget; then
-        wget -q -T 60 -O "$2" "$1"
+        ! wget -q -T 60 -O "$2" "$1" || return 0
+        wget -q -T 60 --content-on-error -O "$2" "$1" 2>/dev/null || true
+        refusal=$(said_in "$2")
     else
         die "curl or wget is needed"
     fi
+    return 1
+}
+
+# The sentence in an answer that says no.
+said_in() {
+    [ ! -f "$1" ] || sed -n 's/.*"error": *"\(.*\)".*/\1/p' "$1" | tr -d '[:cntrl:]' | cut -c1-300
+}
+
+# Ends with the reason why the last download failed.
+explain() {
+    [ -n "$refusal" ] || die "no hub answers at $1"
+    case "$refusal" in
+        *"answer to the name"*)
+            say "if this is a forwarded port: it needs the same number at both ends," \
+                "as in ssh -L 9420:127.0.0.1:9420" >&2
+            ;;
+    esac
+    die "a hub is there, but refuses: $refusal"
 }
 
 digest() {
@@ -112,6 +171,13 @@ digest() {
 requirements() {
     sed -n 's/^# dependencies = \[\(.*\)\]$/\1/p' "$fresh/agent_chat.py" | tr -d '"' | sed 's/, /\
 /g'
+}
+
+# Where this is Debian and its Python cannot make environments, the package that can.
+need_python() {
+    if have uv || python3 -c "$new_enough; import ensurepip" 2>/dev/null; then return; fi
+    have apt-get || return 0 # make_environment looks for other Pythons, and says what is missing
+    system_packages python3-venv
 }
 
 make_environment() {
@@ -132,7 +198,7 @@ make_environment() {
     "$python" -m venv "$1"
 }
 
-new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+new_enough='import sys; sys.version_info >= (3, 11) or sys.exit(1)'
 
 add_packages() {
     environment="$1"
@@ -168,29 +234,19 @@ END
 
 uninstall_all() {
     if [ -x "$launcher" ] && grep -q "agent_chat" "$launcher"; then
+        say "taking its entries out of your agents' configuration files"
+        "$launcher" init --undo --yes ||
+            say "not all could be taken out; the key agent-chat in them is ours"
         "$launcher" stop 2>/dev/null || true
         rm -f -- "$launcher"
     fi
     rm -rf -- "$base"
     say "removed $base and $launcher; messages and settings stay in $HOME/.agent-chat"
-    say "entries in the agents' configuration files are taken out by: agent-chat init --undo"
+    say "where init --project wrote into a project, take the key agent-chat out by hand"
 }
 
 run_tests() {
     [ -f "$folder/test_agent_chat.py" ] || die "there is no test_agent_chat.py beside this file"
-    system_packages
-    fresh="$folder"
-    tools="${XDG_CACHE_HOME:-$HOME/.cache}/agent-chat/test-venv"
-    make_environment "$tools"
-    # shellcheck disable=SC2046 # one word each
-    add_packages "$tools" $(requirements) pytest pytest-timeout pytest-xdist hypothesis \
-        playwright axe-playwright-python mypy ruff
-    cd -- "$folder"
-    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . -n 2 \
-        test_agent_chat.py "$@"
-}
-
-system_packages() {
     missing=""
     have tmux || missing="tmux"
     have chromium || have google-chrome || missing="$missing chromium"
@@ -198,20 +254,40 @@ system_packages() {
     have faketime || missing="$missing faketime"
     have strace || missing="$missing strace"
     have uv || python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
-    [ -n "$missing" ] || return 0
+    # shellcheck disable=SC2086 # one word each
+    [ -z "$missing" ] || system_packages $missing
+    fresh="$folder"
+    tools="${XDG_CACHE_HOME:-$HOME/.cache}/agent-chat/test-venv"
+    patiently make_environment "$tools"
+    say "installing the test tools into $tools"
+    # shellcheck disable=SC2046 # one word each
+    patiently add_packages "$tools" $(requirements) pytest pytest-timeout pytest-xdist hypothesis \
+        playwright axe-playwright-python mypy ruff
+    cd -- "$folder"
+    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . -n 2 \
+        test_agent_chat.py "$@"
+}
+
+# Debian's packages, if this user may install them; it is said what happens.
+system_packages() {
     if ! have apt-get; then
-        say "not found:$missing; tests that need them are skipped"
+        say "not found: $*; what needs them will not work"
     elif [ "$(id -u)" = 0 ]; then
-        say "installing with apt-get:$missing"
-        # shellcheck disable=SC2086 # one word each
-        apt-get update -qq && apt-get install -y -qq $missing >/dev/null
+        say "installing with apt-get: $*"
+        patiently install_packages "" "$@"
     elif have sudo; then
-        say "using sudo to install with apt-get:$missing (Ctrl-C to stop)"
-        # shellcheck disable=SC2086
-        sudo apt-get update -qq && sudo apt-get install -y -qq $missing >/dev/null
+        say "using sudo to install with apt-get: $* (Ctrl-C to stop)"
+        install_packages sudo "$@"
     else
-        say "not found:$missing; tests that need them are skipped"
+        say "not found: $*; what needs them will not work"
     fi
+}
+
+install_packages() {
+    as=$1
+    shift
+    $as apt-get update -qq
+    $as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
 }
 
 { main "$@"; }

@@ -6693,16 +6693,48 @@ def test_an_installer_refuses_a_source_that_is_not_what_the_hub_says(tmp_path: P
         def log_message(self, *_: object) -> None:
             pass
 
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Liar) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        done = sh("-s", "install", url, home=tmp_path, text=INSTALLER.read_text())
+        for host in ("127.0.0.1", "localhost"):  # never through a proxy
+            url = f"http://{host}:{server.server_port}"
+            done = sh("-s", "install", url, home=tmp_path, text=INSTALLER.read_text(), **proxies)
+            assert done.returncode == 1 and "nothing was installed" in done.stderr, done.stderr
         server.shutdown()
-    assert done.returncode == 1 and "nothing was installed" in done.stderr
     assert not list(tmp_path.rglob("agent_chat*"))
 
 
+def forwarded(port: int, listening: socket.socket) -> None:
+    """One connection from another local port to that one, as `ssh -L` makes it."""
+    client, _ = listening.accept()
+    with client, socket.create_connection(("127.0.0.1", port)) as hub:
+        hub.sendall(client.recv(65536))
+        hub.shutdown(socket.SHUT_WR)
+        while piece := hub.recv(65536):
+            client.sendall(piece)
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_a_hub_that_refuses_is_not_called_absent(tmp_path: Path, hub: Hub, tool: str) -> None:
+    """A forward from another local port: the hub is there, and does not answer to that name."""
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} not installed")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in (tool, "sh", "sed", "tr", "cut", "rm", "mkdir", "dirname", "cat"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for _ in range(2):  # wget asks twice
+            threading.Thread(target=forwarded, args=(hub.port, listening), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        done = sh("-s", "install", url, home=tmp_path, text=INSTALLER.read_text(),
+                  PATH=str(tools))
+    assert done.returncode == 1 and "no hub answers" not in done.stderr
+    assert "does not answer to the name" in done.stderr and "both ends" in done.stderr
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # packages are fetched and compiled
 def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> None:
     served = hub.call("GET", "/install.sh")[1]
     done = sh("-s", home=tmp_path, cwd=tmp_path, text=served)
@@ -6725,12 +6757,18 @@ def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> N
     assert stored.read_text() == INSTALLER.read_text()
     again = sh(INSTALLER, home=tmp_path)
     assert again.returncode == 0, again.stderr
-    installed("init", "claude", "--yes")
+    assert re.findall(r"agent-chat: (\d/4)", again.stdout) == ["1/4", "2/4", "3/4", "4/4"]
+    kept = '{"theme": "dark"}\n'
+    (tmp_path / ".gemini").mkdir()
+    (tmp_path / ".gemini/settings.json").write_text(kept)
+    installed("init", "claude", "gemini", "--yes")
     entry = json.loads((tmp_path / ".claude.json").read_text())["mcpServers"]["agent-chat"]
     assert entry["command"] == str(launcher) and entry["args"] == ["mcp"]
     assert (tmp_path / ".local/share/agent-chat").stat().st_mode & 0o077 == 0
     gone = sh(INSTALLER, "uninstall", home=tmp_path)
     assert gone.returncode == 0 and not launcher.exists()
+    assert not (tmp_path / ".claude.json").exists()
+    assert (tmp_path / ".gemini/settings.json").read_text() == kept
     assert not (tmp_path / ".local/share/agent-chat").exists()
 
 
