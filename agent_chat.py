@@ -23,7 +23,10 @@ The rooms of this house, in order. Each one names only rooms above it:
     CONNECTION one client: requests and answers, or WebSocket frames
     SERVER     the one thread that owns all sockets, in turns
     CLIENT     towards a hub, from the plugin and the command line
-    DOORS      ways to reach a running agent: its own inbox, else its tmux pane
+    PROCESSES  who started us, who has a terminal's keyboard
+    SCREEN     what a terminal shows, and where in it an agent's composer stands
+    TERMINALS  terminals to look at and to type into: tmux
+    DOORS      ways to reach a running agent: its own inbox, else its terminal
     BELL       what the doorbell says, and when it is rung
     PLUGIN     nine MCP tools, one socket to the hub
     SETUP      the agents' configuration files and hooks
@@ -62,7 +65,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -2639,31 +2642,31 @@ async def follow(client: Client, enter: Callable[[], Any], failed: Callable[[Exc
 
 
 # ======================================================================================
-# DOORS -- ways to reach a running agent.
-# Knows: tmux, sockets of agent CLIs, subprocess.  Never: Client, Plugin, the hub.
+# PROCESSES -- who started us, what stands in front of a terminal; commands that come to an end.
+# Knows: /proc, ps, lsof, subprocess.  Never: tmux, a screen, Client, the hub.
 # ======================================================================================
 
-DOOR_SECONDS = 5  # bound of every call of tmux or of a native door
-LOCK_SECONDS = 15  # for another process that is typing into the same pane
-SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
-SEEN_SECONDS = 2  # for the pasted line to show up
-POLL_SECONDS = 0.02
-MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
+DOOR_SECONDS = 5  # bound of every command that a door runs
 SHELLS = {"ash", "bash", "csh", "dash", "elvish", "fish", "ksh", "nu", "pwsh", "sh", "tcsh", "zsh"}
-FRAMES = "│┃║|▌▍▎▏"  # left borders of composers
-bare = functools.partial(re.compile(r"[\s|\u2500-\u259f]").sub, "")  # no blanks, no frames
-CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
-FOLDED = re.compile(r"\[Pasted[^\]]*\]")  # how some TUIs show a paste that they find long
-UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
 
 
-class Outcome(NamedTuple):
-    """What came of a ring. `word`: rung, draft, dialog, mode, gone, input-off, unconfirmed, or
-    unavailable (nothing was tried, so the next door may)."""
+class Process(NamedTuple):
+    """One process, as the system shows it."""
 
-    word: str
-    door: str = ""
-    detail: str = ""
+    pid: int
+    parent: int
+    group: int
+    session: int  # 0: not told (macOS)
+    tty: int  # device number of its controlling terminal, 0 if it has none
+    front: int  # the group in front of that terminal
+    name: str
+
+
+class Stream(NamedTuple):
+    """A standard input or output: equal for all who share it."""
+
+    identity: str
+    device: int  # number of the terminal or other device it is, 0 for pipes and files
 
 
 def run_bounded(command: Sequence[str], text: str = "") -> tuple[int, str, str]:
@@ -2678,9 +2681,958 @@ def run_bounded(command: Sequence[str], text: str = "") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def has_proc() -> bool:
+    """Linux shows processes as files; macOS has to be asked through ps and lsof."""
+    return os.path.exists("/proc/self/stat")
+
+
+def find_process(pid: int) -> Process | None:
+    """The process as it is now; None if it is gone or cannot be seen."""
+    if has_proc():
+        try:
+            with open(f"/proc/{pid}/stat", errors="replace") as file:
+                return process_of_stat(file.read())
+        except OSError:
+            return None
+    columns = "pid=,ppid=,pgid=,tpgid=,tty=,command="
+    try:
+        return process_of_ps(run_bounded(["ps", "-ww", "-o", columns, "-p", str(pid)])[1])
+    except OSError:
+        return None
+
+
+def process_of_stat(text: str) -> Process:
+    """Reads /proc/PID/stat. The name stands in parentheses and may hold any character."""
+    pid, _, rest = text.partition(" (")
+    name, _, tail = rest.rpartition(") ")
+    parent, group, session, tty, front = map(int, tail.split()[1:6])
+    return Process(int(pid), parent, group, session, tty, front, name)
+
+
+def process_of_ps(row: str) -> Process | None:
+    """Reads a row of ps on macOS: pid, parent, group, front group, terminal, command."""
+    words = row.split(None, 5)
+    if len(words) < 6:
+        return None
+    pid, parent, group, front = map(int, words[:4])
+    device = 0
+    with contextlib.suppress(OSError):  # "??" stands for no terminal
+        device = os.stat(f"/dev/{words[4]}").st_rdev
+    name = os.path.basename(words[5].split()[0])
+    return Process(pid, parent, group, 0, device, front, name)
+
+
+def standard_streams(pid: int) -> tuple[Stream, Stream] | None:
+    """Input and output of a process; None if they cannot be seen (another user's)."""
+    try:
+        if has_proc():
+            return stream_of_file(f"/proc/{pid}/fd/0"), stream_of_file(f"/proc/{pid}/fd/1")
+        return streams_of_lsof(run_bounded(["lsof", "-a", "-p", str(pid), "-d0,1", "-Fftdin"])[1])
+    except OSError:
+        return None
+
+
+def stream_of_file(path: str) -> Stream:
+    """What a link such as /proc/1/fd/0 leads to. OSError if that is hidden."""
+    import stat
+    found = os.stat(path)
+    device = 0
+    if stat.S_ISCHR(found.st_mode):
+        device = found.st_rdev
+    return Stream(f"{found.st_dev}:{found.st_ino}", device)
+
+
+def streams_of_lsof(text: str) -> tuple[Stream, Stream] | None:
+    """Reads `lsof -F`: a line per field, the first letter says which, f begins a file."""
+    found: dict[str, Stream] = {}
+    for part in re.split(r"(?m)^f", text)[1:]:
+        number, *fields = part.splitlines()
+        name = next((field[1:] for field in fields if field[:1] == "n"), "")
+        device = 0
+        if name.startswith("/dev/"):
+            device = os.stat(name).st_rdev
+        found[number] = Stream(" ".join(fields), device)
+    if "0" not in found or "1" not in found:
+        return None
+    return found["0"], found["1"]
+
+
+def variables_of(pid: int) -> Mapping[str, str]:
+    """The environment a process was started with; {} if it cannot be seen."""
+    try:
+        if has_proc():
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                pairs = os.fsdecode(file.read()).split("\0")
+            return dict(pair.partition("=")[::2] for pair in pairs)
+        text = run_bounded(["ps", "eww", "-o", "command=", "-p", str(pid)])[1]
+    except OSError:
+        return {}
+    wanted = r" (TMUX|TMUX_PANE)=(.*?)(?= [A-Za-z_]\w*=|\s*$)"
+    return dict(re.findall(wanted, text))
+
+
+def command_of(pid: int) -> list[str]:
+    """The words a process was started with; [] if they cannot be seen."""
+    try:
+        if has_proc():
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                return os.fsdecode(file.read()).rstrip("\0").split("\0")
+        return run_bounded(["ps", "-ww", "-o", "command=", "-p", str(pid)])[1].split()
+    except OSError:
+        return []
+
+
+def agent_cli() -> tuple[Process | None, list[int]]:
+    """The agent's CLI, and the pids from it down to us. It is the nearest process that is not
+    on our own standard input: launchers between it and us (uv, sh, env) are. Somebody who runs
+    a command at a terminal is his own."""
+    pids = [os.getpid()]
+    ours = standard_streams(pids[0])
+    if os.isatty(0):
+        return find_process(pids[0]), pids
+    pid = os.getppid()
+    while pid > 0:
+        process, streams = find_process(pid), standard_streams(pid)
+        pids.append(pid)
+        shared = streams and ours and streams[0].identity == ours[0].identity
+        if not process or not shared:
+            return process, pids
+        pid = process.parent
+    return None, pids
+
+
+def children_of(pid: int) -> list[int]:
+    """Pids of the processes that this one started and that still run."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        if not has_proc():
+            return [int(word) for word in run_bounded(["pgrep", "-P", str(pid)])[1].split()]
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def typing_child(process: Process) -> str:
+    """The name of a program below this process that reads its terminal, such as the editor that
+    a CLI opens: what is typed now goes there. "" if there is none."""
+    pids = children_of(process.pid)
+    while pids:
+        pid = pids.pop()
+        child, streams = find_process(pid), standard_streams(pid)
+        pids += children_of(pid)
+        if not child or not streams or child.tty != process.tty:
+            continue
+        if child.group == child.front and streams[0].device == process.tty:
+            return child.name
+    return ""
+
+
+class Front(NamedTuple):
+    """The program that has a terminal's keyboard instead of the one that was asked about."""
+
+    name: str
+    is_child: bool  # was it started by the one asked about?
+
+
+def who_has_keyboard(process: Process) -> Front | None:
+    """Who has it instead of this process; None if this process does."""
+    now = find_process(process.pid)
+    if not now:
+        return Front("nothing: the agent's CLI has ended", is_child=False)
+    if now.group == now.front:
+        child = typing_child(now)
+        return Front(child, is_child=True) if child else None
+    other = find_process(now.front)
+    if not other:
+        return Front("another program", is_child=False)
+    return Front(other.name, descends_from(other, now))
+
+
+def descends_from(process: Process, ancestor: Process) -> bool:
+    """Was it started by that one, or by one that was?"""
+    above: Process | None = process
+    while above and above.parent > 0:
+        if above.parent == ancestor.pid:
+            return True
+        above = find_process(above.parent)
+    return False
+
+
+# ======================================================================================
+# SCREEN -- what a terminal shows, and where in it the composer of an agent's CLI stands.
+# Knows: text, and the escapes that style it.  Never: a process, a terminal, the clock, files.
+# ======================================================================================
+
+BORDERS = "│┃║|▌▍▎▏"  # left and right borders of composers
+BLANKS = " \xa0\n"  # what an empty composer may hold; any other blank is somebody's text
+RULE = "[─━]{8,}.*"
+BLANK = "[ ▀▄─╭╮╰╯]*"  # some programs colour the rows around a composer, some draw edges
+GREYS = {"90", "38;5;8"}  # bright black
+LOWEST_PANE = 8  # rows; below it some composers are not drawn whole
+CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
+FOLDED = re.compile(r"\[Past[^\]]*\]")  # how some TUIs show a paste that they find long
+OUR_LINE = re.compile(re.escape(DOORBELL) + r".*#[0-9a-f]{4}")  # its blanks taken out
+UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
+ESCAPE = re.compile(r"\x1b\[([\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]")
+
+
+class Screen(NamedTuple):
+    """One look at a terminal. Rows and columns count from 0, in cells."""
+
+    state: str  # what the terminal compares to see that nothing moved
+    rows: tuple[str, ...]  # as text
+    styled: tuple[str, ...]  # the same with their escapes
+    x: int  # of the caret
+    y: int
+    width: int
+    height: int
+    mode: str = ""  # a mode of the terminal's own, which takes the keys
+    mode_stays: bool = False  # only who opened it may end it
+    mode_place: str = ""  # where in it somebody is
+    input_off: bool = False  # keys are refused, or go to other panes too
+
+
+class Shape(NamedTuple):
+    """How one CLI draws its composer. The patterns of `above` and `below` match whole rows,
+    the nearest first; where a frame has an `edge`, all rows are cut to its columns first."""
+
+    programs: tuple[str, ...]  # names of the program, of its script or of its package
+    above: tuple[str, ...]
+    prompt: str  # what the first row begins with
+    more: str  # what further rows begin with
+    below: tuple[str, ...]  # down to where a special mode shows
+    edge: str = ""
+    hint: str = ""  # the placeholder, its blanks taken out
+    faint_hint: bool = False  # any text is a placeholder that is drawn faint
+    hint_colour: str = ""  # or in this colour
+    always_hint: bool = False  # an empty composer is never without one
+    open_end: bool = False  # the first blank row ends it
+
+
+# A CLI that stands here is rung in the composer described, and in no other. A new one is a row
+# here, and screens of the real program among the tests.
+SHAPES = {
+    "Claude Code": Shape(
+        ("claude", "claude-code"), (RULE,), "❯[ \xa0]", "  ", (RULE,), faint_hint=True),
+    "Codex": Shape(
+        ("codex",), (BLANK,), "› ", "  ", (BLANK, "  +\\S.*"),
+        faint_hint=True, always_hint=True, open_end=True),
+    "Gemini CLI": Shape(
+        ("gemini", "gemini-cli"), (BLANK,), " [>*] ", "   ", (BLANK,),
+        hint="Typeyourmessageor@path/to/file", always_hint=True, open_end=True),
+    "opencode": Shape(
+        ("opencode", "opencode-ai"), ("┃ *", "(?!┃).*"), "┃  ", "┃  ",
+        ("┃ *", r"┃  (?!Shell\b).*\S.*", "╹▀+"), edge="╹▀+", hint='Askanything…(".*)?'),
+    "Copilot CLI": Shape(
+        ("copilot",), (RULE,), "❯ ", "  ", (RULE,)),
+    "Qwen Code": Shape(
+        ("qwen", "qwen-code"), (RULE,), "[>*] ", "  ", (RULE,),
+        hint="Typeyourmessageor@path/to/file", hint_colour="38;5;103", always_hint=True),
+}
+
+
+class Composer(NamedTuple):
+    """What stands in a composer."""
+
+    before: str  # the caret; rows are joined by newlines
+    after: str  # the caret
+    empty: bool  # nothing was typed; what there is is a placeholder
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.before + self.after
+
+
+class Standing(StrEnum):
+    """What a composer holds, seen from a line that we pasted."""
+
+    EMPTY = "empty"
+    OURS = "ours"  # our line and nothing else
+    MIXED = "mixed"  # our line, and other text
+    OTHER = "other"  # other text alone
+    SHOWN = "shown"  # there is no composer; our line is elsewhere on the screen
+    HIDDEN = "hidden"  # there is neither
+
+
+class Style(NamedTuple):
+    """As much of a character's style as tells placeholders from text."""
+
+    dim: bool = False
+    colour: str = ""  # its codes, "" for the default
+
+
+class Cell(NamedTuple):
+    """One character of a row."""
+
+    column: int
+    character: str
+    style: Style
+
+
+def plain_row(styled: str) -> str:
+    """The row as text, without escapes and without blanks at its end."""
+    return ESCAPE.sub("", styled).rstrip(" ")
+
+
+def cells_of(character: str) -> int:
+    """How many cells it fills, as tmux counts: a mark goes with its letter."""
+    import unicodedata
+    if unicodedata.category(character)[0] == "M":
+        return 0
+    return 1 + (unicodedata.east_asian_width(character) in "WF")
+
+
+def split_row(row: str, column: int) -> tuple[str, str]:
+    """The row left of a column, filled up with blanks, and the rest."""
+    left = column
+    for place, character in enumerate(row):
+        cells = cells_of(character)
+        if cells and left <= 0:
+            return row[:place], row[place:]
+        left -= cells
+    return row + " " * left, ""
+
+
+def columns(row: str, start: int, end: int) -> str:
+    """What stands in the row from one column up to another."""
+    return split_row(split_row(row, end)[0], start)[1].rstrip(" ")
+
+
+def restyled(style: Style, codes: str) -> Style:
+    """The style after an escape with these codes."""
+    words = re.split("[;:]", codes)
+    while words:
+        code = words.pop(0)
+        if code in ("38", "48", "58"):  # a colour out of a palette, or as red, green, blue
+            size = 1 + {"2": 3, "5": 1}.get("".join(words[:1]), 0)
+            colour = ";".join([code, *words[:size]])
+            words = words[size:]
+            if code == "38":
+                style = style._replace(colour=colour)
+        elif code in ("", "0"):
+            style = Style()
+        elif code in ("2", "22"):
+            style = style._replace(dim=code == "2")
+        elif code == "39":
+            style = style._replace(colour="")
+        elif re.fullmatch("[39][0-7]", code):
+            style = style._replace(colour=code)
+    return style
+
+
+def styled_cells(styled: str) -> Iterator[Cell]:
+    """The characters of a row that are no blanks."""
+    style, column, place = Style(), 0, 0
+    while place < len(styled):
+        escape = ESCAPE.match(styled, place)
+        if escape:
+            place = escape.end()
+            if escape[1] is not None:
+                style = restyled(style, escape[1])
+            continue
+        character = styled[place]
+        if character not in BLANKS:
+            yield Cell(column, character, style)
+        column += cells_of(character)
+        place += 1
+
+
+def is_faint(screen: Screen, last: int, colour: str = "") -> bool:
+    """Is all text from the caret to the end of row `last` dim, grey or of this colour, as
+    placeholders are? The first character may be painted as the caret; alone it proves nothing."""
+    found = [cell for cell in styled_cells(screen.styled[screen.y]) if cell.column >= screen.x]
+    if len(found) > 1 and found[0].column == screen.x:
+        found.pop(0)
+    for row in screen.styled[screen.y + 1:last + 1]:
+        found += styled_cells(row)
+    while found and found[-1].character in BORDERS:
+        found.pop()
+    colours = {*GREYS, colour} - {""}
+    return bool(found) and all(c.style.dim or c.style.colour in colours for c in found)
+
+
+def squeezed(text: str) -> str:
+    """The text without its blanks: it may have been wrapped anywhere."""
+    return "".join(text.split())
+
+
+def shape_of(command: Sequence[str]) -> str:
+    """The name of the CLI that was started with these words, "" for one that has no shape."""
+    names = set()
+    for word in command[:4]:  # an interpreter, its options, the script
+        path = word.split("/")
+        names.add(path[-1].partition(".")[0])
+        if "node_modules" in path:
+            names.update(path[path.index("node_modules"):])
+    for name, shape in SHAPES.items():
+        if names & set(shape.programs):
+            return name
+    return ""
+
+
+def in_frame(screen: Screen, edge: str) -> Screen | None:
+    """The screen cut to the columns of the edge below the caret; None if there is none."""
+    for row in screen.rows[screen.y + 1:]:
+        for match in re.finditer(edge, row):
+            left = sum(map(cells_of, row[:match.start()]))
+            right = left + sum(map(cells_of, match[0]))
+            if left <= screen.x < right:
+                rows = tuple(columns(row, left, right) for row in screen.rows)
+                return screen._replace(rows=rows, x=screen.x - left)
+    return None
+
+
+def matches_all(patterns: Sequence[str], rows: Sequence[str]) -> bool:
+    """Does each row match its pattern? Rows that are missing do not."""
+    pairs = zip(patterns, rows, strict=False)
+    return len(rows) >= len(patterns) and all(re.fullmatch(*pair) for pair in pairs)
+
+
+class Begin(NamedTuple):
+    """Where a composer begins."""
+
+    place: int
+    whole: bool  # it is all there; else its first rows have scrolled out
+
+
+def first_row(screen: Screen, shape: Shape) -> Begin | None:
+    """Where the composer begins in which the caret stands."""
+    for place in range(screen.y, -1, -1):
+        row = screen.rows[place].ljust(4)
+        above = ("", *screen.rows[:place])[::-1]  # what is above the screen is taken for blank
+        if re.match(shape.prompt, row) and matches_all(shape.above, above):
+            return Begin(place, whole=True)
+        if place and not re.match(shape.more, row):
+            return None
+    return Begin(0, whole=False)
+
+
+def last_row(screen: Screen, shape: Shape) -> int | None:
+    """Where it ends."""
+    for place in range(screen.y, screen.height):
+        below = screen.rows[place + 1:]
+        if matches_all(shape.below, below):
+            return place
+        if shape.open_end and not squeezed("".join(below[:1])):
+            return None
+        if below and not re.match(shape.more, below[0].ljust(4)):
+            return None
+    return None
+
+
+def find_composer(screen: Screen, shape: Shape) -> Composer | None:
+    """The composer in which the caret stands, if all of it is on the screen."""
+    cut = screen
+    if shape.edge:
+        framed = in_frame(screen, shape.edge)
+        if framed is None:
+            return None
+        cut = framed
+    begin, last = first_row(cut, shape), last_row(cut, shape)
+    if begin is None or last is None:
+        return None
+    first, margins = begin.place, f"{shape.prompt}|{shape.more}"
+    texts = [re.sub(margins, "", row.ljust(4), count=1) for row in cut.rows[first:last + 1]]
+    margin = len(cut.rows[cut.y].ljust(4)) - len(texts[cut.y - first])
+    if cut.x < margin:
+        return None
+    left, right = split_row(texts[cut.y - first], cut.x - margin)
+    before = "\n".join([*texts[:cut.y - first], left])
+    after = "\n".join([right, *texts[cut.y - first + 1:]]).rstrip(BLANKS)
+    hinted = bool(after) and is_hint(screen, shape, after, last)
+    plain = not after and not shape.always_hint
+    return Composer(before, after, begin.whole and not before and (hinted or plain))
+
+
+def is_hint(screen: Screen, shape: Shape, text: str, last: int) -> bool:
+    """Is the text from the caret on a placeholder of this CLI?"""
+    styled = shape.faint_hint or shape.hint_colour
+    if styled and is_faint(screen, last, shape.hint_colour):
+        return True
+    return bool(shape.hint and re.fullmatch(shape.hint, squeezed(text)))
+
+
+def guess_composer(screen: Screen, signs: str) -> Composer | None:
+    """The composer of a CLI that has no shape, known only by the sign that its prompt begins
+    with. Text near the caret that could be part of a draft counts as one."""
+    sign = re.compile(rf" *[{BORDERS}]?\s*([{re.escape(signs)}])")
+    first = screen.y
+    left, right = split_row(screen.rows[screen.y], screen.x)
+    while not (begin := sign.match(screen.rows[first])):
+        if not first:  # it may have scrolled out
+            return Composer("\n".join([*screen.rows[:screen.y], left]), right, empty=False)
+        if not continues(screen, first):
+            return None
+        first -= 1
+    if begin[1] in BORDERS:
+        rows_above = bar_rows_above(screen, begin[0])
+        left = left[begin.end():]
+    elif first == screen.y:
+        rows_above = []
+        left = left[begin.end():]
+    else:
+        rows_above = [screen.rows[first][begin.end():], *screen.rows[first + 1:screen.y]]
+    if not caret_in_text(screen, first, begin):
+        return None
+    if right.startswith("  "):  # what stands apart is no draft
+        right = ""
+    rows_below = [right, *guess_rows_below(screen, begin)]
+    before = "\n".join([*rows_above, left]).lstrip(BLANKS)
+    after = "\n".join(re.sub(rf"\s*[{BORDERS}]?$", "", row) for row in rows_below).rstrip(BLANKS)
+    empty = not before and (not after or is_faint(screen, screen.y + len(rows_below) - 1))
+    return Composer(before, after, empty)
+
+
+def is_full(screen: Screen, place: int) -> bool:
+    """Does this row reach the edge, so that the next may go on with its text? A blank at its
+    end cannot be seen."""
+    return sum(map(cells_of, screen.rows[place])) >= screen.width - 1
+
+
+def continues(screen: Screen, place: int) -> bool:
+    """Can this row belong to the same text as the one above it?"""
+    indented = re.match(rf"[{BLANKS}]|$|[{BORDERS}](\s|$)", screen.rows[place])
+    return bool(indented) or is_full(screen, place - 1)
+
+
+def caret_in_text(screen: Screen, first: int, begin: re.Match[str]) -> bool:
+    """Does the caret stand where the text of this prompt does? A terminal's own line, which is
+    no composer, goes on at the left margin once it was entered."""
+    margin = sum(map(cells_of, begin[0]))
+    if first == screen.y:
+        return screen.x >= margin
+    return screen.x > margin or is_full(screen, screen.y - 1)
+
+
+def bar_rows_above(screen: Screen, bar: str) -> list[str]:
+    """The text above the caret in a composer that has a bar before each row."""
+    found: list[str] = []
+    for row in reversed(screen.rows[:screen.y]):
+        if not row.startswith(bar):
+            break
+        found.insert(0, row.removeprefix(bar).strip(BLANKS))
+    return found
+
+
+def guess_rows_below(screen: Screen, begin: re.Match[str]) -> Iterator[str]:
+    """The rows below the caret that may belong to the same text."""
+    margin = " " * (sum(map(cells_of, begin[0])) + 1)
+    if begin[1] in BORDERS:
+        margin = begin[0]
+    for row in screen.rows[screen.y + 1:]:
+        text = row.removeprefix(margin)
+        inside = row.startswith(margin) or re.match(rf"[{BORDERS}]\s", row)
+        if not inside or not text.strip(BLANKS + BORDERS):
+            return
+        yield text
+
+
+def composer_on(screen: Screen, cli: str, signs: str) -> Composer | None:
+    """The composer of this CLI, or of one that has no shape ("")."""
+    if cli:
+        return find_composer(screen, SHAPES[cli])
+    return guess_composer(screen, signs)
+
+
+def standing(screen: Screen, composer: Composer | None, line: str) -> Standing:
+    """What the composer holds, seen from this line of ours. Of a line that is higher than its
+    composer only the end can be seen."""
+    nonce, shown = line[-5:], squeezed("".join(screen.rows))
+    if composer is None:
+        return Standing.SHOWN if nonce in shown else Standing.HIDDEN
+    if composer.empty:
+        return Standing.EMPTY
+    text = UNSURE.sub("", composer.text)
+    if not text.endswith(nonce) and nonce not in text:
+        return Standing.OTHER
+    if UNSURE.sub("", line).endswith(text):
+        return Standing.OURS
+    return Standing.MIXED
+
+
+def is_folded(composer: Composer | None) -> bool:
+    """Does it hold nothing but a paste that is shown by a word?"""
+    return bool(composer and FOLDED.fullmatch(composer.text.strip()))
+
+
+def our_line(composer: Composer | None) -> str:
+    """The doorbell line that stands in it, whoever pasted it and when, if nothing else does."""
+    text = squeezed(composer.text) if composer else ""
+    return text if OUR_LINE.fullmatch(text) else ""
+
+
+# ======================================================================================
+# TERMINALS -- terminals that can be looked at and typed into, and which of their panes is ours.
+# Knows: tmux, ttys, PROCESSES, SCREEN.  Never: Client, Plugin, the hub; when to type, or what.
+# ======================================================================================
+
+TTY_CLOCK_SECONDS = 8  # Linux tells only so exactly when a terminal was last read
+QUIET_SECONDS = 0.5  # without a key, until what was typed has surely been drawn
+
+
+class PaneGone(OSError):
+    """The pane is no more, or belongs to somebody else now."""
+
+
+class Key(StrEnum):
+    """What can be pressed."""
+
+    ENTER = "Enter"
+    RETURN = "return"  # as a bare CR, which some terminals need
+
+
+class Terminal:
+    """A way to look at a pane and to type into it. A new one is a subclass with these verbs;
+    what a terminal cannot tell (no caret, no modes) means that it is not typed into."""
+
+    name = ""
+    cli: Process | None = None  # the agent's CLI, if it was proved that the pane is its own
+    tty = ""  # path of the pane's terminal
+
+    def find(self) -> str:
+        """Looks for the agent's own pane, with proof. Why there is none, or ""."""
+        raise NotImplementedError
+
+    def place(self) -> str:
+        """A name for the pane that no other has on this machine."""
+        raise NotImplementedError
+
+    def program(self) -> list[str]:
+        """The words with which the program in front of the pane was started."""
+        raise NotImplementedError
+
+    def look(self) -> Screen:
+        """What is shown now. PaneGone if the pane is not ours any more."""
+        raise NotImplementedError
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """Pastes the line, in brackets. False, and nothing happened, if something moved
+        since that look."""
+        raise NotImplementedError
+
+    def press(self, screen: Screen, key: Key) -> bool:
+        """Presses the key. False if something moved."""
+        raise NotImplementedError
+
+    def mode_is_watched(self) -> bool:
+        """Has somebody who sees this pane pressed a key lately?"""
+        return True
+
+    def leave_mode(self, screen: Screen) -> bool:
+        """Ends a mode of the terminal's own. False if something moved."""
+        return False
+
+    def front(self) -> Front | None:
+        """Who has the pane's keyboard instead of the agent's CLI; None if that has it."""
+        if self.cli:
+            return who_has_keyboard(self.cli)
+        name = os.path.basename("".join(self.program()[:1])).lstrip("-")
+        return Front(name, is_child=False) if name in SHELLS else None
+
+    def is_quiet(self) -> bool:
+        """Surely nobody pressed a key within QUIET_SECONDS, and no key waits to be read."""
+        try:
+            read_at = os.stat(self.tty).st_atime
+            waiting = unread_bytes(self.tty)
+        except OSError:
+            return False
+        now = time.time()
+        start = now - now % TTY_CLOCK_SECONDS
+        return not waiting and read_at < start and now > start + QUIET_SECONDS
+
+
+def unread_bytes(tty: str) -> int:
+    """How many bytes were typed that the program in a terminal has not read yet."""
+    import fcntl
+    import termios
+    terminal = os.open(tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        answer = fcntl.ioctl(terminal, termios.FIONREAD, bytes(4))
+    finally:
+        os.close(terminal)
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def why_not_its_own(cli: Process, tty: int, leader: int) -> str:
+    """Why the pane with this terminal, led by this process, is not the one in which the agent's
+    CLI runs, "" if it is. Its terminal is the pane's, and so are its input and output."""
+    if not cli.tty:
+        return (f"{cli.name} ({cli.pid}), which started this plugin, has no terminal of its own: "
+                "it is a background service or runs without a screen")
+    if cli.tty != tty or (cli.session and cli.session != leader):
+        return (f"{cli.name} ({cli.pid}) runs in another terminal, which {inner_terminal(cli)} "
+                "shows inside the pane")
+    streams = standard_streams(cli.pid)
+    if not streams:
+        return f"the input and output of {cli.name} ({cli.pid}) cannot be seen: another user's"
+    own_names = {tty, os.makedev(5, 0)}  # /dev/tty is the same by another name
+    if streams[0].device not in own_names or streams[1].device not in own_names:
+        return (f"{cli.name} ({cli.pid}) does not read and write the pane itself: it runs without "
+                "a screen, or its input or output goes elsewhere")
+    return ""
+
+
+def inner_terminal(cli: Process) -> str:
+    """The name of the program that made the terminal in which this process runs."""
+    process: Process | None = cli
+    while process and process.tty == cli.tty and process.parent > 0:
+        process = find_process(process.parent)
+    if not process or process.pid == cli.pid:
+        return "another program"
+    return process.name
+
+
+class TmuxState(NamedTuple):
+    """What tmux tells of a pane, each field under tmux's own name for it. These are compared by
+    tmux itself before it pastes or presses: nothing may have moved since the look."""
+
+    pid: str  # of the server; a new server hands out the same pane ids again
+    pane_pid: str
+    pane_dead: str
+    pane_mode: str
+    pane_input_off: str
+    pane_synchronized: str
+    cursor_x: str
+    cursor_y: str
+    pane_width: str
+    pane_height: str
+    scroll_position: str
+    copy_cursor_x: str
+    copy_cursor_y: str
+    selection_present: str
+    search_present: str
+
+    def says(self, field: str) -> bool:
+        """Is this yes-or-no field on?"""
+        return field not in ("", "0")
+
+    def is_owned_by(self, owner: tuple[str, str]) -> bool:
+        """Is it a living pane of this server and this first process?"""
+        return (self.pid, self.pane_pid) == owner and not self.says(self.pane_dead)
+
+    def screen(self, styled: Sequence[str]) -> Screen:
+        """The look that this state and these rows make."""
+        height = int(self.pane_height)
+        rows = [*styled, *[""] * height][:height]
+        used = self.says(self.selection_present) or self.says(self.search_present)
+        stays = self.pane_mode != "copy-mode" or used
+        shared = self.says(self.pane_input_off) or self.says(self.pane_synchronized)
+        place = f"{self.scroll_position} {self.copy_cursor_x} {self.copy_cursor_y}"
+        return Screen(
+            " ".join(self), tuple(map(plain_row, rows)), tuple(rows), int(self.cursor_x),
+            int(self.cursor_y), int(self.pane_width), height, self.pane_mode, stays, place,
+            shared)
+
+
+TMUX_STATE = " ".join(f"#{{{name}}}" for name in TmuxState._fields)
+OTHER_VERSION = re.compile("exited unexpectedly|protocol version|lost server")
+VIEWER_SECONDS = 60  # after a key, somebody who sees a mode is taken to be at it
+
+
+class TmuxAddress(NamedTuple):
+    """Where a pane is said to be."""
+
+    socket: str
+    pane: str
+    server: str = ""  # pid of the server, where it is told
+
+
+def address_in(variables: Mapping[str, str]) -> TmuxAddress | None:
+    """What TMUX and TMUX_PANE say. The path of the socket may hold commas and blanks."""
+    socket, _, rest = variables.get("TMUX", "").rpartition(",")
+    socket, _, server = socket.rpartition(",")
+    pane = variables.get("TMUX_PANE", "")
+    if not socket or not rest or not re.fullmatch(r"%\d+", pane):
+        return None
+    return TmuxAddress(socket, pane, server)
+
+
+class Tmux(Terminal):
+    """A pane of a tmux server. `override` is the user's own word for which: "socket,pane"."""
+
+    name = "tmux"
+    binary = "tmux"
+
+    def __init__(self, override: str) -> None:
+        self.override = override
+        self.address: TmuxAddress | None = None  # once found, for good: an agent does not move
+        self.owner = ("", "")  # pids of the server and of the pane
+
+    def place(self) -> str:
+        """Socket and pane."""
+        socket = self.address.socket if self.address else ""
+        return f"{os.path.realpath(socket)}-{self.target()}"
+
+    def find(self) -> str:
+        """The pane of the override, else the one in which the agent's CLI runs."""
+        if self.address:
+            return ""
+        if self.override:
+            socket, _, pane = self.override.rpartition(",")
+            return self.try_address(TmuxAddress(socket, pane), None)
+        cli, pids = agent_cli()
+        if not cli:
+            return "no agent's CLI is to be seen above this plugin"
+        said = [address_in(environ()), *(address_in(variables_of(pid)) for pid in pids[1:])]
+        addresses = list(dict.fromkeys(filter(None, said)))
+        refusals = []
+        for address in addresses:
+            refusal = self.try_address(address, cli)
+            if not refusal:
+                return ""
+            refusals.append(refusal)
+        if refusals:
+            return refusals[0]
+        return f"{cli.name} ({cli.pid}) does not run inside tmux"
+
+    def try_address(self, address: TmuxAddress, cli: Process | None) -> str:
+        """Takes the pane at this address if it is the CLI's own; None: the user vouches for it.
+        Otherwise says why not."""
+        wanted = "#{pid} #{pane_pid} #{pane_id} #{pane_tty}"
+        try:
+            answer = self.ask(address, "display-message", "-p", "-t", address.pane, wanted)
+            server, leader, pane, tty = answer.strip().split(" ", 3)
+            device = os.stat(tty).st_rdev
+        except (OSError, ValueError) as error:
+            return f"tmux does not show pane {address.pane} of {address.socket}: {error}"
+        if address.server not in ("", server):
+            return f"the tmux server at {address.socket} is not the one that {pane} was made by"
+        refusal = why_not_its_own(cli, device, int(leader)) if cli else ""
+        if not refusal:
+            self.address = TmuxAddress(address.socket, pane, server)
+            self.owner = (server, leader)
+            self.cli, self.tty = cli, tty
+        return refusal
+
+    def ask(self, address: TmuxAddress, *words: str, text: str = "") -> str:
+        """What tmux prints. PaneGone with what it complains of, OSError if it hangs. A client
+        may be unable to talk to an older or newer server; the server's own program can."""
+        code, out, complaint = self.call(self.binary, address, words, text)
+        own = f"/proc/{address.server or server_at(address.socket)}/exe"
+        if code and self.binary == "tmux" and os.access(own, os.X_OK):
+            code, out, again = self.call(own, address, words, text)
+            if not code:
+                self.binary = own
+        if code:
+            if OTHER_VERSION.search(complaint):
+                complaint += " (the tmux on PATH is of another version than its server)"
+            raise PaneGone(complaint or "tmux failed")
+        return out
+
+    def call(self, binary: str, address: TmuxAddress, words: Sequence[str], text: str
+             ) -> tuple[int, str, str]:
+        """Exit code, output and complaint of one tmux command."""
+        # -u: in the C locale tmux would print a prompt's sign as "_"
+        try:
+            code, out, errors = run_bounded([binary, "-u", "-S", address.socket, *words], text)
+        except FileNotFoundError:
+            return 1, "", "there is no tmux on PATH"
+        return code, out, errors.strip()
+
+    def run(self, *words: str, text: str = "") -> str:
+        """What tmux prints, asked about our pane."""
+        if not self.address:
+            raise PaneGone("no pane was found")
+        return self.ask(self.address, *words, text=text)
+
+    def target(self) -> str:
+        """The id of our pane, such as %3."""
+        return self.address.pane if self.address else ""
+
+    def program(self) -> list[str]:
+        """What runs in front of the pane: by the CLI itself, else by its terminal."""
+        if self.cli:
+            return command_of(self.cli.pid)
+        leader = find_process(int(self.owner[1]))
+        if leader:
+            return command_of(leader.front)
+        return self.run("display-message", "-p", "-t", self.target(),
+                        "#{pane_current_command}").split()
+
+    def look(self) -> Screen:
+        """State and rows by one command."""
+        pane = ("-t", self.target())
+        answer = self.run("display-message", "-p", *pane, TMUX_STATE, ";",
+                          "capture-pane", "-p", "-e", *pane)
+        head, *rows = answer.split("\n")
+        state = TmuxState(*head.split(" "))
+        if not state.is_owned_by(self.owner):
+            raise PaneGone("the pane is dead, or another process has it now")
+        return state.screen(rows)
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """By a buffer of its own, filled by stdin and never by argv."""
+        buffer = f"agent-chat-{os.urandom(4).hex()}"
+        load = ("load-buffer", "-b", buffer, "-", ";")
+        pasting = f"paste-buffer -p -r -d -b {buffer} -t {self.target()}"
+        return self.unmoved(screen, pasting, load, f"delete-buffer -b {buffer} ; ", text=line)
+
+    def press(self, screen: Screen, key: Key) -> bool:
+        """By name, or as the character that the key stands for."""
+        word = r'-l "\r"' if key == Key.RETURN else key
+        return self.unmoved(screen, f"send-keys -t {self.target()} {word}")
+
+    def leave_mode(self, screen: Screen) -> bool:
+        """`copy-mode -q` ends any mode, and is no error in none."""
+        return self.unmoved(screen, f"copy-mode -q -t {self.target()}")
+
+    def unmoved(self, screen: Screen, command: str, first: Sequence[str] = (),
+                otherwise: str = "", text: str = "") -> bool:
+        """Lets tmux do it, unless something moved since that look."""
+        same = f"#{{==:{TMUX_STATE},{screen.state}}}"
+        moved = otherwise + "display-message -p moved"
+        words = (*first, "if-shell", "-F", "-t", self.target(), same, command, moved)
+        return not self.run(*words, text=text)
+
+    def mode_is_watched(self) -> bool:
+        """By a client that shows this pane: modes other than copy mode cannot be looked into."""
+        listed = self.run("list-clients", "-F", "#{pane_id} #{client_activity}")
+        pressed = [row.split(" ")[1] for row in listed.splitlines()
+                   if row.startswith(f"{self.target()} ")]
+        return any(time.time() - int(at) < VIEWER_SECONDS for at in pressed)
+
+
+def server_at(path: str) -> int:
+    """The pid of the process that listens at a Unix socket, 0 if that cannot be told."""
+    import socket
+    import struct
+    if not hasattr(socket, "SO_PEERCRED"):
+        return 0
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        told = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", told)[0])
+    return 0
+
+
+# ======================================================================================
+# DOORS -- ways to reach a running agent: its CLI's own inbox, else the terminal it runs in.
+# Knows: inboxes of agents' CLIs, Terminal, SCREEN.  Never: Client, Plugin, the hub; tmux.
+# ======================================================================================
+
+LOCK_SECONDS = 15  # for another process that is typing into the same pane
+SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
+SEEN_SECONDS = 2  # for the pasted line to show up, or to leave
+AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
+POLL_SECONDS = 0.02
+MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
+MOST_LOOKS = 5  # a screen caught half drawn looks like a dialog
+MOST_PRESSES = 3  # of Enter at most, the last one as a bare CR
+
+
+class Outcome(NamedTuple):
+    """What came of a ring: by which door, and in a sentence why not."""
+
+    word: Ring
+    door: str = ""
+    detail: str = ""
+
+
 class Door:
     """One way in. A new one is a subclass and a row in DOORS; its ring() gets one clean line that
-    ends in a nonce. `unavailable` lets the next door try, any other word ends the attempt."""
+    ends in a nonce. UNAVAILABLE lets the next door try, any other word ends the attempt."""
 
     name = ""
 
@@ -2688,178 +3640,271 @@ class Door:
         self.settings = settings
 
     def available(self) -> bool:
+        """Does this way look open?"""
         return False
 
-    def ring(self, line: str) -> Outcome:
-        return self.came("unavailable")
+    def ring(self, _line: str) -> Outcome:
+        """Gets the line to the agent; says what came of it. Blocks."""
+        return self.came(Ring.UNAVAILABLE)
 
-    def learn(self, meta: Mapping[str, Any]) -> None:
-        """The `_meta` of a tool call, for doors that need something from it."""
+    def learn(self, meta: Mapping[str, object]) -> None:
+        """Sees the `_meta` of a tool call, in case it tells something this door needs."""
 
-    def came(self, word: str, detail: str = "") -> Outcome:
+    def note(self) -> str:
+        """Why the door is shut, as far as somebody should know it."""
+        return ""
+
+    def came(self, word: Ring, detail: str = "") -> Outcome:
+        """The outcome of a ring at this door."""
         return Outcome(word, self.name, detail)
 
 
-class ClaudeDoor(Door):
-    """Claude Code's session inbox: JSON lines on a Unix socket, which never answers."""
+class InboxDoor(Door):
+    """A session inbox: lines of JSON on a Unix socket, named by the CLI's own variables."""
 
-    name = "claude"
+    variables = ""  # what their names begin with
+
+    def socket_path(self) -> str:
+        """Where the inbox is, "" if this CLI has none."""
+        return environ().get(f"{self.variables}_MESSAGING_SOCKET", "")
+
+    def token(self) -> str:
+        """What proves that we were started by this very session."""
+        return environ().get(f"{self.variables}_MESSAGING_TOKEN", "")
+
+    def frames(self, _line: str) -> list[dict[str, object]]:
+        """What to write for this line."""
+        raise NotImplementedError
 
     def available(self) -> bool:
-        return bool(environ().get("CLAUDE_CODE_MESSAGING_SOCKET"))
+        """Only inside that CLI."""
+        return bool(self.socket_path())
 
     def ring(self, line: str) -> Outcome:
+        """Writes the frames. The inbox never answers: that it took them has to do."""
         import socket
-        token = environ().get("CLAUDE_CODE_MESSAGING_TOKEN")
-        frames: list[dict[str, Any]] = [{"type": "auth", "token": token}] if token else []
-        frames.append({"type": "user", "message": {"role": "user", "content": line}})
+        if not hasattr(socket, "AF_UNIX"):
+            return self.came(Ring.UNAVAILABLE, "this system has no Unix sockets")
+        text = "".join(json.dumps(frame) + "\n" for frame in self.frames(line))
         try:
             with socket.socket(socket.AF_UNIX) as inbox:
                 inbox.settimeout(DOOR_SECONDS)
-                inbox.connect(environ()["CLAUDE_CODE_MESSAGING_SOCKET"])
-                inbox.sendall("".join(json.dumps(frame) + "\n" for frame in frames).encode())
-        except (OSError, AttributeError) as error:  # Windows lacks AF_UNIX
-            return self.came("unavailable", f"the session inbox refused: {error}")
-        return self.came("rung")
+                inbox.connect(self.socket_path())
+                inbox.sendall(text.encode())
+        except OSError as error:
+            return self.came(Ring.UNAVAILABLE, f"the session inbox refused: {error}")
+        return self.came(Ring.RUNG)
+
+
+class ClaudeDoor(InboxDoor):
+    """Claude Code's."""
+
+    name = "claude"
+    variables = "CLAUDE_CODE"
+
+    def frames(self, line: str) -> list[dict[str, object]]:
+        """The token first, where there is one."""
+        token = self.token()
+        frames: list[dict[str, object]] = []
+        if token:
+            frames.append({"type": "auth", "token": token})
+        frames.append({"type": "user", "message": {"role": "user", "content": line}})
+        return frames
+
+
+class QwenDoor(InboxDoor):
+    """Qwen Code's: the same idea, but it drops frames without version and id."""
+
+    name = "qwen"
+    variables = "QWEN_CODE"
+
+    def frames(self, line: str) -> list[dict[str, object]]:
+        """Token, then message. No session id: it changes with /clear, and one inbox has one."""
+        return [
+            {"msgV": 1, "type": "auth", "token": self.token()},
+            {"msgV": 1, "type": "user", "msgId": random_uuid(), "fromName": "agent-chat",
+             "fromMode": "prompting", "priority": "next",
+             "message": {"role": "user", "content": line}},
+        ]
+
+
+def random_uuid() -> str:
+    """A random id in the form that others expect."""
+    import uuid
+    return str(uuid.uuid4())
 
 
 class CodexDoor(Door):
-    """`codex queue`: every tool call of a thread carries the thread's id."""
+    """`codex queue`. Every tool call of a thread carries the thread's id; this plugin is one
+    agent, so it rings for one thread, and for none once it is called by two."""
 
     name = "codex"
-    thread = ""
+    resumes = True  # until this codex says that it has no --resume
 
-    def learn(self, meta: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.threads: set[str] = set()
+
+    def learn(self, meta: Mapping[str, object]) -> None:
+        """Remembers the thread."""
         thread = str(meta.get("threadId", ""))
-        if re.fullmatch(r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII):  # never an option
-            self.thread = thread
+        if not re.fullmatch(r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII):  # never an option
+            return
+        self.threads.add(thread)
+        if self.note():
+            sys.stderr.write(f"agent-chat: {self.note()}\n")
+
+    def note(self) -> str:
+        """Two threads behind one plugin cannot be told apart when mail comes."""
+        if len(self.threads) < 2:
+            return ""
+        return (f"{len(self.threads)} Codex threads share this plugin, so no one of them can be "
+                "rung: start one Codex per agent, without connection sharing")
 
     def available(self) -> bool:
+        """Once the thread is known."""
         import shutil
-        return bool(self.thread and shutil.which("codex", path=environ().get("PATH")))
+        known = len(self.threads) == 1
+        return known and bool(shutil.which("codex", path=environ().get("PATH")))
 
     def ring(self, line: str) -> Outcome:
-        command = ["codex", "queue", "--thread", self.thread, "--message", line]
+        """Queues the line, and lets a closed thread resume where this codex can do that."""
+        code, out, errors = self.queue(line, ["--resume"] * self.resumes)
+        if code and self.resumes and not out.startswith("Queued"):
+            self.resumes = False
+            code, out, errors = self.queue(line, [])
+        if code and not out.startswith("Queued"):
+            return self.came(Ring.UNAVAILABLE, errors.strip()[:200])
+        return self.came(Ring.RUNG)
+
+    def queue(self, line: str, options: Sequence[str]) -> tuple[int, str, str]:
+        """Exit code, output and errors of one `codex queue`."""
+        command = ["codex", "queue", "--thread", *self.threads, "--message", line, *options]
         try:
-            code, _, said = run_bounded(command)
+            return run_bounded(command)
         except OSError as error:
-            code, said = 1, str(error)
-        return self.came("unavailable", said.strip()[:200]) if code else self.came("rung")
+            return 1, "", str(error)
 
 
-# What must not change between looking and touching: tmux itself compares it, atomically.
-STATE = ("#{pid} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_input_off} #{pane_synchronized} "
-         "#{cursor_x} #{cursor_y} #{scroll_position}/#{copy_cursor_x}/#{copy_cursor_y}")
+class Step(Enum):
+    """What to do next with a pasted line."""
+
+    WAIT = 1
+    PRESS = 2
+    STOP = 3
 
 
-class Screen(NamedTuple):
-    """One look at a pane."""
+class Submission:
+    """From the pasted line to its end, in steps. Told what stands in the composer and the time;
+    says what to do. Touches nothing. Enter is pressed while our line and nothing else stands
+    there, and it is `rung` when the whole composer was seen without it, twice."""
 
-    state: list[str]  # the fields of STATE
-    above: list[str]  # the rows above the caret's
-    left: str  # of the caret
-    right: str
+    def __init__(self, now: float) -> None:
+        self.deadline = now + SEEN_SECONDS
+        self.drawn_at = 0.0  # since when our line stands there, 0 = it does not
+        self.presses = 0
+        self.next_press = 0.0
+        self.absent = 0  # looks in a row that saw a composer without our line
+        self.outcome = (Ring.UNCONFIRMED, "the pasted line was not drawn")
 
-    def on(self, *fields: int) -> bool:
-        return any(self.state[field] not in ("", "0") for field in fields)
+    def step(self, standing: Standing, now: float) -> Step:
+        """After each look."""
+        if self.presses and standing in (Standing.EMPTY, Standing.OTHER):
+            self.absent += 1
+            if self.absent > 1:  # one look may have caught a screen half drawn
+                return self.stop(Ring.RUNG, "")
+        else:
+            self.absent = 0
+        if now >= self.deadline:
+            return self.give_up(standing)
+        if standing is not Standing.OURS:
+            self.drawn_at = 0.0
+            return Step.WAIT
+        return self.step_with_our_line(now)
+
+    def step_with_our_line(self, now: float) -> Step:
+        """Press once it has settled; again when Enter was swallowed or taken for a newline."""
+        if not self.drawn_at:
+            self.drawn_at = now
+        settled = now - self.drawn_at >= SETTLE_SECONDS
+        if settled and self.presses < MOST_PRESSES and now >= self.next_press:
+            return Step.PRESS
+        return Step.WAIT
+
+    def pause(self) -> float:
+        """How long to wait before the next look."""
+        if self.drawn_at and not self.presses:
+            return SETTLE_SECONDS
+        return POLL_SECONDS
+
+    def key(self) -> Key:
+        """Which key the next press is."""
+        if self.presses < MOST_PRESSES - 1:
+            return Key.ENTER
+        return Key.RETURN
+
+    def pressed(self, now: float) -> None:
+        """The key went through."""
+        self.presses += 1
+        self.next_press = now + self.presses
+        self.deadline = self.next_press + SEEN_SECONDS
+
+    def give_up(self, standing: Standing) -> Step:
+        """Time is up. Nothing is taken back: the next ring finds what still stands there."""
+        if standing is Standing.MIXED:
+            return self.stop(Ring.DRAFT, "somebody typed beside the pasted line")
+        if self.presses and standing is Standing.SHOWN:
+            return self.stop(Ring.RUNG, "")
+        if self.presses and standing is Standing.OURS:
+            return self.stop(Ring.UNCONFIRMED, "Enter was pressed and the line still stands there")
+        if self.presses:
+            return self.stop(Ring.UNCONFIRMED, "Enter was pressed, then no composer was seen")
+        return self.stop(Ring.UNCONFIRMED, "the pasted line was not drawn, so no Enter was pressed")
+
+    def stop(self, word: Ring, detail: str) -> Step:
+        """This came of it."""
+        self.outcome = (word, detail)
+        return Step.STOP
 
 
-def halves(row: str, x: int) -> tuple[str, str]:
-    """The row left of cell x, and the rest. As tmux counts: a mark goes with its letter, a wide
-    character fills two."""
-    import unicodedata
-    for n, c in enumerate(row):
-        if unicodedata.category(c)[0] != "M":
-            if x <= 0:
-                return row[:n], row[n:]
-            x -= 2 if unicodedata.east_asian_width(c) in "WF" else 1
-    return row, ""
-
-
-def ancestors() -> list[tuple[str, bool, str]]:
-    """Of each process above ours: its terminal, is it in front there and no shell, and its
-    variables, each after a NUL or a blank."""
-    found, pid = [], os.getppid()
-    with contextlib.suppress(OSError, ValueError):  # other users' processes may be invisible
-        while pid > 0:
-            words = ""
-            try:
-                with open(f"/proc/{pid}/stat", errors="replace") as file:
-                    head, _, tail = file.read().rpartition(")")
-                name, (_, parent, group, _, tty, front) = head.partition("(")[2], tail.split()[:6]
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-                    words = "\0" + file.read().decode(errors="replace")
-            except FileNotFoundError:  # macOS
-                columns = "ppid=,pgid=,tty=,tpgid=,command="
-                row = run_bounded(["ps", "eww", "-o", columns, "-p", str(pid)])[1]
-                parent, group, tty, front, words = row.split(None, 4)
-                name = os.path.basename(words.split()[0])
-            found.append((tty, group == front and name.lstrip("-") not in SHELLS, words))
-            pid = int(parent)
-    return found
-
-
-class TmuxDoor(Door):
+class TerminalDoor(Door):
     """Looks, pastes, looks, presses Enter, looks. Never Escape, never C-u: both destroy."""
 
-    name = "tmux"
-    socket = pane = ""  # once found, for good: an agent does not move
-    owner: list[str] = []  # pids of server and pane; a new server hands out the same %0 again
-    tty = ""  # as ancestors() names it; "" if the user vouches for the pane
-    pasted = ""  # our last line; it may still stand in the composer
-    scrolled = ("", 0.0)  # where a copy mode stood, and since when
-
-    def tmux(self, *words: str, socket: str = "", text: str = "") -> str:
-        """What tmux printed. ProcessLookupError if the pane is gone, OSError if tmux hangs."""
-        # -u: in the C locale tmux would print a prompt glyph as "_"
-        command = ["tmux", "-u", "-S", socket or self.socket, *words]
-        code, out, errors = run_bounded(command, text)
-        if code:
-            raise ProcessLookupError(errors.strip() or "tmux failed")
-        return out
+    def __init__(self, settings: Settings, terminal: Terminal) -> None:
+        super().__init__(settings)
+        self.terminal = terminal
+        self.name = terminal.name
+        self.refusal = ""  # why no pane is ours, as it was found last
+        self.cli = ""  # name of the agent's CLI in SHAPES, "" for one that has none
+        self.pasted = ""  # our last line; it may still stand in the composer
+        self.mode_place = ""  # where a mode of the terminal stood, and since when
+        self.mode_since = 0.0
 
     def available(self) -> bool:
-        """Is there a pane whose terminal is an ancestor's? Codex starts the plugins of all its
-        windows from one daemon: its TMUX_PANE is a stranger's, but it has no terminal."""
-        socket, _, pane = self.settings.tmux_override.rpartition(",")
-        if self.pane or pane:
-            return bool(self.pane) or self.found(socket, pane)
-        own = "".join(f"\0{k}={environ().get(k, '')}" for k in ("TMUX", "TMUX_PANE"))
-        with contextlib.suppress(ValueError):  # no ancestors, or none that can be seen
-            ttys, _, environments = zip(*ancestors(), strict=True)
-            for text in (own, *environments):
-                tmux = re.search(r"[\0 ]TMUX=([^\0 ]+),(\d+),\d+", text)
-                its = re.search(r"[\0 ]TMUX_PANE=(%\d+)", text)
-                if tmux and its and self.found(tmux[1], its[1], tmux[2], ttys):
-                    return True
-        return False
+        """Is there a pane that is provably our agent's own?"""
+        self.refusal = self.terminal.find()
+        return not self.refusal
 
-    def found(self, socket: str, pane: str, server: str = "", ttys: Iterable[str] = ()) -> bool:
-        wanted = "#{pid} #{pane_pid} #{pane_id} #{pane_tty}"
-        with contextlib.suppress(OSError, ValueError):
-            answer = self.tmux("display-message", "-p", "-t", pane, wanted, socket=socket)
-            *owner, pane, path = answer.strip().split(" ")
-            names = str(os.stat(path).st_rdev), path.removeprefix("/dev/")  # Linux, macOS
-            shared = set(names).intersection(ttys)
-            if not server or (shared and owner[0] == server):
-                self.tty = shared.pop() if server else ""
-                self.socket, self.owner, self.pane = socket, owner, pane
-        return bool(self.pane)
+    def note(self) -> str:
+        """Why there was none when somebody looked last."""
+        return self.refusal
 
     def ring(self, line: str) -> Outcome:
+        """Types the line, if the agent's own empty composer is what the keys would reach."""
         try:
             with os.fdopen(self.lock()):
-                return self.came(self.type(line))
-        except ProcessLookupError as error:
-            return self.came("gone", str(error))
-        except (OSError, ValueError, IndexError) as error:  # tmux hangs or talks nonsense
-            return self.came("unconfirmed", str(error))
+                self.cli = shape_of(self.terminal.program())
+                return self.deliver(line)
+        except PaneGone as error:
+            return self.came(Ring.GONE, str(error))
+        except (OSError, ValueError, IndexError) as error:  # it hangs, or talks nonsense
+            return self.came(Ring.UNCONFIRMED, str(error))
 
     def lock(self) -> int:
         """One process at a time per pane, until this file descriptor is closed."""
         import fcntl
         os.makedirs(self.settings.home, 0o700, exist_ok=True)
-        key = re.sub(r"\W+", "-", f"{os.path.realpath(self.socket)}-{self.pane}")[-200:]
+        key = re.sub(r"\W+", "-", self.terminal.place())[-200:]
         path = os.path.join(self.settings.home, f"pane{key}.lock")
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         for _ in range(int(LOCK_SECONDS / POLL_SECONDS)):
@@ -2870,143 +3915,114 @@ class TmuxDoor(Door):
         os.close(lock)
         raise TimeoutError("another process keeps typing into this pane")
 
-    def type(self, line: str) -> str:
-        """The word for what came of it."""
-        for _ in range(5):  # a screen caught half drawn looks like a dialog
-            screen = self.look()
-            if self.pasted and self.standing(screen, self.pasted) == "ours":
-                return self.submit(self.pasted)
-            word = self.obstacle(screen)
-            if word in ("mode", "input-off"):
-                return word
-            if not word and self.paste(screen, line):
-                return self.submit(line)
-            time.sleep(POLL_SECONDS)
-        return word or "draft"  # somebody is typing
+    def deliver(self, line: str) -> Outcome:
+        """Pastes once an empty composer was seen twice, or once and nobody types. What was
+        typed a moment ago may not be drawn yet."""
+        obstacle: Outcome | None = None
+        seen: Composer | None = None
+        for _ in range(MOST_LOOKS):
+            screen = self.terminal.look()
+            obstacle = self.pane_obstacle(screen)
+            if obstacle and obstacle.word is not Ring.DIALOG:
+                return obstacle
+            composer = composer_on(screen, self.cli, self.settings.prompts)
+            leftover = "" if obstacle else self.leftover(screen, composer)
+            if leftover:
+                return self.submit(leftover)
+            obstacle = obstacle or self.composer_obstacle(screen, composer)
+            if obstacle:
+                composer = None
+            elif seen == composer or self.terminal.is_quiet():
+                if self.terminal.paste(screen, line):
+                    return self.submit(line)
+                composer = None
+            seen = composer
+            time.sleep(AGREE_SECONDS if seen else POLL_SECONDS)
+        return obstacle or self.came(Ring.DRAFT, "somebody is typing")
 
-    def paste(self, screen: Screen, line: str) -> bool:
-        buffer = f"agent-chat-{os.urandom(4).hex()}"
-        self.tmux("load-buffer", "-b", buffer, "-", text=line)  # by stdin, never by argv
+    def pane_obstacle(self, screen: Screen) -> Outcome | None:
+        """What keeps all keys from the agent's CLI now."""
+        if screen.input_off:
+            return self.came(Ring.INPUT_OFF, "the pane takes no keys, or shares them with others")
+        front = self.terminal.front()
+        if front and front.is_child:
+            return self.came(
+                Ring.DIALOG, f"{front.name}, opened by the agent's CLI, has the keyboard")
+        if front:
+            return self.came(Ring.GONE, f"{front.name} is in the foreground, not the agent")
+        if screen.mode:
+            return self.mode_obstacle(screen)
+        self.mode_place = ""
+        return None
+
+    def mode_obstacle(self, screen: Screen) -> Outcome:
+        """Somebody opened a mode of the terminal. A copy mode that nobody uses is left."""
+        place, now = f"{screen.mode} {screen.mode_place}", time.monotonic()
+        if self.mode_place != place:
+            self.mode_place = place
+            self.mode_since = now
+        rests = now - self.mode_since >= MODE_SECONDS
+        if screen.mode_stays or not rests or self.terminal.mode_is_watched():
+            return self.came(Ring.MODE, f"{screen.mode} is open in the pane")
+        self.terminal.leave_mode(screen)
+        return self.came(Ring.DIALOG, f"{screen.mode} was just left")
+
+    def composer_obstacle(self, screen: Screen, composer: Composer | None) -> Outcome | None:
+        """What keeps a paste from becoming a prompt of its own."""
+        whose = self.cli or "the agent's CLI"
+        if composer is None and screen.height < LOWEST_PANE:
+            return self.came(
+                Ring.DIALOG, f"the pane is too small ({screen.width}x{screen.height}) to show "
+                f"the whole composer of {whose}")
+        if composer is None:
+            return self.came(Ring.DIALOG, f"no composer of {whose} is on the screen")
+        if not self.cli and CHOICE.match(composer.text):
+            return self.came(Ring.DIALOG, "something is to be chosen")
+        if not composer.empty:
+            return self.came(Ring.DRAFT, f"there is text in the composer of {whose}")
+        return None
+
+    def leftover(self, screen: Screen, composer: Composer | None) -> str:
+        """A line of ours that still stands in the composer, "" if there is none."""
+        if self.pasted and standing(screen, composer, self.pasted) is Standing.OURS:
+            return self.pasted
+        return our_line(composer)
+
+    def submit(self, line: str) -> Outcome:
+        """Takes the pasted line to its end."""
         self.pasted = line
-        pasting = f"paste-buffer -p -r -d -b {buffer} -t {self.pane}"
-        return self.touch(screen, pasting, f"delete-buffer -b {buffer} ; ")
+        submission = Submission(time.monotonic())
+        while True:
+            time.sleep(submission.pause())
+            screen = self.terminal.look()
+            found = self.standing(screen, line, fresh=not submission.presses)
+            now = time.monotonic()
+            step = submission.step(found, now)
+            if step is Step.STOP:
+                return self.came(*submission.outcome)
+            free = step is Step.PRESS and not self.pane_obstacle(screen)
+            if free and self.terminal.press(screen, submission.key()):
+                submission.pressed(now)
 
-    def touch(self, screen: Screen, command: str, otherwise: str = "") -> bool:
-        """Let tmux do it if nothing moved since that look."""
-        same, moved = f"#{{==:{STATE},{' '.join(screen.state)}}}", "display-message -p moved"
-        return not self.tmux("if-shell", "-F", "-t", self.pane, same, command, otherwise + moved)
-
-    def look(self) -> Screen:
-        """ProcessLookupError if the pane is somebody else's or the agent is not in front."""
-        pane, wanted = ("-t", self.pane), STATE + " #{pane_current_command}"
-        answer = self.tmux("display-message", "-p", *pane, wanted, ";", "capture-pane", "-p", *pane)
-        head, *rows = answer.split("\n")
-        *state, command = head.split(" ", 9)
-        x, y = int(state[6]), int(state[7])
-        screen = Screen(state, rows[:y], *halves(rows[y], x))
-        if state[:2] != self.owner or screen.on(2):
-            raise ProcessLookupError("the pane is dead or another process's")
-        there = [front for tty, front, _ in ancestors() if tty == self.tty]
-        if not any(there if self.tty else [command.lstrip("-") not in SHELLS]):
-            raise ProcessLookupError(f"{command} is in the foreground, not the agent")
-        return screen
-
-    def obstacle(self, screen: Screen) -> str:
-        """The word for why not to type now; "" if nothing stands in the way."""
-        if screen.on(4, 5):
-            return "input-off"  # or shared with other panes
-        if screen.on(3):
-            if self.scrolled[0] != screen.state[8]:
-                self.scrolled = (screen.state[8], time.monotonic())
-            if time.monotonic() - self.scrolled[1] < MODE_SECONDS:
-                return "mode"  # somebody reads the scrollback
-            self.tmux("copy-mode", "-q", "-t", self.pane)
-            return "dialog"  # and look again
-        self.scrolled = ("", 0.0)
-        found = self.prompted(screen.left)
-        if not found:  # or the caret is in a later row of a draft
-            start = max((n for n, row in enumerate(screen.above) if not bare(row)), default=0)
-            found = next(filter(None, map(self.prompted, screen.above[start:])), None)
-            return "draft" if found and not CHOICE.match(found[2]) else "dialog"
-        if CHOICE.match(found[2] + screen.right):
-            return "dialog"
-        above = found[1] in FRAMES and screen.above and bare(screen.above[-1])
-        return "draft" if found[2] or above or self.unstyled(screen) else ""
-
-    def prompted(self, text: str) -> re.Match[str] | None:
-        """Group 1 is the prompt with which the text begins, group 2 what follows."""
-        glyphs = "".join(map(re.escape, self.settings.prompts))
-        return re.fullmatch(rf"[{FRAMES}]?([{glyphs}])(.*)", "".join(text.split()))
-
-    def unstyled(self, screen: Screen) -> bool:
-        """Does plain text start at the caret? A hint is dim or coloured; a draft whose writer
-        pressed Home is not. The first character may be painted as the caret."""
-        if not bare(screen.right[:1]):
-            return False
-        skipped = screen.left + (screen.right[0] if bare(screen.right[1:2]) else "")
-        y = screen.state[7]
-        row = self.tmux("capture-pane", "-p", "-e", "-t", self.pane, "-S", y, "-E", y)
-        escape = r"(?:\x1b\[[\d;:]*m)*"
-        start = re.match(escape.join(["", *map(re.escape, skipped), ""]), row)
-        codes = ";".join(re.findall(r"\[([\d;:]+)m", start[0])) if start else ""
-        codes = re.sub(r"([345]8)[;:](5[;:]\d+|2([;:]\d+){3})", r"\1", codes)
-        style = re.split(r"(?:^|;)0(?=;|$)", codes)[-1]
-        colour = re.search(r"(^|;)[39]\d(;|$)", style.rpartition("39")[2])
-        return not colour and not re.search(r"(^|;)[23](;|$)", style)
-
-    def submit(self, line: str) -> str:
-        """Enter until the nonce has left the caret, and only while nothing but our line is
-        there; the third time as a literal CR, which some terminals need."""
-        seen, missed, settled, pressed, due = "", 0, False, 0, 0.0
-        end = time.monotonic() + SEEN_SECONDS
-        while (now := time.monotonic()) < end:
-            screen = self.look()
-            seen = self.standing(screen, line, fresh=not pressed)
-            missed = 0 if seen else missed + 1
-            if pressed and missed > 1:  # one look may have caught a screen half drawn
-                return "rung"
-            if seen != "ours":
-                settled = False
-            elif not settled:  # counted from when the TUI has drawn the line
-                settled = True
-                time.sleep(SETTLE_SECONDS - POLL_SECONDS)
-            elif pressed < 3 and now > due and not screen.on(3, 4, 5):
-                key = "Enter" if pressed < 2 else r'-l "\r"'
-                if self.touch(screen, f"send-keys -t {self.pane} {key}"):
-                    pressed += 1
-                    due, end = now + pressed, now + pressed + SEEN_SECONDS
-            time.sleep(POLL_SECONDS)
-        return "draft" if seen == "mixed" else "unconfirmed"  # somebody typed beside the line
-
-    def standing(self, screen: Screen, line: str, fresh: bool = False) -> str:
-        """What stands at the caret: `ours` (prompt, our line, nothing else, as far as can be
-        seen), `mixed` (our line and other text) or "" (not our nonce). Just after the paste it
-        may also be folded, or end at or break across the end of the row above."""
-        left, nonce = screen.left, line[-5:]
-        if bare(left).endswith(nonce):
-            if bare(screen.right[:1]):
-                return "mixed"
-        elif bare(left + screen.right).endswith(nonce):
-            left += screen.right  # tmux and the TUI disagree about the width of a character
-        elif fresh and (found := self.prompted(left)):
-            return "ours" if FOLDED.fullmatch(found[2]) else ""
-        elif not fresh or not bare("".join(screen.above[-1:]) + left).endswith(nonce):
-            return ""
-        rest = UNSURE.sub("", line)
-        for row in (left, *reversed(screen.above)):
-            text = UNSURE.sub("", row)
-            if text.endswith(rest):
-                found = self.prompted(row[: row.rfind("[")])
-                return "ours" if found and not found[2] else "mixed"
-            if not bare(row) and row is not left:
-                break  # the rest has scrolled out of the composer
-            if not rest.endswith(text):
-                return "mixed"
-            rest = rest[: len(rest) - len(text)]
-        return "ours"
+    def standing(self, screen: Screen, line: str, fresh: bool) -> Standing:
+        """What stands in the composer. Just after the paste it may be folded into a word; of a
+        CLI without a shape it is only known whether the line is at the caret."""
+        composer = composer_on(screen, self.cli, self.settings.prompts)
+        if fresh and is_folded(composer):
+            return Standing.OURS
+        if composer is None and not self.cli:
+            return Standing.OTHER
+        return standing(screen, composer, line)
 
 
-DOORS: tuple[type[Door], ...] = (ClaudeDoor, CodexDoor, TmuxDoor)  # tried in this order
+class TmuxDoor(TerminalDoor):
+    """The pane of tmux in which the agent's CLI runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, Tmux(settings.tmux_override))
+
+
+DOORS: tuple[type[Door], ...] = (ClaudeDoor, QwenDoor, CodexDoor, TmuxDoor)  # in this order
 
 
 class Doors:
@@ -3019,7 +4035,13 @@ class Doors:
         """Doors that look open now. May ask tmux, so it may block for DOOR_SECONDS."""
         return [door.name for door in self.doors if door.available()]
 
-    def learn(self, meta: Mapping[str, Any]) -> None:
+    def note(self) -> str:
+        """Why the agent's terminal cannot be typed into, or another door is shut; "" if nothing
+        is amiss. As names() or ring() found it last."""
+        return "; ".join(filter(None, (door.note() for door in self.doors)))
+
+    def learn(self, meta: Mapping[str, object]) -> None:
+        """Shows the doors the `_meta` of a tool call."""
         for door in self.doors:
             door.learn(meta)
 
@@ -3028,12 +4050,15 @@ class Doors:
         clean = "".join(c if c.isprintable() else " " for c in line).strip()[:600]
         reasons = []
         for door in self.doors:
-            if door.available():
-                outcome = door.ring(f"{clean} #{os.urandom(2).hex()}")
-                if outcome.word != "unavailable":
-                    return outcome
-                reasons.append(f"{door.name}: {outcome.detail}")
-        return Outcome("unavailable", "", "; ".join(reasons) or "no way to reach this agent's CLI")
+            if not door.available():
+                continue
+            outcome = door.ring(f"{clean} #{os.urandom(2).hex()}")
+            if outcome.word is not Ring.UNAVAILABLE:
+                return outcome
+            reasons.append(f"{door.name}: {outcome.detail}")
+        reasons.append(self.note())
+        why = "; ".join(filter(None, reasons))
+        return Outcome(Ring.UNAVAILABLE, "", why or "no way to reach this agent's CLI")
 
 
 # ======================================================================================
@@ -3258,7 +4283,7 @@ class Plugin:
                     self.known.add(message["id"])
                     self.bell.add(message, time.monotonic())
                 elif message["id"] in self.bell.rung:  # our report got lost
-                    await self.report([message["id"]], Outcome("rung", self.door))
+                    await self.report([message["id"]], Outcome(Ring.RUNG, self.door))
             self.stirred.set()
 
     async def attend(self) -> None:

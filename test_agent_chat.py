@@ -5158,7 +5158,7 @@ def test_what_happens_between_paste_and_enter_is_noticed(rig: Rig) -> None:
     assert rig.bell.ring() == "draft"
     assert agent.do("state")["text"].startswith("please [agent-chat]")
     agent.do("set", draft="", behind=" wait")
-    assert rig.bell.ring() == "unconfirmed"
+    assert rig.bell.ring() == "draft"
     rig.untouched("draft")
     agent.do("set", draft="", ambush=True)
     assert rig.bell.ring() == "unconfirmed"
@@ -5294,15 +5294,16 @@ def test_nothing_is_touched_that_moved_since_the_look(tmux: Tmux, tmp_path: Path
     pane = tmux.pane("printf '❯ '; exec cat")
     eventually(lambda: "❯" in tmux.screen(pane))
     override = f"{tmux.socket},{pane}"
-    door = agent_chat.TmuxDoor(agent_chat.Settings(home=str(tmp_path), tmux_override=override))
-    assert door.available()
-    screen = door.look()
+    terminal = agent_chat.Tmux(override)
+    assert terminal.find() == ""
+    screen = terminal.look()
     tmux.run("send-keys", "-t", pane, "x")
     eventually(lambda: "❯ x" in tmux.screen(pane))
-    assert not door.touch(screen, f"send-keys -t {pane} y")
-    assert not door.paste(screen, "[agent-chat] #abcd")
+    assert not terminal.press(screen, agent_chat.Key.ENTER)
+    assert not terminal.paste(screen, "[agent-chat] #abcd")
     assert tmux.run("list-buffers") == ""
-    assert door.touch(door.look(), f"send-keys -t {pane} z")
+    assert tmux.screen(pane).strip() == "❯ x"
+    assert terminal.paste(terminal.look(), "z")
     eventually(lambda: "❯ xz" in tmux.screen(pane))
 
 
@@ -5448,10 +5449,10 @@ def test_even_a_shell_would_make_nothing_of_it(tmux: Tmux, tmp_path: Path) -> No
     pane = tmux.pane("env PS1='❯ ' PATH=/usr/bin:/bin bash --norc --noprofile -i", cwd=folder)
     eventually(lambda: "❯" in tmux.screen(pane))
     lines = [f"{line} #ab12" for line in hostile_lines()]
-    door = agent_chat.TmuxDoor(agent_chat.Settings())
-    door.socket, door.pane = str(tmux.socket), pane
+    terminal = agent_chat.Tmux(f"{tmux.socket},{pane}")
+    assert terminal.find() == ""
     for line in lines:
-        door.tmux(
+        terminal.run(
             "load-buffer", "-b", "test", "-", ";",
             "paste-buffer", "-p", "-r", "-d", "-b", "test", "-t", pane, text=line,
         )  # fmt: skip
