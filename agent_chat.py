@@ -15,10 +15,13 @@ The rooms of this house, in order. Each one names only rooms above it:
     WORDS      the nouns: Message, Agent, Receipt, names, the family of errors
     LOG        the schema, and reading it
     STORE      the one writer of the one SQLite file
-    HUB        the bell: who is connected, who waits, what to wake
-    ROSTER     who is who: names, sessions, groups, presence
-    POST       sending, and the loop guard
-    API        the rules of the chat, whole: reading, receipts, sockets, background work
+    TURN       what happens, or is forgotten, together; who waits to hear of it
+    DIRECTORY  who is who: names, sessions, groups, presence
+    GUARD      two agents that go on too long without a human
+    MAIL       a message from its sender to everybody it is for, and how far it got
+    ARCHIVE    what was said before: history, search, threads, export, traffic
+    KEEPING    what is done once a second: notices, retention, presence
+    API        the calls of the wire contract; owns the desks above
     WIRE       what bytes may look like: HTTP heads, addresses, JSON
     CONNECTION one client: requests and answers, or WebSocket frames
     SERVER     the one thread that owns all sockets, in turns
@@ -35,16 +38,16 @@ The rooms of this house, in order. Each one names only rooms above it:
     CONSOLE    what people type, and what fits their terminal
     COMMANDS   one function for each command, print, exit
 
-How a message travels. The Store is the log, the Hub is only a bell:
+How a message travels. The Store is the log, the Switchboard is only a bell:
 
     alice: send_message                                    bob: "[agent-chat] Call check_messages"
       PLUGIN call --> CLIENT send                                 ^ paste, look, Enter
                         | POST /api/send                     DOORS ring
                         v                                         ^
-      SERVER --> API post --> STORE append (one transaction  PLUGIN <-- CLIENT follow
-                   |            a turn, synced to disk)           ^
-                   v                                              | WebSocket frame
-                  HUB ring ------> commit, then ------------------+
+      SERVER --> API send --> MAIL deliver                   PLUGIN <-- CLIENT follow
+                                | |                               ^
+              STORE append <----+ +--> TURN ring                  | WebSocket frame
+                      one transaction a turn, synced to disk, then+
 
 Reading is one path too: backlog, reconnect, dashboard and `tail` ask for everything after a
 cursor. A slow reader is an old cursor, never a growing queue. Nothing leaves the process
@@ -55,26 +58,42 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
 import io
+import itertools
 import json
+import math
 import os
 import re
+import struct
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    NotRequired,
+    Protocol,
+    TextIO,
+    TypedDict,
+    cast,
+)
 
 if TYPE_CHECKING:
     import argparse
     import http.client
-    import selectors
     import socket
     import sqlite3
     import subprocess
+    from concurrent.futures import ThreadPoolExecutor
+    from http.server import HTTPServer
+    from selectors import SelectorKey
 
 __version__ = "1.0.0"
 
@@ -88,11 +107,18 @@ MAX_BODY_BYTES = 1 << 20  # a message is a note, not a file transfer
 MAX_HEAD_BYTES = 16 << 10  # request line and headers
 MAX_FRAME_BYTES = 64 << 10  # clients only send acknowledgements and keys
 MAX_PAGE_BYTES = 4 << 20  # an answer is cut here, whatever its limit says
+MAX_TURN_PAGE_BYTES = 1 << 20  # of an answer that the I/O thread makes itself
 MAX_PAGE = 1000  # messages in one answer
+MAX_IDS = 1000  # message ids in one request
+MAX_GROUPS = 64  # of one agent
+MAX_NAMES = 64  # in an agent's list of doors, of muted or of allowed senders
+MAX_CHOICES = 4  # answers that a message offers to the human
 MAX_WAIT_SECONDS = 50  # below the 60 s after which agent CLIs give a tool up
 MAX_CONNECTIONS = 20_000  # 3 KB each; the soft file limit may be lower and then rules
 MAX_STRANGERS = 32  # sockets that have not shown the key yet
 OUT_HIGH_WATER = 256 << 10  # bytes queued to a socket before its reader becomes a cursor
+TOTAL_IN_BYTES = 64 << 20  # half-received requests of all clients together
+TOTAL_OUT_BYTES = 96 << 20  # answers that wait for their readers, all together
 REQUEST_SECONDS = 10  # a whole request, from its first byte
 IDLE_SECONDS = 75  # keep-alive connections without a request
 AUTH_SECONDS = 5  # for the first frame of a browser's socket
@@ -100,7 +126,7 @@ PING_SECONDS = 15
 PONG_SECONDS = 10
 DRAIN_SECONDS = 3  # to flush answers and close frames at shutdown
 ONLINE_SECONDS = 120  # an agent without a socket is online this long after a request
-CLAIM_GRACE_SECONDS = 10  # after a hub restart, names wait this long for their owners
+CLAIM_GRACE_SECONDS = 60  # after a hub restart names wait for owners, who pause up to 30 s
 SLOW_TURN_SECONDS = 0.05  # of the I/O thread; longer ones are logged
 
 
@@ -129,14 +155,38 @@ class Settings(NamedTuple):
     prompts: str = "❯›>»┃"  # an empty composer shows one of these left of the caret
 
 
-FILE_KEYS = Settings._fields[2:Settings._fields.index("agent_name")]  # the rest is an agent's own
-ENVIRONMENT = {"AGENT_CHAT_API_KEY": "api_key", "AGENT_CHAT_SERVER": "server",
-               "AGENT_CHAT_PREVIEW": "preview", "AGENT_CHAT_TMUX": "tmux_override",
-               "AGENT_CHAT_PROMPTS": "prompts", "AGENT_NAME": "agent_name",
-               "AGENT_TYPE": "agent_type", "AGENT_GROUPS": "groups"}
 LOG_LEVELS = ("debug", "info", "warning", "error")
-CONFIG_LINE = (r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
-               r"(?:(?:^|\s+)#.*)?\s*")
+FILE_KEYS = (
+    "host",
+    "port",
+    "db",
+    "retention",
+    "api_key",
+    "allowed_hosts",
+    "log_level",
+    "unseen_minutes",
+    "chain_limit",
+    "pair_limit",
+    "pair_minutes",
+    "server",
+)
+ENVIRONMENT = {
+    "AGENT_CHAT_API_KEY": "api_key",
+    "AGENT_CHAT_SERVER": "server",
+    "AGENT_CHAT_PREVIEW": "preview",
+    "AGENT_CHAT_TMUX": "tmux_override",
+    "AGENT_CHAT_PROMPTS": "prompts",
+    "AGENT_NAME": "agent_name",
+    "AGENT_TYPE": "agent_type",
+    "AGENT_GROUPS": "groups",
+}
+# One line of the file: `key: value`, `key: "quoted value"`, a comment, or nothing. The value
+# may not begin with a character that would mean something else in YAML.
+CONFIG_LINE = re.compile(
+    r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
+    r"(?:(?:^|\s+)#.*)?\s*"
+)
+SERVER_URL = re.compile(r"https?://[^/\s]+")
 
 
 class ChatError(Exception):
@@ -150,6 +200,7 @@ class BadConfig(ChatError):
 
 
 def environ() -> Mapping[str, str]:
+    """The environment of this process. No other room may look at os.environ."""
     return os.environ
 
 
@@ -159,62 +210,111 @@ def fingerprint() -> str:
         return hashlib.sha256(file.read()).hexdigest()[:12]
 
 
-def load_settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> Settings:
-    """Settings from flags (None = not given), environment, file and defaults. Raises BadConfig for
-    the first value that is not understood, with file and line if it has one."""
+def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settings:
+    """Settings out of flags (None = not given), environment, file and defaults.
+
+    Raises BadConfig for the first value that is not understood, with file and line if it
+    has one.
+    """
     home = os.path.join(os.path.expanduser("~"), ".agent-chat")
-    path = os.path.expanduser(flags.get("config") or os.path.join(home, "config.yaml"))
-    if not flags.get("config") and not os.path.exists(path):
-        path = ""
-    chosen = read_config(path) if path else {}
-    chosen |= {field: made_of(field, env[name]) for name, field in ENVIRONMENT.items()
-               if env.get(name)}
-    chosen |= {k: v for k, v in flags.items() if v is not None and k in Settings._fields}
-    settings = Settings(**{**chosen, "home": home, "config": path})
+    path = config_path(flags, home)
+    chosen: dict[str, Any] = {}
+    if path:
+        chosen.update(read_config(path))
+    for variable, field in ENVIRONMENT.items():
+        if env.get(variable):
+            chosen[field] = value_of(field, env[variable])
+    for field in Settings._fields:
+        if flags.get(field) is not None:
+            chosen[field] = flags[field]
+    chosen["home"] = home
+    chosen["config"] = path
+    settings = Settings()._replace(**chosen)
+    db = settings.db or os.path.join(home, "agent-chat.db")
     settings = settings._replace(
-        db=os.path.abspath(os.path.expanduser(settings.db or os.path.join(home, "agent-chat.db"))),
-        server=settings.server or f"http://127.0.0.1:{settings.port}")
-    if settings.log_level not in LOG_LEVELS:
-        raise BadConfig(f"log_level is one of {', '.join(LOG_LEVELS)}, not {settings.log_level!r}")
-    if not 0 <= settings.port <= 65535:
-        raise BadConfig(f"port is a number from 0 to 65535, not {settings.port}")
-    for field in ("retention", "unseen_minutes", "chain_limit", "pair_limit", "pair_minutes"):
-        if not 0 <= getattr(settings, field) < 1e6:
-            raise BadConfig(f"{field} is a number from 0 (off) up, not {getattr(settings, field)}")
-    if not re.match(r"https?://[^/\s]+", settings.server):
-        raise BadConfig(f"the server address {settings.server!r} has the form http://HOST:PORT")
+        db=os.path.abspath(os.path.expanduser(db)),
+        server=settings.server or f"http://127.0.0.1:{settings.port}",
+    )
+    check_settings(settings)
     return settings
 
 
-def made_of(field: str, text: str) -> Any:
-    """The text of a file or of the environment as the type that the field has."""
+def config_path(flags: Mapping[str, object], home: str) -> str:
+    """The configuration file to read: the one asked for, else the user's if it is there."""
+    asked = flags.get("config")
+    if asked:
+        return os.path.expanduser(str(asked))
+    usual = os.path.join(home, "config.yaml")
+    return usual if os.path.exists(usual) else ""
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises BadConfig for the first value that makes no sense."""
+    if settings.log_level not in LOG_LEVELS:
+        levels = ", ".join(LOG_LEVELS)
+        raise BadConfig(f"log_level is one of {levels}, not {settings.log_level!r}")
+    if not 0 <= settings.port <= 65535:
+        raise BadConfig(f"port is a number from 0 to 65535, not {settings.port}")
+    amounts = {
+        "retention": settings.retention,
+        "unseen_minutes": settings.unseen_minutes,
+        "chain_limit": settings.chain_limit,
+        "pair_limit": settings.pair_limit,
+        "pair_minutes": settings.pair_minutes,
+    }
+    for field, amount in amounts.items():
+        if not 0 <= amount < 1e6:
+            raise BadConfig(f"{field} is a number from 0 (off) up, not {amount}")
+    if not SERVER_URL.match(settings.server):
+        raise BadConfig(
+            f"the server address {settings.server!r} has the form http://HOST:PORT"
+        )
+
+
+def value_of(field: str, text: str) -> object:
+    """The text of a file or of the environment as the type that the field has.
+
+    Raises ValueError where that is a number and the text is none.
+    """
     default = Settings._field_defaults[field]
     if isinstance(default, tuple):
         return tuple(re.findall(r"[^\s,]+", text))
-    return text != "0" if isinstance(default, bool) else type(default)(text)
+    if isinstance(default, bool):
+        return text != "0"
+    if isinstance(default, int):
+        return int(text)
+    if isinstance(default, float):
+        return float(text)
+    return text
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The flat `key: value` file: comments and quotes are understood, nothing else is."""
+def read_config(path: str) -> dict[str, object]:
+    """The values of the flat `key: value` file: comments and quotes are understood, nothing
+    else is. Raises BadConfig with the line that is not."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path}: cannot be read: {error}") from None
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for number, line in enumerate(lines, 1):
-        where, match = f"{path}:{number}", re.fullmatch(CONFIG_LINE, line)
+        where = f"{path}:{number}"
+        match = CONFIG_LINE.fullmatch(line)
         if not match:
             raise BadConfig(f"{where}: not understood; a line has the form key: value")
-        key, text = match[1], (match[2] or "").strip()
+        key = match[1]
         if not key:
             continue
         if key not in FILE_KEYS:
-            raise BadConfig(f"{where}: unknown key {key!r}; known are {', '.join(FILE_KEYS)}")
+            known = ", ".join(FILE_KEYS)
+            raise BadConfig(f"{where}: unknown key {key!r}; known are {known}")
         if key in values:
             raise BadConfig(f"{where}: {key} is set a second time; keep one line")
+        text = (match[2] or "").strip()
+        if text.startswith(("'", '"')):
+            text = text[1:-1]
         try:
-            values[key] = made_of(key, text[1:-1] if text[:1] in ("'", '"') else text)
+            values[key] = value_of(key, text)
         except ValueError:
             raise BadConfig(f"{where}: {key} wants a number, not {text!r}") from None
     return values
@@ -227,33 +327,97 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 class BadRequest(ChatError):
+    """The request itself is wrong; the same one will never succeed."""
+
     http_status = 400
+
+
 class NotAuthorized(ChatError):
+    """The hub wants its key."""
+
     http_status = 401
+
+
 class NotAllowed(ChatError):
+    """Somebody else's name, or a stranger's page."""
+
     http_status = 403
+
+
 class NotFound(ChatError):
+    """There is no agent, group, message or address of that name."""
+
     http_status = 404
+
+
 class Conflict(ChatError):
+    """The name is taken, or the thing was changed meanwhile."""
+
     http_status = 409
+
+
 class TooLarge(ChatError):
+    """A message is a note, not a file transfer."""
+
     http_status = 413
+
+
 class Unprocessable(ChatError):
+    """A client_id came again with another message."""
+
     http_status = 422
+
+
 class StoreBusy(ChatError):
-    http_status = 503  # the same request may succeed later
+    """The file cannot be used now; the same request may succeed later."""
+
+    http_status = 503
+
+
 class StoreFull(ChatError):
+    """The disk has no room for another message."""
+
     http_status = 507
+
+
+class Damaged(ChatError):
+    """A part of the file cannot be read; what does not need that part goes on."""
+
+    http_status = 500
+
+
+class Unservable(ChatError):
+    """The file cannot be served any more, and the hub has to end."""
+
+    http_status = 503
+
+
 class Unreachable(ChatError):
-    http_status = 503  # raised by clients: no hub answered
+    """Raised by clients: no hub answered."""
+
+    http_status = 503
 
 
 HUMAN = "human"  # the person at the dashboard or the command line: an address like any other
 SERVER_NAME = "server"  # the sender of notices; nobody can write as it or to it
 RESERVED = {HUMAN, SERVER_NAME, "system", "all"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME_CHARACTERS = 64
+EVERYBODY = "*"  # in a list of muted senders
 DOORBELL = "[agent-chat]"
-MUTED, LOOPING = "muted", "loop"  # why a message waits without a ring
+LOOPING = "loop"  # a message waits without a ring: the loop guard has stepped in
+MUTED = "muted"  # a message waits without a ring: its recipient does not want to hear of it
+END = 1 << 62  # above every seq
+
+
+class Reach(StrEnum):
+    """How far a message got with one recipient, the farthest first."""
+
+    READ = "read"
+    SEEN = "seen"
+    RUNG = "rung"
+    PUSHED = "pushed"
+    STORED = "stored"
 
 
 class Ring(StrEnum):
@@ -269,14 +433,38 @@ class Ring(StrEnum):
     UNAVAILABLE = "unavailable"  # nothing was tried, so the next door may
 
 
+class Presence(StrEnum):
+    """What the others are told of an agent."""
+
+    ONLINE = "online"
+    IDLE = "idle"
+    WORKING = "working"
+    OFFLINE = "offline"
+
+
+class MessageJson(TypedDict):
+    """A message on the wire, as every client of the protocol knows it."""
+
+    id: str
+    seq: int
+    from_agent: str
+    to_agent: str
+    group: str
+    content: str
+    created_at: str
+    verified: bool
+    in_reply_to: NotRequired[str]  # only where there is one, as clients expect
+    choices: NotRequired[list[str]]
+
+
 class Message(NamedTuple):
     """One message as it is stored. `seq` is the order of the world, the clock is only shown."""
 
     seq: int
     id: str
     from_agent: str
-    to_agent: str = ""  # for a group message
-    group: str = ""  # for a direct message
+    to_agent: str = ""  # "" for a group message
+    group: str = ""  # "" for a direct message
     content: str = ""
     in_reply_to: str = ""
     created_at: str = ""  # RFC 3339, UTC, microseconds
@@ -284,13 +472,49 @@ class Message(NamedTuple):
     thread: str = ""  # id of the first message of its thread, "" for that one itself
     depth: int = 0  # replies since a human spoke, or since the loop guard was told to go on
     client_id: str | None = None  # the sender's own, by which a repeated send is known
+    choices: tuple[str, ...] = ()  # answers that the sender offers to the human
 
-    def to_json(self) -> dict[str, Any]:
-        """The message on the wire; in_reply_to only where there is one, as clients expect."""
-        data = {"id": self.id, "seq": self.seq, "from_agent": self.from_agent,
-                "to_agent": self.to_agent, "group": self.group, "content": self.content,
-                "created_at": self.created_at, "verified": bool(self.verified)}
-        return data | {"in_reply_to": self.in_reply_to} if self.in_reply_to else data
+    def to_json(self) -> MessageJson:
+        """The message on the wire."""
+        data: MessageJson = {
+            "id": self.id,
+            "seq": self.seq,
+            "from_agent": self.from_agent,
+            "to_agent": self.to_agent,
+            "group": self.group,
+            "content": self.content,
+            "created_at": self.created_at,
+            "verified": self.verified,
+        }
+        if self.in_reply_to:
+            data["in_reply_to"] = self.in_reply_to
+        if self.choices:
+            data["choices"] = list(self.choices)
+        return data
+
+
+class Delivery(NamedTuple):
+    """A message for one recipient, at the moment of sending."""
+
+    agent: str
+    pushed_at: str | None = None
+    rung_at: str | None = None  # older clients: given is rung
+    quiet: str = ""  # "", LOOPING or MUTED: stored, but no bell
+
+
+class ReceiptJson(TypedDict):
+    """A receipt on the wire."""
+
+    agent: str
+    state: Reach
+    stored_at: str
+    pushed_at: str | None
+    rung_at: str | None
+    seen_at: str | None
+    read_at: str | None
+    door: str | None
+    outcome: str | None
+    quiet: str
 
 
 class Receipt(NamedTuple):
@@ -303,41 +527,80 @@ class Receipt(NamedTuple):
     seen_at: str | None
     read_at: str | None
     door: str | None  # the door that rang last, or could not
-    outcome: str | None  # its word: rung, draft, dialog, mode, gone, input-off, unconfirmed
+    outcome: str | None  # its word, a Ring
     quiet: str  # "", LOOPING or MUTED: stored, but no bell
 
-    def to_json(self) -> dict[str, Any]:
-        state = next(state for state in ("read", "seen", "rung", "pushed", "stored")
-                     if getattr(self, state + "_at"))
-        return {**self._asdict(), "state": state}
+    def step(self) -> Reach:
+        """The farthest step that has a time."""
+        if self.read_at:
+            return Reach.READ
+        if self.seen_at:
+            return Reach.SEEN
+        if self.rung_at:
+            return Reach.RUNG
+        if self.pushed_at:
+            return Reach.PUSHED
+        return Reach.STORED
+
+    def to_json(self) -> ReceiptJson:
+        """The receipt on the wire."""
+        return {
+            "agent": self.agent,
+            "state": self.step(),
+            "stored_at": self.stored_at,
+            "pushed_at": self.pushed_at,
+            "rung_at": self.rung_at,
+            "seen_at": self.seen_at,
+            "read_at": self.read_at,
+            "door": self.door,
+            "outcome": self.outcome,
+            "quiet": self.quiet,
+        }
 
 
-class Agent:
-    """A registered agent as the hub remembers it: a cache of its row in the Store."""
+class AgentRecord(NamedTuple):
+    """An agent as it is stored: the one list of these fields, in the order of the columns."""
 
-    STORED = ("name", "status", "registered_at", "last_seen_at", "session_hash", "verified",
-              "type", "host", "cwd", "groups", "doors", "mute", "allow")  # as the columns stand
-    status = ""  # declared: idle or working, "" if neither
-    session_hash = type = host = cwd = ""
-    verified = False  # it has shown its session; older clients never do
+    name: str
+    status: str = ""  # declared: idle or working, "" if neither
+    registered_at: str = ""
+    last_seen_at: str = ""
+    session_hash: str = ""
+    verified: bool = False  # it has shown its session; older clients never do
+    type: str = ""
+    host: str = ""
+    cwd: str = ""
     groups: tuple[str, ...] = ()
     doors: tuple[str, ...] = ()
-    mute: tuple[str, ...] = ()  # whose mail does not ring; "*" is everybody
+    mute: tuple[str, ...] = ()  # whose mail does not ring; EVERYBODY stands for all
     allow: tuple[str, ...] = ()  # if not empty, only their mail rings
-    unread = 0
-    door: dict[str, str] | None = None  # the last ring: outcome, door, at
-    active = 0.0  # monotonic time of the last request, 0 = gone
-    shown = "offline"  # the status that was last told to others
-
-    def __init__(self, name: str, registered_at: str) -> None:
-        self.name, self.registered_at, self.last_seen_at = name, registered_at, registered_at
+    instance: str = ""  # the CLI's own session, where the CLI tells one
+    former: tuple[str, ...] = ()  # hashes of earlier sessions, which may have the name back
+    door_note: str = ""  # why no terminal door opens, "" if one does
 
     def rings_for(self, sender: str) -> bool:
         """False where the agent's own lists say that this sender's mail waits silently."""
-        if sender in (HUMAN, SERVER_NAME):
-            return "*" not in self.mute or sender == HUMAN
-        muted = sender in self.mute or "*" in self.mute
-        return not muted and (not self.allow or sender in self.allow)
+        if sender == HUMAN:
+            return True
+        if EVERYBODY in self.mute or sender in self.mute:
+            return False
+        return sender == SERVER_NAME or not self.allow or sender in self.allow
+
+
+class Query(NamedTuple):
+    """What a search through the log is after; an empty field does not narrow it."""
+
+    limit: int
+    text: str = ""  # every word of it; with * at its end the last may be a beginning
+    agent: str = ""  # sent or received by this one
+    other: str = ""  # and this one is the other side
+    sender: str = ""
+    recipient: str = ""
+    group: str = ""
+    low: int = 0  # low <= seq < high
+    high: int = END
+    newest: bool = True  # the newest of them, newest first; else the oldest, oldest first
+    most_bytes: int = MAX_PAGE_BYTES
 
 
 def checked_name(name: object, what: str = "agent name") -> str:
@@ -345,13 +608,16 @@ def checked_name(name: object, what: str = "agent name") -> str:
     if not isinstance(name, str) or not name:
         raise BadRequest(f"{what} is required")
     if not NAME.fullmatch(name):
-        raise BadRequest(f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', "
-                         "beginning with a letter or digit")
+        raise BadRequest(
+            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or digit"
+        )
     return name
 
 
 def checked_text(value: object, what: str, most: int = MAX_BODY_BYTES) -> str:
-    """A string that can be stored, "" for none: without NUL, at most so many characters."""
+    """A string that can be stored, "" for none: without NUL, at most so many characters.
+    Raises BadRequest for anything else."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -363,6 +629,19 @@ def checked_text(value: object, what: str, most: int = MAX_BODY_BYTES) -> str:
     return value
 
 
+def checked_names(value: object, what: str, most: int = MAX_NAMES) -> tuple[str, ...]:
+    """Distinct names in their order, none for nothing at all. Raises BadRequest for anything
+    that is no list of names, or has more than `most`."""
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise BadRequest(f"{what}s must be a list of names")
+    if len(value) > most:
+        raise BadRequest(f"there may be at most {most} {what}s, not {len(value)}")
+    names = {checked_name(name, what): None for name in value}
+    return tuple(names)
+
+
 def unfit_to_dash(text: str) -> str:
     """A default agent name out of any text: 'mein Projekt & co' -> 'mein-Projekt-co'."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:48] or "agent"
@@ -370,1344 +649,3945 @@ def unfit_to_dash(text: str) -> str:
 
 def printable(text: str) -> str:
     """The text with control, bidi and invisible characters escaped, for logs and terminals."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if text.isprintable():
+        return text
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(shown)
 
 
 # ======================================================================================
 # LOG -- what is stored, and how it is read: always behind a cursor, always by an index.
-# Knows: the schema, one connection.  Never: sockets, HTTP, the Hub, the rules, writing.
+# Knows: the schema, one connection.  Never: sockets, HTTP, the rules, writing.
 # ======================================================================================
 
-# Each step runs in one transaction and ends with its number in PRAGMA user_version.
-SCHEMA_STEPS = ["""
-    CREATE TABLE agents (
-        name TEXT PRIMARY KEY COLLATE NOCASE, status TEXT, registered_at TEXT, last_seen_at TEXT,
-        session_hash TEXT, verified INTEGER, type TEXT, host TEXT, cwd TEXT,
-        groups TEXT, doors TEXT, mute TEXT, allow TEXT);
+# A send writes a row of `messages` and one of `inbox` for each recipient, and no more: each
+# further tree would cost a page of the write-ahead log and its share of the disk's time. The
+# other ways into the log (who sent it, to whom, in which group and thread, its words) are
+# brought up to date for many messages at once. Up to `facts.indexed` they are complete; what
+# was stored since then, the tail, is short, and readers look through it themselves.
+WORDS = """detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2" """
+SCHEMA = """
+    -- Everybody who ever wrote or was written to, one whatever its case. A group has a # in
+    -- front of its name, which no agent can have. A number is never given a second time.
+    CREATE TABLE names (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE COLLATE NOCASE);
+    CREATE TABLE agents (id INTEGER PRIMARY KEY REFERENCES names, record TEXT NOT NULL);
     CREATE TABLE messages (
-        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, from_agent TEXT NOT NULL,
-        to_agent TEXT NOT NULL, grp TEXT NOT NULL, content TEXT NOT NULL, in_reply_to TEXT NOT NULL,
-        created_at TEXT NOT NULL, verified INTEGER, thread TEXT, depth INTEGER, client_id TEXT);
-    CREATE INDEX by_pair ON messages (from_agent, to_agent, seq);
-    CREATE INDEX by_sender ON messages (from_agent, seq);
-    CREATE INDEX by_group ON messages (grp, seq) WHERE grp != '';
-    CREATE INDEX by_thread ON messages (thread, seq) WHERE thread != '';
-    CREATE UNIQUE INDEX by_client ON messages (from_agent, client_id) WHERE client_id IS NOT NULL;
-    -- A rowid table on purpose: the planner ignores a partial index of a WITHOUT ROWID one.
+        seq INTEGER PRIMARY KEY,
+        tag INTEGER,               -- of its id; NULL if the id stands in foreign_ids
+        created INTEGER NOT NULL,  -- microseconds since 1970
+        sender INTEGER NOT NULL,
+        recipient INTEGER,         -- of a direct message
+        grp INTEGER,               -- of a message to a group
+        recipients TEXT,           -- its recipients in the order of the send, as JSON
+        verified INTEGER NOT NULL,
+        in_reply_to,               -- packed id
+        thread,                    -- packed id of its first message, NULL for that one itself
+        depth INTEGER NOT NULL,
+        choices TEXT,              -- JSON
+        content TEXT NOT NULL);
+    CREATE TABLE foreign_ids (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+    -- One row per recipient. The key is the only index: mail that waits lies together, in the
+    -- order of its state. Times are microseconds since the message was created.
     CREATE TABLE inbox (
-        seq INTEGER NOT NULL, agent TEXT NOT NULL, pushed_at TEXT, rung_at TEXT, seen_at TEXT,
-        read_at TEXT, door TEXT, outcome TEXT, quiet TEXT NOT NULL DEFAULT '');
-    CREATE UNIQUE INDEX by_message ON inbox (seq, agent);
-    CREATE INDEX by_recipient ON inbox (agent, seq);
-    CREATE INDEX unread ON inbox (agent, seq) WHERE read_at IS NULL;
-    CREATE INDEX unrung ON inbox (agent, seq)
-        WHERE rung_at IS NULL AND seen_at IS NULL AND read_at IS NULL AND quiet = '';
-    CREATE INDEX quieted ON inbox (agent, seq) WHERE quiet = 'loop';
-    CREATE VIRTUAL TABLE words USING fts5 (content, content='messages', content_rowid='seq',
-        detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2");
-    CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-    """]
-END = 1 << 62  # above every seq
-UNREAD = "read_at IS NULL"
-RINGING = "read_at IS NULL AND seen_at IS NULL AND quiet = ''"
-
-
-class Log:
-    """The reading side, over one connection of one thread. Sees what is committed, and, on
-    the writer's own connection, what this turn has written."""
-
-    lately: Mapping[int, Message] = {}  # what need not be fetched again
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-
-    def rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        return self.connection.execute(sql, values).fetchall()
-
-    def seqs(self, sql: str, *values: object) -> list[int]:
-        return [row[0] for row in self.rows(sql, *values)]
-
-    def number(self, sql: str, *values: object) -> int:
-        """The one number that a SELECT is after, 0 if it found none."""
-        return int(next(iter(self.seqs(sql, *values)), 0) or 0)
-
-    def messages(self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES) -> list[Message]:
-        """These messages, cut at so many characters."""
-        page: list[Message] = []
-        for seq in seqs:
-            found = self.lately.get(seq)
-            page += [found] if found else map(
-                Message._make, self.rows("SELECT * FROM messages WHERE seq = ?", seq))
-            most -= len(page[-1].content) if page else 0
-            if most < 0:
-                break
-        return page
-
-    def find(self, limit: int, *, query: str = "", agent: str = "", other: str = "",
-             group: str = "", low: int = 0, high: int = END, newest: bool = True,
-             most: int = MAX_PAGE_BYTES) -> list[Message]:
-        """Messages of low <= seq < high, the newest or the oldest: all of them, those of an agent,
-        of a pair or in a group, those that hold every word of a query (with a * at its end, the
-        last one may be a beginning). Each branch walks one index in order, so that no cost grows
-        with the log."""
-        terms = re.findall(r"[^\W_]+", query)
-        if query and not terms:
-            return []
-        match = " ".join(f'"{term}"' for term in terms)
-        match += "*" if query.endswith("*") and len(terms[-1]) > 2 else ""
-        order = "DESC" if newest else "ASC"
-        branches: list[str] = []
-        values: list[object] = []
-        for sender, recipient in {(agent, other), (other, agent)}:
-            table, key = "messages m", "m.seq"
-            received = "EXISTS (SELECT 1 FROM inbox i WHERE i.seq = m.seq AND i.agent = ?)"
-            if query:
-                table, key = "words CROSS JOIN messages m ON m.seq = words.rowid", "words.rowid"
-            elif group:
-                table = "messages m INDEXED BY by_group"
-            elif sender and recipient:  # what they said to each other, not in groups
-                table, received = "messages m INDEXED BY by_pair", "to_agent = ?"
-            elif sender:
-                table = "messages m INDEXED BY by_sender"
-            elif recipient:
-                table, received = "inbox m INDEXED BY by_recipient", "agent = ?"
-            wanted = {"words MATCH ?": match, "grp != '' AND grp = ?": group,
-                      "from_agent = ?": sender, received: recipient}
-            where = [condition for condition, value in wanted.items() if value]
-            branches.append(f"SELECT * FROM (SELECT {key} FROM {table} WHERE "
-                            f"{' AND '.join([*where, f'{key} >= ? AND {key} < ?'])} "
-                            f"ORDER BY {key} {order} LIMIT ?)")
-            values += [*filter(None, wanted.values()), low, high, limit]
-        return self.messages(self.seqs(f"{' UNION '.join(branches)} ORDER BY 1 {order} LIMIT ?",
-                                       *values, limit), most)
-
-    def unread(self, agent: str, limit: int) -> tuple[list[Message], list[Message]]:
-        """The oldest unread messages of an agent, and those among them it never saw."""
-        rows = self.rows("SELECT seq, seen_at IS NULL FROM inbox INDEXED BY unread WHERE agent = ? "
-                         f"AND {UNREAD} ORDER BY seq LIMIT ?", agent, limit)
-        page = self.messages(seq for seq, _ in rows)
-        return page, [m for m, (_, unseen) in zip(page, rows, strict=False) if unseen]
-
-    def unrung(self, agent: str, after: int, limit: int) -> list[Message]:
-        """What still has to ring for an agent, after a cursor, oldest first."""
-        return self.messages(self.seqs(
-            f"SELECT seq FROM inbox INDEXED BY unrung WHERE agent = ? AND seq > ? AND {RINGING} "
-            "AND rung_at IS NULL ORDER BY seq LIMIT ?", agent, after, limit), OUT_HIGH_WATER)
-
-    def newest_unread(self, agent: str, which: str = UNREAD) -> dict[int, str]:
-        """An agent's newest hundred unread messages, oldest first: seq -> id."""
-        return dict(self.rows(
-            "SELECT seq, id FROM inbox INDEXED BY unread CROSS JOIN messages USING (seq) "
-            f"WHERE agent = ? AND {which} ORDER BY seq DESC LIMIT 100", agent)[::-1])
-
-    def known(self, ids: Iterable[str]) -> dict[int, str]:
-        """Those of the ids that messages have: seq -> id."""
-        return {row[0]: one for one in ids for row in
-                self.rows("SELECT seq FROM messages WHERE id = ?", one)}
-
-    def count_unread(self, agent: str) -> int:
-        return self.number("SELECT count(*) FROM inbox INDEXED BY unread "
-                           f"WHERE agent = ? AND {UNREAD}", agent)
-
-    def message(self, message_id: str) -> Message | None:
-        return next(iter(self.messages(self.known([message_id]))), None)
-
-    def by_client(self, sender: str, client_id: str) -> Message | None:
-        return next(iter(self.messages(self.seqs(
-            "SELECT seq FROM messages INDEXED BY by_client WHERE from_agent = ? AND client_id = ?",
-            sender, client_id))), None)
-
-    def thread(self, root: str, limit: int) -> list[Message]:
-        """A thread, oldest first; its first message is found by id, the rest by index."""
-        return self.messages(self.seqs(
-            "SELECT seq FROM messages WHERE id = ? UNION ALL SELECT * FROM (SELECT seq FROM "
-            "messages WHERE thread = ? AND thread != '' ORDER BY seq LIMIT ?)", root, root, limit))
-
-    def receipts(self, message: Message) -> list[Receipt]:
-        """How far a message got, per recipient; cut for very large groups."""
-        return [Receipt._make(row) for row in self.rows(
-            "SELECT agent, ?, pushed_at, rung_at, seen_at, read_at, door, outcome, quiet "
-            "FROM inbox WHERE seq = ? ORDER BY agent LIMIT 50", message.created_at, message.seq)]
-
-    def quieted(self) -> list[tuple[Any, ...]]:
-        """Sender, agent, thread, depth and time of what the loop guard keeps quiet."""
-        return self.rows(
-            "SELECT from_agent, agent, thread, max(depth), min(created_at) FROM inbox INDEXED BY "
-            f"quieted JOIN messages USING (seq) WHERE quiet = 'loop' AND {UNREAD} GROUP BY 1, 2")
-
-    def unseen(self, low: int, high: int) -> list[tuple[Any, ...]]:
-        """Sender, agent, count, last id and its seq of what nobody saw in low <= seq < high."""
-        return self.rows(  # ids of one millisecond have no order: the id is that of max(seq)
-            "SELECT from_agent, agent, count(*), id, max(seq) FROM messages JOIN inbox USING (seq) "
-            f"WHERE seq >= ? AND seq < ? AND {UNREAD} AND seen_at IS NULL "
-            f"AND from_agent != '{SERVER_NAME}' GROUP BY 1, 2", low, high)
-
-    def seq_at(self, moment: str) -> int:
-        """The first seq stored at or after a time, found by bisection over the log. A clock that
-        jumped shifts a time filter, never an order."""
-        low, high = 0, self.number("SELECT max(seq) FROM messages") + 1
-        while low < high:
-            middle = (low + high) // 2
-            found = self.rows("SELECT seq, created_at FROM messages WHERE seq >= ? LIMIT 1", middle)
-            if found and found[0][1] < moment:
-                low = found[0][0] + 1
-            else:
-                high = middle
-        return low
-
-
-# ======================================================================================
-# STORE -- the one writer: the file, its lock, its schema, the turn.
-# Knows: sqlite3, the file system.  Never: sockets, HTTP, the Hub, the rules.
-# ======================================================================================
-
-# What the existing Go program of this protocol leaves behind, as rows of the tables above.
-ADOPTED = ("agents", "messages", "message_reads", "agent_groups")
-ADOPTION = """
-    INSERT OR IGNORE INTO agents SELECT name, '', rfc3339(registered_at), rfc3339(registered_at),
-        '', 0, '', '', '', coalesce((SELECT group_concat(group_name, ' ') FROM old_agent_groups
-            WHERE agent_name = name AND fit_name(group_name)), ''), '', '', ''
-        FROM old_agents WHERE fit_name(name);
-    INSERT INTO messages SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent,
-        to_agent, grp, content, in_reply_to, rfc3339(created_at), 0, '', 0, NULL FROM old_messages;
-    INSERT OR IGNORE INTO inbox (seq, agent)
-        SELECT seq, to_agent FROM messages WHERE to_agent != '' AND to_agent != from_agent
-        UNION ALL SELECT seq, agent_name FROM messages JOIN old_agent_groups ON group_name = grp
-            WHERE agent_name != from_agent
-        UNION ALL SELECT seq, agent_name FROM messages JOIN old_message_reads ON message_id = id
-            WHERE grp != '' AND agent_name != from_agent;
-    UPDATE inbox SET read_at = (SELECT rfc3339(r.read_at) FROM old_message_reads r
-        JOIN messages m ON m.id = r.message_id WHERE m.seq = inbox.seq AND agent_name = agent);
-    UPDATE messages SET thread = in_reply_to WHERE EXISTS (SELECT 1 FROM messages p
-        WHERE p.id = messages.in_reply_to AND p.seq < messages.seq);
-    INSERT INTO words (rowid, content) SELECT seq, content FROM messages;
-    INSERT INTO facts SELECT column1, (SELECT coalesce(max(seq), 0) FROM messages)
-        FROM (VALUES ('unseen'), ('indexed'));
+        agent INTEGER, state INTEGER, seq INTEGER, quiet TEXT,
+        pushed INTEGER, rung INTEGER, seen INTEGER, read INTEGER, door TEXT, outcome TEXT,
+        PRIMARY KEY (agent, state, seq)) WITHOUT ROWID;
+    -- What the loop guard silenced, read or not, until the bell of the pair is resumed.
+    CREATE TABLE quieted (
+        agent INTEGER, sender INTEGER, seq INTEGER,
+        PRIMARY KEY (agent, sender, seq)) WITHOUT ROWID;
+    CREATE TABLE clients (
+        sender INTEGER, client_id TEXT, seq INTEGER NOT NULL,
+        PRIMARY KEY (sender, client_id)) WITHOUT ROWID;
+    -- Threads in which a chain of replies was ended: depth counts after this seq.
+    CREATE TABLE chains (thread PRIMARY KEY, ended INTEGER NOT NULL) WITHOUT ROWID;
+    -- What waits for an answer of the human.
+    CREATE TABLE questions (seq INTEGER PRIMARY KEY, agent INTEGER NOT NULL);
+    CREATE INDEX questions_of ON questions (agent);
+    -- The trees that lag. A target is a recipient or a group; nth counts the messages of a pair.
+    CREATE TABLE sent (
+        sender INTEGER, seq INTEGER, PRIMARY KEY (sender, seq)) WITHOUT ROWID;
+    CREATE TABLE routes (
+        sender INTEGER, target INTEGER, seq INTEGER, nth INTEGER NOT NULL,
+        PRIMARY KEY (sender, target, seq)) WITHOUT ROWID;
+    CREATE TABLE grouped (
+        grp INTEGER, seq INTEGER, PRIMARY KEY (grp, seq)) WITHOUT ROWID;
+    CREATE TABLE threads (
+        thread, seq INTEGER, PRIMARY KEY (thread, seq)) WITHOUT ROWID;
     """
+# These two have stayed as they were in schema 1.
+SCHEMA_KEPT = f"""
+    CREATE VIRTUAL TABLE words USING fts5 (content, content='messages', content_rowid='seq',
+        {WORDS});
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    """
+SCHEMA_VERSION = 2  # in PRAGMA user_version
+# The states of a row of `inbox`, in the order in which it goes through them.
+UNRUNG = 0  # has still to ring
+RUNG = 1  # rang, and was not seen
+SILENT = 2  # unread, and rings no more: it was seen, or is muted or quiet
+READ = 3
+RINGING = (UNRUNG, RUNG)
+WAITING = (UNRUNG, RUNG, SILENT)
+STATES = (*WAITING, READ)
+IS_UNREAD = f"state IN ({UNRUNG}, {RUNG}, {SILENT})"
+IS_ANY = f"state IN ({UNRUNG}, {RUNG}, {SILENT}, {READ})"
+
+MOST_SENDS = 1 << 31  # the seq of our own ids stays below, a clock of older ones above
+OWN_ID = re.compile(r"msg-([1-9][0-9]{0,9})-([0-9a-f]{8})")
+SEARCH_SECONDS = 3  # on a reader's thread; nearly all take a thousandth of that
+SAMPLE = 1000  # messages looked at for how long it takes until they are seen
+MOST_PAIRS = 200  # of the picture of the traffic
+
+
 DAMAGED = ("{0} is damaged or not a database ({1}); move it away and start again, "
            "`sqlite3 FILE .recover` saves what can still be read")
+LOCKED = "another program holds {0} locked; try again in a moment"
 FAILURES = (  # the beginning of SQLite's name for it, what it is to us, and the sentence
+    ("SQLITE_INTERRUPT", StoreBusy, "this takes too long; ask for less at a time"),
     ("SQLITE_FULL", StoreFull, "the disk that holds {0} is full; free some space and send again"),
-    ("SQLITE_BUSY", StoreBusy, "another program holds {0} locked; try again in a moment"),
-    ("SQLITE_LOCKED", StoreBusy, "another program holds {0} locked; try again in a moment"),
+    ("SQLITE_BUSY", StoreBusy, LOCKED),
+    ("SQLITE_LOCKED", StoreBusy, LOCKED),
     ("SQLITE_READONLY", StoreBusy, "{0} cannot be written to; make it writable and send again"),
-    ("SQLITE_CORRUPT", BadConfig, DAMAGED), ("SQLITE_NOTADB", BadConfig, DAMAGED),
+    ("SQLITE_INTERRUPT", StoreBusy, "this search takes too long; ask for less: a rarer word, "
+     "fewer days, one agent"),
+    ("SQLITE_CORRUPT", Damaged, DAMAGED), ("SQLITE_NOTADB", Damaged, DAMAGED),
     ("", StoreBusy, "{0} cannot be used now ({1}); try again in a moment"))
-INDEX_BATCH = 1 << 18  # characters, and 512 a message, that search lags behind, for a second
-LATELY = 2000  # messages of less than 4 KiB kept in memory: 20 unread take 8 us, not 46
+
+
+class QuietPair(NamedTuple):
+    """Two agents whose bell the loop guard keeps quiet, by the first message that it silenced."""
+
+    sender: str
+    agent: str
+    thread: str  # "" if the message is no reply
+    depth: int
+    since: str
+
+
+class UnseenMail(NamedTuple):
+    """How much of one sender's mail an agent has not seen."""
+
+    sender: str
+    agent: str
+    number: int
+    last_id: str
+
+
+class PairCount(NamedTuple):
+    """How many messages went from a sender to an agent, or to a group."""
+
+    sender: str
+    target: str  # with a # in front if it is a group
+    number: int
+
+
+class Traffic(NamedTuple):
+    """Who wrote to whom, and the seconds until mail was seen, in order: of all direct messages
+    of the range, or of SAMPLE of them that lie evenly in it."""
+
+    pairs: list[PairCount]  # the busiest first, at most MOST_PAIRS
+    seen: list[float]
+
+
+def message_id(seq: int, tag: int) -> str:
+    """The id of a message: its seq, and 32 random bits that nobody can guess."""
+    return f"msg-{seq}-{tag:08x}"
+
+
+def packed(text: str) -> int | str | None:
+    """An id as it is stored: seq and tag in one number if it has our form, else as it is."""
+    match = OWN_ID.fullmatch(text)
+    if match and int(match[1]) < MOST_SENDS:
+        return int(match[1]) << 32 | int(match[2], 16)
+    return text or None
+
+
+def unpacked(value: int | str | None) -> str:
+    """The id that `packed` was given."""
+    if isinstance(value, int):
+        return message_id(value >> 32, value & 0xFFFFFFFF)
+    return value or ""
+
+
+@functools.lru_cache(256)
+def micros(moment: str) -> int:
+    """Microseconds since 1970 of an RFC 3339 time. Raises ValueError."""
+    from datetime import UTC, datetime, timedelta
+    since = datetime.fromisoformat(moment) - datetime(1970, 1, 1, tzinfo=UTC)
+    return since // timedelta(microseconds=1)
+
+
+@functools.lru_cache(256)
+def whole_second(seconds: int) -> str:
+    """Date and time of a UNIX time, without its fraction and its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def rfc3339(micro: int) -> str:
+    """RFC 3339 in UTC, with all six digits, of microseconds since 1970."""
+    seconds, fraction = divmod(micro, 1_000_000)
+    return f"{whole_second(seconds)}.{fraction:06d}Z"
+
+
+def words_of(text: str) -> str:
+    """What full-text search is asked for a text: every word of it, "" if it has none. With a *
+    at its end the last word may be the beginning of one, if it has three letters."""
+    words = re.findall(r"[^\W_]+", text)
+    asked = " ".join(f'"{word}"' for word in words)
+    if words and text.endswith("*") and len(words[-1]) > 2:
+        asked += "*"
+    return asked
+
+
+class Side(NamedTuple):
+    """A sender and a recipient that messages must have, as ids of names; 0 is anybody."""
+
+    sender: int = 0
+    recipient: int = 0
+
+
+class IndexWalk(NamedTuple):
+    """Messages in their order, as one index has them: the beginning of a SELECT of `key`."""
+
+    select: str
+    values: tuple[object, ...] = ()
+    key: str = "x.seq"
+    lags: bool = True  # the index holds nothing of the tail
+
+
+ALL_MESSAGES = IndexWalk("SELECT x.seq FROM messages x WHERE TRUE", lags=False)
+
+
+class Search(NamedTuple):
+    """A Query with the ids of its names, as branches of one SELECT."""
+
+    text: str
+    sides: tuple[Side, ...]  # one of them must fit
+    sender: int
+    recipient: int
+    group: int
+
+    def streams(self, side: Side) -> list[IndexWalk]:
+        """The narrowest way to what fits a side. Each is walked in the order of seq, so that
+        no cost grows with the log."""
+        target = self.group or side.recipient
+        if self.text:
+            words = "SELECT x.rowid FROM words x WHERE x.words MATCH ?"
+            return [IndexWalk(words, (self.text,), "x.rowid")]
+        if side.sender and target:
+            routes = "SELECT x.seq FROM routes x WHERE x.sender = ? AND x.target = ?"
+            return [IndexWalk(routes, (side.sender, target))]
+        if self.group:
+            return [IndexWalk("SELECT x.seq FROM grouped x WHERE x.grp = ?", (self.group,))]
+        if side.sender:
+            return [IndexWalk("SELECT x.seq FROM sent x WHERE x.sender = ?", (side.sender,))]
+        if side.recipient:
+            inbox = "SELECT x.seq FROM inbox x WHERE x.agent = ? AND x.state = ?"
+            return [IndexWalk(inbox, (side.recipient, state), lags=False) for state in STATES]
+        return [ALL_MESSAGES]
+
+    def conditions(self, side: Side, key: str) -> list[tuple[str, int]]:
+        """All that the message of that key must be, whatever index it was found by."""
+        column = f"(SELECT %s FROM messages m WHERE m.seq = {key}) = ?"
+        received = (f"EXISTS (SELECT 1 FROM inbox i WHERE i.agent = ? AND i.{IS_ANY} "
+                    f"AND i.seq = {key})")
+        alone = side.sender and side.recipient and not self.group
+        to_side = column % "m.recipient" if alone else received
+        wanted = [(column % "m.sender", side.sender), (to_side, side.recipient),
+                  (column % "m.sender", self.sender), (received, self.recipient),
+                  (column % "m.grp", self.group)]
+        return [(condition, value) for condition, value in wanted if value]
+
+
+MESSAGE = """
+    SELECT m.seq, m.tag, (SELECT id FROM foreign_ids f WHERE f.seq = m.seq),
+        (SELECT name FROM names WHERE id = m.sender),
+        (SELECT name FROM names WHERE id = m.recipient),
+        (SELECT name FROM names WHERE id = m.grp),
+        m.content, m.in_reply_to, m.created, m.verified, m.thread,
+        CASE WHEN m.seq <= (SELECT ended FROM chains c WHERE c.thread = m.thread) THEN 0
+            ELSE m.depth END,
+        m.choices
+    FROM messages m WHERE m.seq = ?"""
+RECEIPT = "n.name, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet"
+RECEIPTS = f"""
+    SELECT {RECEIPT} FROM messages m
+        CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
+        CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_ANY} AND x.seq = m.seq
+        CROSS JOIN names n ON n.id = r.value
+    WHERE m.seq = ? LIMIT ?"""
+RECIPIENTS = """
+    SELECT n.name FROM messages m
+        CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
+        CROSS JOIN names n ON n.id = r.value
+    WHERE m.seq = ? ORDER BY r.key"""
+UNSEEN_MAIL = f"""
+    SELECT m.sender, r.value, count(*), max(m.seq) FROM messages m
+        CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
+        CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_UNREAD} AND x.seq = m.seq
+    WHERE m.seq >= ? AND m.seq < ? AND x.seen IS NULL
+    GROUP BY 1, 2"""
+QUIET_PAIRS = """
+    SELECT s.name, a.name, m.thread, m.depth, m.created
+    FROM (SELECT sender, agent, min(seq) AS first FROM quieted GROUP BY agent, sender) q
+        JOIN names s ON s.id = q.sender
+        JOIN names a ON a.id = q.agent
+        LEFT JOIN messages m ON m.seq = q.first"""
+# The pairs are found one by one, in the order of the index, and so is the first and the last
+# message of each: 10 us a pair, however many messages it has.
+TRAFFIC = """
+    WITH RECURSIVE pair (sender, target) AS (
+        SELECT * FROM (SELECT sender, target FROM routes ORDER BY 1, 2 LIMIT 1)
+        UNION ALL
+        SELECT r.sender, r.target FROM pair p JOIN routes r ON (r.sender, r.target, r.seq) = (
+            SELECT n.sender, n.target, n.seq FROM routes n
+            WHERE (n.sender, n.target) > (p.sender, p.target)
+            ORDER BY n.sender, n.target, n.seq LIMIT 1))
+    SELECT sender, target,
+        (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
+            AND r.seq < ?2 ORDER BY r.seq DESC LIMIT 1)
+        - (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
+            AND r.seq >= ?1 ORDER BY r.seq LIMIT 1) + 1 AS count
+    FROM pair p WHERE count > 0 ORDER BY count DESC LIMIT ?3"""
+SEEN_SAMPLE = f"""
+    WITH RECURSIVE sample (seq) AS (
+        SELECT ?1 UNION ALL SELECT seq + ?3 FROM sample WHERE seq + ?3 < ?2)
+    SELECT x.seen / 1e6 FROM sample s
+        CROSS JOIN messages m ON m.seq = s.seq
+        CROSS JOIN inbox x ON x.agent = m.recipient AND x.{IS_ANY} AND x.seq = m.seq
+    WHERE x.seen IS NOT NULL ORDER BY 1"""
+
+
+PROGRESS_STEPS = 20_000  # of SQLite's machine, about a millisecond
+SPOKE = """
+    SELECT count(*) FROM threads t CROSS JOIN messages m ON m.seq = t.seq
+    WHERE t.thread = ?1 AND m.sender = ?2 AND t.seq <= ?3"""
+SPOKE_LATELY = """
+    SELECT count(*) FROM messages WHERE seq > ?3 AND thread = ?1 AND sender = ?2"""
+
+
+def of_states(columns: str, states: Sequence[int], order: str = "") -> str:
+    """A SELECT from an agent's (?1) inbox with a limit (?2), in the order of seq over several
+    states: each of them lies in order already. With ?3, a seq that they come after."""
+    branch = (f"SELECT * FROM (SELECT {columns} FROM inbox WHERE agent = ?1 AND state = %d "
+              f"ORDER BY seq {order} LIMIT ?2)")
+    return " UNION ALL ".join(branch % state for state in states) + f" ORDER BY 1 {order} LIMIT ?2"
+
+
+OLDEST_UNREAD = of_states("seq, seen", WAITING)
+NEWEST_UNREAD = of_states("seq", WAITING, "DESC")
+NEWEST_RINGING = of_states("seq", RINGING, "DESC")
 
 
 def store_error(error: Exception, path: str) -> ChatError:
     """What a database says that cannot do what was asked of it."""
+    if isinstance(error, UnicodeError):
+        return BadRequest("this text cannot be stored: it is not Unicode")
     name = getattr(error, "sqlite_errorname", "")
     kind, sentence = next(row[1:] for row in FAILURES if name.startswith(row[0]))
     return kind(sentence.format(path, error))
 
 
+class Log:
+    """The reading side, over one connection of one thread. Sees what is committed, and, on
+    the writer's own connection, what this turn has written. Raises ChatErrors only."""
+
+    lately: Mapping[int, Message] = {}  # what need not be fetched again
+
+    def __init__(self, path: str, connection: sqlite3.Connection,
+                 lockable: Callable[[], None]) -> None:
+        """`lockable` raises an OSError where the file system refuses locks. SQLite takes that
+        for a busy file and tries again for 12 s, during which nothing can reach it."""
+        self.path = path
+        self.connection = connection
+        self._lockable = lockable
+        self._deadline = math.inf  # of what `find` and `count` do, by the monotonic clock
+
+    # -- statements
+
+    def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """All rows of a SELECT."""
+        try:
+            if not self.connection.in_transaction:
+                self._lockable()
+            return self.connection.execute(sql, values).fetchall()
+        except (self.connection.Error, OSError, UnicodeError) as error:
+            raise store_error(error, self.path) from None
+
+    def _seqs(self, sql: str, *values: object) -> list[int]:
+        """The first column of a SELECT."""
+        return [row[0] for row in self._rows(sql, *values)]
+
+    def _number(self, sql: str, *values: object) -> int:
+        """The one number that a SELECT is after, 0 if it found none."""
+        found = self._seqs(sql, *values)
+        return int(found[0] or 0) if found else 0
+
+    def _id(self, name: str) -> int:
+        """The number that a name is stored as, 0 if it is not known."""
+        return self._number("SELECT id FROM names WHERE name = ?", name)
+
+    def _name(self, number: int) -> str:
+        """The name that is stored as this number."""
+        return str(self._seqs("SELECT name FROM names WHERE id = ?", number)[0])
+
+    def fact(self, key: str) -> int:
+        """A number that outlives the process, 0 at first: cursors of background work."""
+        return self._number("SELECT value FROM facts WHERE key = ?", key)
+
+    def overdue(self) -> bool:
+        """Whether a search has had its time; SQLite asks that now and then, and then ends it."""
+        return time.monotonic() > self._deadline
+
+    def cancel(self) -> None:
+        """End what another thread reads here: who asked for it is gone. It raises StoreBusy."""
+        self.connection.interrupt()
+
+    # -- messages
+
+    def messages(self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES) -> list[Message]:
+        """Those of these messages that exist, cut once they have so many characters together;
+        at least one."""
+        page: list[Message] = []
+        for seq in seqs:
+            message = self.lately.get(seq) or self._stored(seq)
+            if message is None:
+                continue
+            page.append(message)
+            most -= len(message.content)
+            if most < 0:
+                break
+        return page
+
+    def _stored(self, seq: int) -> Message | None:
+        """A message as it was sent, out of its row."""
+        for (_, tag, foreign_id, sender, recipient, group, content, in_reply_to, created,
+             verified, thread, depth, choices) in self._rows(MESSAGE, seq):
+            return Message(
+                seq, foreign_id or message_id(seq, tag), sender, recipient or "",
+                (group or "")[1:], content, unpacked(in_reply_to), rfc3339(created),
+                bool(verified), unpacked(thread), depth, None,
+                tuple(json.loads(choices)) if choices else ())
+        return None
+
+    def seqs_of(self, ids: Iterable[str]) -> dict[int, str]:
+        """Those of the ids that messages have: seq -> id."""
+        found = {}
+        for one in ids:
+            own = packed(one)
+            if isinstance(own, int):
+                by_tag = "SELECT seq FROM messages WHERE seq = ? AND tag = ?"
+                seq = self._number(by_tag, own >> 32, own & 0xFFFFFFFF)
+            else:
+                seq = 0
+            seq = seq or self._number("SELECT seq FROM foreign_ids WHERE id = ?", one)
+            if seq:
+                found[seq] = one
+        return found
+
+    def message(self, message_id: str) -> Message | None:
+        """The message of an id, None if there is none."""
+        return next(iter(self.messages(self.seqs_of([message_id]))), None)
+
+    def by_client(self, sender: str, client_id: str) -> Message | None:
+        """What this sender has sent under an id of its own, None if nothing or long ago."""
+        seqs = self._seqs("SELECT seq FROM clients WHERE sender = ? AND client_id = ?",
+                          self._id(sender), client_id)
+        return next(iter(self.messages(seqs)), None)
+
+    def recipients(self, message: Message) -> list[str]:
+        """Everybody whom a message was sent to, in the order of the send."""
+        return [row[0] for row in self._rows(RECIPIENTS, message.seq)]
+
+    def receipts(self, message: Message, limit: int = 50) -> list[Receipt]:
+        """How far a message got, per recipient, in the order of the send."""
+        stored = micros(message.created_at)
+
+        def at(delay: int | None) -> str | None:
+            return None if delay is None else rfc3339(stored + delay)
+
+        return [Receipt(name, message.created_at, at(pushed), at(rung), at(seen), at(read),
+                        door, outcome, quiet or "")
+                for name, pushed, rung, seen, read, door, outcome, quiet
+                in self._rows(RECEIPTS, message.seq, limit)]
+
+    def thread(self, root: str, limit: int) -> list[Message]:
+        """A thread, oldest first: the message of that id, and so many of those that it led to."""
+        key, indexed = packed(root), self.fact("indexed")
+        replies = self._seqs(
+            "SELECT seq FROM threads WHERE thread = ?1 UNION "
+            "SELECT seq FROM messages WHERE seq > ?2 AND thread = ?1 ORDER BY 1 LIMIT ?3",
+            key, indexed, limit)
+        return self.messages([*self.seqs_of([root]), *replies])
+
+    def spoke(self, thread: str, agent: str) -> bool:
+        """Has this agent said anything in this thread?"""
+        root = self.message(thread)
+        if root and root.from_agent.lower() == agent.lower():
+            return True
+        values = (packed(thread), self._id(agent), self.fact("indexed"))
+        return bool(self._number(SPOKE, *values) or self._number(SPOKE_LATELY, *values))
+
+    @contextlib.contextmanager
+    def given_up_when(self, stop: Callable[[], bool]) -> Iterator[None]:
+        """Within it, a question that takes long is given up once `stop` says so: StoreBusy."""
+        self.connection.set_progress_handler(stop, PROGRESS_STEPS)
+        try:
+            yield
+        finally:
+            self.connection.set_progress_handler(None, 0)
+
+    def seq_at(self, moment: str, *, after: bool = False) -> int:
+        """The first seq stored at or after (`after`: only after) an RFC 3339 time, found by
+        bisection over the log. A clock that jumped shifts a time filter, never an order."""
+        wanted = micros(moment) + after
+        low, high = 0, self._number("SELECT max(seq) FROM messages") + 1
+        while low < high:
+            middle = (low + high) // 2
+            next_one = "SELECT seq, created FROM messages WHERE seq >= ? LIMIT 1"
+            seq, created = next(iter(self._rows(next_one, middle)), (high, wanted))
+            if created < wanted:
+                low = seq + 1
+            else:
+                high = middle
+        return low
+
+    # -- what somebody looks for
+
+    def find(self, query: Query) -> list[Message]:
+        """The messages that a query is after, the newest or the oldest first, cut at its limit
+        and its bytes."""
+        return self.messages(self._found(query), query.most_bytes)
+
+    def count(self, query: Query, most: int = 10_000) -> int:
+        """How many messages a query is after; it stops counting at `most`."""
+        return len(self._found(query._replace(limit=most)))
+
+    def _found(self, query: Query) -> list[int]:
+        """The seqs of what a query is after, in its order: out of the indexes, and out of the
+        tail, which they do not hold yet."""
+        search = self._search(query)
+        if search is None:
+            return []
+        indexed = self.fact("indexed")  # read first: what is indexed meanwhile is found twice
+        order = "DESC" if query.newest else "ASC"
+        branches, values = [], []
+        for side in search.sides:
+            streams = search.streams(side)
+            if streams[0].lags:
+                streams.append(self._tail(search, indexed))
+            for stream in streams:
+                conditions = search.conditions(side, stream.key)
+                where = "".join(f" AND {condition}" for condition, _ in conditions)
+                branches.append(
+                    f"SELECT * FROM ({stream.select} AND {stream.key} >= ? AND {stream.key} < ?"
+                    f"{where} ORDER BY {stream.key} {order} LIMIT ?)")
+                asked = [value for _, value in conditions]
+                values += [*stream.values, query.low, query.high, *asked, query.limit]
+        self._deadline = time.monotonic() + SEARCH_SECONDS
+        try:
+            sql = f"{' UNION '.join(branches)} ORDER BY 1 {order} LIMIT ?"
+            return self._seqs(sql, *values, query.limit)
+        finally:
+            self._deadline = math.inf
+
+    def _search(self, query: Query) -> Search | None:
+        """A query with the ids of its names; None if nothing can fit it."""
+        group = query.group and "#" + query.group
+        names = [query.agent, query.other, query.sender, query.recipient, group]
+        ids = [self._id(name) if name else 0 for name in names]
+        unknown = any(name and not number for name, number in zip(names, ids, strict=True))
+        text = words_of(query.text)
+        if unknown or (query.text and not text):
+            return None
+        agent, other, sender, recipient, group_id = ids
+        if not agent:
+            return Search(text, (Side(sender, recipient),), 0, 0, group_id)
+        sides = {Side(agent, other), Side(other, agent)}
+        return Search(text, tuple(sides), sender, recipient, group_id)
+
+    def _tail(self, search: Search, indexed: int) -> IndexWalk:
+        """What was stored since the indexes were brought up to date. For words, those of its
+        messages that hold them, by the same rules: indexed in memory, for this one search."""
+        since = "SELECT x.seq FROM messages x WHERE x.seq > ?"
+        if not search.text:
+            return IndexWalk(since, (indexed,))
+        import sqlite3
+        tail = self._rows("SELECT seq, content FROM messages WHERE seq > ?", indexed)
+        with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+            memory.execute(f"CREATE VIRTUAL TABLE words USING fts5 (content, {WORDS})")
+            memory.executemany("INSERT INTO words (rowid, content) VALUES (?,?)", tail)
+            match = "SELECT rowid FROM words WHERE words MATCH ?"
+            hits = [row[0] for row in memory.execute(match, [search.text])]
+        return IndexWalk("SELECT x.seq FROM messages x WHERE x.seq > ? AND x.seq IN "
+                      "(SELECT value FROM json_each(?))", (indexed, json.dumps(hits)))
+
+    # -- an agent's mail
+
+    def unread(self, agent: str, limit: int, most: int = MAX_PAGE_BYTES,
+               ) -> tuple[list[Message], list[int]]:
+        """The oldest unread messages of an agent, cut by number and by bytes (at least one),
+        and the seqs of those among them that it never saw."""
+        seen = dict(self._rows(OLDEST_UNREAD, self._id(agent), limit))
+        page = self.messages(seen, most)
+        return page, [message.seq for message in page if seen[message.seq] is None]
+
+    def unrung(self, agent: str, after: int, limit: int) -> list[Message]:
+        """What still has to ring for an agent, after a cursor, oldest first."""
+        seqs = self._seqs(f"SELECT seq FROM inbox WHERE agent = ? AND state = {UNRUNG} "
+                          "AND seq > ? ORDER BY seq LIMIT ?", self._id(agent), after, limit)
+        return self.messages(seqs, OUT_HIGH_WATER)
+
+    def waiting_unread(self, agent: str, limit: int = 100) -> dict[int, str]:
+        """An agent's newest unread mail, oldest first: seq -> id."""
+        return self._ids_of(self._seqs(NEWEST_UNREAD, self._id(agent), limit))
+
+    def waiting_unseen(self, agent: str, limit: int = 100) -> dict[int, str]:
+        """Of an agent's mail what may ring: unread, unseen and not quiet. The newest, oldest
+        first: seq -> id."""
+        return self._ids_of(self._seqs(NEWEST_RINGING, self._id(agent), limit))
+
+    def _ids_of(self, newest_first: list[int]) -> dict[int, str]:
+        """The ids of messages, turned round: seq -> id."""
+        ids = {}
+        for seq in reversed(newest_first):
+            message = self.lately.get(seq) or self._stored(seq)
+            if message:
+                ids[seq] = message.id
+        return ids
+
+    def count_unread(self, agent: str) -> int:
+        """How much unread mail an agent has."""
+        return self._number(f"SELECT count(*) FROM inbox WHERE agent = ? AND {IS_UNREAD}",
+                            self._id(agent))
+
+    def quiet_pairs(self) -> list[QuietPair]:
+        """The pairs that the loop guard keeps quiet, whatever became of their mail since."""
+        return [QuietPair(sender, agent, unpacked(thread), depth or 0,
+                          "" if created is None else rfc3339(created))
+                for sender, agent, thread, depth, created in self._rows(QUIET_PAIRS)]
+
+    def unseen_mail(self, low: int, high: int) -> list[UnseenMail]:
+        """What of low <= seq < high nobody has seen, by sender and agent. Notices of the
+        server do not count."""
+        found = []
+        for sender, agent, number, last in self._rows(UNSEEN_MAIL, low, high):
+            author, (message,) = self._name(sender), self.messages([last])
+            if author != SERVER_NAME:
+                found.append(UnseenMail(author, self._name(agent), number, message.id))
+        return found
+
+    def open_questions(self, limit: int) -> list[Message]:
+        """What waits for an answer of the human, newest first."""
+        return self.messages(self._seqs(
+            "SELECT seq FROM questions ORDER BY seq DESC LIMIT ?", limit))
+
+    def traffic(self, low: int, high: int) -> Traffic:
+        """Who wrote to whom in low <= seq < high, and how long it took until mail was seen. The
+        messages of a span of time are counted by `seq_at`: seqs have no gaps."""
+        pairs = [PairCount(self._name(sender), self._name(target), number)
+                 for sender, target, number in self._rows(TRAFFIC, low, high, MOST_PAIRS)]
+        high = min(high, self._number("SELECT max(seq) FROM messages") + 1)
+        step = max(1, (high - low) // SAMPLE)
+        return Traffic(pairs, [row[0] for row in self._rows(SEEN_SAMPLE, low, high, step)])
+
+
+# ======================================================================================
+# STORE -- the one writer: the file, its lock, its schema, the turn.
+# Knows: sqlite3, the file system.  Never: sockets, HTTP, the rules.
+# ======================================================================================
+
+INDEX_BATCH = 1 << 18  # characters, and 512 a message, that the tail holds at most
+LATELY = 2000  # messages of less than 4 KiB kept in memory: 20 unread take 8 us, not 46
+QUICK_CHECK_BYTES = 64 << 20  # of larger files it takes a second or more
+UNQUIET_ROWS = 500  # at a time
+MOST_QUESTIONS = 100  # of one agent; the oldest waits no longer
+CLIENT_ID_SECONDS = 86_400  # a repeated send is known for so long
+FORGET_ROWS = 500  # looked at at a time
+BUSY_SECONDS = 0.04  # the I/O thread may not wait longer for a lock
+PAGE_BYTES = 2048  # a send touches three pages, whatever their size
+PER_CONNECTION = ("synchronous = FULL",  # a 200 survives a power cut
+                  "wal_autocheckpoint = 800", "journal_size_limit = 16777216")  # keeps p99 flat
+MOVED = ("it or its -wal or -shm file was moved or deleted under the hub; put it back, "
+         "or restart the hub")
+# struct flock of Linux: to write, from the start of the file, one byte far behind those that
+# SQLite locks.
+LOCK_REQUEST = struct.pack("hhqqi4x", 1, os.SEEK_SET, 1 << 62, 1, 0)
+
+INSERT_MESSAGE = """
+    INSERT INTO messages (seq, tag, created, sender, recipient, grp, recipients, verified,
+        in_reply_to, thread, depth, choices, content) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+INSERT_DELIVERY = """
+    INSERT INTO inbox (agent, state, seq, quiet, pushed, rung) VALUES (?,?,?,?,?,?)"""
+# The values of a mark: what it sets, then the agent and the seq of one row.
+SINCE_CREATED = "? - (SELECT created FROM messages m WHERE m.seq = inbox.seq)"
+UNREAD_ROW = f"agent = ? AND {IS_UNREAD} AND seq = ?"
+ANY_ROW = f"agent = ? AND {IS_ANY} AND seq = ?"
+MARK_PUSHED = f"""
+    UPDATE inbox SET pushed = coalesce(pushed, {SINCE_CREATED}) WHERE {UNREAD_ROW}"""
+MARK_GIVEN = f"""
+    UPDATE inbox SET rung = coalesce(rung, {SINCE_CREATED}), state = max(state, {RUNG})
+    WHERE {UNREAD_ROW}"""
+MARK_RUNG = f"""
+    UPDATE inbox SET rung = {SINCE_CREATED}, state = max(state, {RUNG}),
+        door = ?, outcome = 'rung' WHERE {ANY_ROW}"""
+MARK_BLOCKED = f"UPDATE inbox SET door = ?, outcome = ? WHERE {ANY_ROW}"
+MARK_SEEN = f"""
+    UPDATE inbox SET state = {SILENT}, seen = {SINCE_CREATED}
+    WHERE {UNREAD_ROW} AND seen IS NULL"""
+MARK_READ = f"""
+    UPDATE inbox SET state = {READ}, read = {SINCE_CREATED},
+        seen = coalesce(seen, {SINCE_CREATED}) WHERE {UNREAD_ROW}"""
+MARK_UNREAD = f"""
+    UPDATE inbox SET state = {SILENT}, read = NULL
+    WHERE agent = ? AND state = {READ} AND seq = ?"""
+UNRING = f"""
+    UPDATE inbox SET state = {UNRUNG}, quiet = NULL, rung = NULL, seen = NULL
+    WHERE {UNREAD_ROW}"""
+UNQUIET = f"""
+    UPDATE inbox SET state = {UNRUNG}, quiet = NULL
+    WHERE agent = ? AND state = {SILENT} AND seq = ? AND quiet = '{LOOPING}' AND seen IS NULL"""
+# The values are those of the old name, of the new one, and a seq.
+MOVE_MAIL = (
+    f"UPDATE inbox SET agent = ?2 WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3",
+    "UPDATE messages SET recipient = ?2 WHERE recipient = ?1 AND seq = ?3",
+    """
+    UPDATE messages SET recipients = (
+        SELECT json_group_array(CASE WHEN r.value = ?1 THEN ?2 ELSE r.value END)
+        FROM json_each(recipients) r)
+    WHERE recipients IS NOT NULL AND seq = ?3""",
+    "UPDATE OR IGNORE routes SET target = ?2 WHERE target = ?1 AND seq = ?3",
+)
+
+# The trees that lag, for what came after the seq ?1.
+INDEX_SENT = """
+    INSERT INTO sent SELECT sender, seq FROM messages WHERE seq > ?1 ORDER BY sender, seq"""
+INDEX_ROUTES = """
+    INSERT INTO routes SELECT m.sender, m.target, m.seq,
+        row_number() OVER (PARTITION BY m.sender, m.target ORDER BY m.seq)
+        + coalesce((SELECT nth FROM routes r WHERE r.sender = m.sender AND r.target = m.target
+            ORDER BY r.seq DESC LIMIT 1), 0)
+    FROM (SELECT seq, sender, coalesce(recipient, grp) AS target FROM messages
+        WHERE seq > ?1) m"""
+INDEX_GROUPED = """
+    INSERT INTO grouped SELECT grp, seq FROM messages
+    WHERE seq > ?1 AND grp IS NOT NULL ORDER BY grp, seq"""
+INDEX_THREADS = """
+    INSERT INTO threads SELECT thread, seq FROM messages
+    WHERE seq > ?1 AND thread IS NOT NULL ORDER BY thread, seq"""
+INDEX_WORDS = """
+    INSERT INTO words (rowid, content) SELECT seq, content FROM messages WHERE seq > ?1"""
+INDEX_TREES = (INDEX_SENT, INDEX_ROUTES, INDEX_GROUPED, INDEX_THREADS)
+INDEXED = "(SELECT coalesce(max(value), 0) FROM facts WHERE key = 'indexed')"
+
+PRUNABLE = f"""
+    SELECT m.seq, length(m.content) + 8 * length(coalesce(m.recipients, '')) + 512,
+        m.seq IN (SELECT seq FROM questions) OR EXISTS (
+            SELECT 1 FROM json_each(coalesce(m.recipients, json_array(m.recipient))) r
+                CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_UNREAD} AND x.seq = m.seq)
+    FROM messages m WHERE m.seq >= ? AND m.seq < ? ORDER BY m.seq"""
+PRUNE = (
+    "INSERT INTO words (words, rowid, content) "
+    "SELECT 'delete', seq, content FROM messages WHERE seq = ?", f"""
+    DELETE FROM inbox WHERE (agent, state, seq) IN (
+        SELECT x.agent, x.state, x.seq FROM messages m
+            CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
+            CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_ANY} AND x.seq = m.seq
+        WHERE m.seq = ?)""", """
+    DELETE FROM sent WHERE (sender, seq) IN (
+        SELECT sender, seq FROM messages WHERE seq = ?)""", """
+    DELETE FROM routes WHERE (sender, target, seq) IN (
+        SELECT sender, coalesce(recipient, grp), seq FROM messages WHERE seq = ?)""", """
+    DELETE FROM grouped WHERE (grp, seq) IN (
+        SELECT grp, seq FROM messages WHERE seq = ?)""", """
+    DELETE FROM threads WHERE (thread, seq) IN (
+        SELECT thread, seq FROM messages WHERE seq = ?)""",
+    "DELETE FROM foreign_ids WHERE seq = ?",
+    "DELETE FROM messages WHERE seq = ?")
+NEXT_CLIENTS = """
+    SELECT sender, client_id, seq FROM clients WHERE (sender, client_id) > (?, ?)
+    ORDER BY sender, client_id LIMIT ?"""
+UNUSED_NAMES = """
+    SELECT id FROM names n WHERE id > ? AND id <= ?
+        AND NOT EXISTS (SELECT 1 FROM agents a WHERE a.id = n.id)
+        AND NOT EXISTS (SELECT 1 FROM sent s WHERE s.sender = n.id)
+        AND NOT EXISTS (SELECT 1 FROM inbox i WHERE i.agent = n.id)
+        AND NOT EXISTS (SELECT 1 FROM grouped g WHERE g.grp = n.id)
+        AND NOT EXISTS (SELECT 1 FROM quieted q WHERE n.id IN (q.agent, q.sender))
+        AND NOT EXISTS (SELECT 1 FROM questions q WHERE q.agent = n.id)"""
+PAST_CHAINS = """
+    SELECT thread FROM chains WHERE ended < (SELECT min(seq) FROM messages) LIMIT ?"""
+AGENTS = f"""
+    SELECT n.name, a.record,
+        (SELECT count(*) FROM inbox i WHERE i.agent = a.id AND i.{IS_UNREAD})
+    FROM agents a JOIN names n ON n.id = a.id"""
+
+
+def micros_of(column: str) -> str:
+    """SQL for a time of schema 1, "2026-11-22T14:03:14.514393Z", in microseconds since 1970."""
+    return f"(strftime('%s', substr({column}, 1, 19)) * 1000000 + substr({column}, 21, 6))"
+
+
+# Schema 1, its tables renamed to old_*, as rows of the tables of LOG. What is done with goes
+# at once, so that the file hardly grows.
+MIGRATION = f"""
+    INSERT OR IGNORE INTO names (name) SELECT name FROM old_agents ORDER BY rowid;
+    INSERT OR IGNORE INTO names (name)
+        SELECT DISTINCT from_agent FROM old_messages
+        UNION ALL SELECT DISTINCT agent FROM old_inbox
+        UNION ALL SELECT DISTINCT to_agent FROM old_messages WHERE to_agent != ''
+        UNION ALL SELECT DISTINCT '#' || grp FROM old_messages WHERE grp != '';
+    INSERT INTO agents
+        SELECT n.id, agent_record(o.name, o.status, o.registered_at, o.last_seen_at,
+            o.session_hash, o.verified, o.type, o.host, o.cwd, o.groups, o.doors, o.mute,
+            o.allow)
+        FROM old_agents o JOIN names n ON n.name = o.name;
+    CREATE TABLE old_groups (seq INTEGER PRIMARY KEY, recipients TEXT);
+    INSERT INTO old_groups
+        SELECT i.seq, json_group_array(n.id)
+        FROM old_messages o
+            CROSS JOIN old_inbox i ON i.seq = o.seq
+            CROSS JOIN names n ON n.name = i.agent
+        WHERE o.grp != '' GROUP BY i.seq;
+    INSERT OR IGNORE INTO inbox
+        SELECT n.id,
+            CASE WHEN i.read_at IS NOT NULL THEN {READ}
+                WHEN i.seen_at IS NOT NULL OR i.quiet != '' THEN {SILENT}
+                WHEN i.rung_at IS NOT NULL THEN {RUNG}
+                ELSE {UNRUNG} END,
+            i.seq, nullif(i.quiet, ''),
+            {micros_of("i.pushed_at")} - {micros_of("o.created_at")},
+            {micros_of("i.rung_at")} - {micros_of("o.created_at")},
+            {micros_of("i.seen_at")} - {micros_of("o.created_at")},
+            {micros_of("i.read_at")} - {micros_of("o.created_at")},
+            i.door, i.outcome
+        FROM old_inbox i
+            JOIN old_messages o ON o.seq = i.seq
+            JOIN names n ON n.name = i.agent
+        ORDER BY 1, 2, 3;
+    INSERT OR IGNORE INTO quieted
+        SELECT (SELECT id FROM names WHERE name = i.agent),
+            (SELECT id FROM names WHERE name = o.from_agent), i.seq
+        FROM old_inbox i JOIN old_messages o ON o.seq = i.seq
+        WHERE i.quiet = '{LOOPING}' AND i.read_at IS NULL;
+    DROP TABLE old_inbox;
+    INSERT OR IGNORE INTO clients
+        SELECT (SELECT id FROM names WHERE name = from_agent), client_id, seq
+        FROM old_messages WHERE client_id IS NOT NULL ORDER BY 1, 2;
+    INSERT INTO foreign_ids SELECT seq, id FROM old_messages ORDER BY seq;
+    INSERT INTO messages
+        SELECT o.seq, NULL, {micros_of("o.created_at")},
+            (SELECT id FROM names WHERE name = o.from_agent),
+            (SELECT id FROM names WHERE name = o.to_agent),
+            (SELECT id FROM names WHERE name = '#' || o.grp),
+            coalesce(g.recipients, iif(o.grp != '', '[]', NULL)), o.verified,
+            packed(o.in_reply_to), packed(o.thread), o.depth, NULL, o.content
+        FROM old_messages o LEFT JOIN old_groups g ON g.seq = o.seq ORDER BY o.seq;
+    DROP TABLE old_messages;
+    DROP TABLE old_groups;
+    DROP TABLE old_agents;
+    """
+# What the existing Go program of this protocol leaves behind, as the tables of schema 1.
+GO_TABLES = ("agents", "messages", "message_reads", "agent_groups")
+GO_MIGRATION = """
+    CREATE TABLE old_agents AS
+        SELECT name, '' AS status, adopted_time(registered_at) AS registered_at,
+            adopted_time(registered_at) AS last_seen_at, '' AS session_hash, 0 AS verified,
+            '' AS type, '' AS host, '' AS cwd, coalesce((
+                SELECT group_concat(group_name, ' ') FROM go_agent_groups
+                WHERE agent_name = name AND is_name(group_name)), '') AS groups,
+            '' AS doors, '' AS mute, '' AS allow
+        FROM go_agents WHERE is_name(name);
+    CREATE TABLE old_messages (
+        seq INTEGER PRIMARY KEY, id, from_agent, to_agent, grp, content, in_reply_to, created_at,
+        verified, thread, depth, client_id);
+    INSERT INTO old_messages
+        SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent, to_agent, grp,
+            content, in_reply_to, adopted_time(created_at), 0, '', 0, NULL
+        FROM go_messages;
+    CREATE UNIQUE INDEX old_ids ON old_messages (id);
+    CREATE TABLE old_inbox (
+        seq, agent, pushed_at, rung_at, seen_at, read_at, door, outcome, quiet DEFAULT '',
+        PRIMARY KEY (seq, agent));
+    INSERT OR IGNORE INTO old_inbox (seq, agent)
+        SELECT seq, to_agent FROM old_messages WHERE to_agent != '' AND to_agent != from_agent
+        UNION ALL SELECT seq, agent_name
+            FROM old_messages JOIN go_agent_groups ON group_name = grp
+            WHERE agent_name != from_agent
+        UNION ALL SELECT seq, agent_name
+            FROM old_messages JOIN go_message_reads ON message_id = id
+            WHERE grp != '' AND agent_name != from_agent;
+    UPDATE old_inbox SET read_at = (
+        SELECT adopted_time(r.read_at)
+        FROM go_message_reads r JOIN old_messages m ON m.id = r.message_id
+        WHERE m.seq = old_inbox.seq AND agent_name = agent);
+    UPDATE old_messages SET thread = in_reply_to WHERE EXISTS (
+        SELECT 1 FROM old_messages p
+        WHERE p.id = old_messages.in_reply_to AND p.seq < old_messages.seq);
+    INSERT INTO facts SELECT 'unseen', coalesce(max(seq), 0) FROM old_messages;
+    """
+
+
+def migration(version: int, adopts: bool) -> str:
+    """The script that brings a file up to date in one transaction: of schema 0, which is a new
+    one or, if it `adopts`, that of the Go program, or of schema 1."""
+    aside, script = {}, ["BEGIN IMMEDIATE;"]
+    if version == 1:
+        aside = {name: f"old_{name}" for name in ("agents", "messages", "inbox")}
+        script.append("DROP INDEX quieted;")
+    elif adopts:
+        aside = {name: f"go_{name}" for name in GO_TABLES}
+    script += [f"ALTER TABLE {name} RENAME TO {old};" for name, old in aside.items()]
+    script.append(SCHEMA)
+    if version == 0:
+        script.append(SCHEMA_KEPT)
+    if adopts:
+        script.append(GO_MIGRATION)
+        script += [f"DROP TABLE go_{name};" for name in GO_TABLES]
+    if aside:
+        script += [MIGRATION, *(tree.replace("?1", "0") + ";" for tree in INDEX_TREES)]
+        script.append(INDEX_WORDS.replace("?1", INDEXED) + ";")
+        script.append("INSERT OR REPLACE INTO facts "
+                      "SELECT 'indexed', coalesce(max(seq), 0) FROM messages;")
+    script.append(f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    return "\n".join(script)
+
+
+def adopted_time(text: str | None) -> str | None:
+    """A time as another program wrote it, in any usual form, in RFC 3339; 1970 if it is none."""
+    if text is None:
+        return None
+    form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d(?:\.\d+)?))? ?([+-]\d\d:?\d\d)?"
+    match = re.match(form, text)
+    if match is None:
+        return rfc3339(0)
+    date, clock, zone = match.groups()
+    try:
+        return rfc3339(micros(f"{date}T{clock or '00:00:00'}{zone or 'Z'}"))
+    except (ValueError, OverflowError):
+        return rfc3339(0)
+
+
+def agent_record(*columns: object) -> str:
+    """A row of agents of schema 1 as it is stored now. Its lists were words with blanks
+    between them."""
+    fields = dict(zip(AgentRecord._fields, columns, strict=False))
+    for name in ("groups", "doors", "mute", "allow"):
+        fields[name] = str(fields[name]).split()
+    fields["verified"] = bool(fields["verified"])
+    return json.dumps(fields)
+
+
+def is_name(text: str) -> bool:
+    """Whether an agent or a group may have this name."""
+    return NAME.fullmatch(text) is not None
+
+
+# What MIGRATION and GO_MIGRATION call, with the number of arguments.
+SQL_FUNCTIONS: Sequence[tuple[str, int, Callable[..., str | int | None]]] = (
+    ("adopted_time", 1, adopted_time), ("is_name", 1, is_name), ("packed", 1, packed),
+    ("agent_record", 13, agent_record))
+
+
 class Store(Log):
-    """The one writer. Callers write inside a turn; `commit` ends it, synced to disk. Raises only
-    ChatErrors. Any failed write spoils the turn: `commit` then raises, and the caller forgets
-    what it has not yet said to anybody."""
+    """The one writer. Callers write inside a turn; `commit` ends it, synced to disk. Raises
+    ChatErrors only. Any failed write makes the turn fail: `commit` then raises, and the caller
+    forgets what it has not yet said to anybody."""
 
     def __init__(self, path: str) -> None:
+        """Open the database at this path, or make one. Raises BadConfig."""
         import sqlite3
         import threading
-        self.path, self.database_error = path, sqlite3.Error
-        self._readers, self._lock = threading.local(), locked_file(path)
-        self.spoilt: ChatError | None = None  # why this turn must fail: what it wrote is incomplete
+        self.path = os.path.realpath(path)
+        self._lock = FileLock(self.path)
+        self._parts = [self.path, self.path + "-wal", self.path + "-shm"]
+        self._readers = threading.local()
+        self.failed: ChatError | None = None  # why this turn must fail: what it wrote is incomplete
         self.lately: dict[int, Message] = {}
+        self._name_ids: dict[str, int] = {}
+        self._statements: list[tuple[str, Sequence[Sequence[object]]]] = []  # of this turn
+        self._kept = 0  # of them are older than the request that writes now
+        self._next_client: tuple[int, str] = (0, "")  # where `forget_names` goes on
+        self._next_name = 0
+        self._suspect = False  # nobody knows what reached the disk: the file is opened anew first
         try:
-            super().__init__(self._connect())
+            super().__init__(self.path, self._connect(), self._lock.check)
             self._prepare()
+            self._files = self._identity()
+            self._reload()
         except sqlite3.Error as error:
             raise BadConfig(str(store_error(error, path))) from None
-        self._files = self._identity()
-        self.reload()
+        except BadConfig:
+            raise
+        except ChatError as error:
+            raise BadConfig(str(error)) from None
 
     def _connect(self) -> sqlite3.Connection:
+        """A connection to the file. Raises sqlite3.Error."""
         import sqlite3
-        connection = sqlite3.connect(  # the I/O thread may not wait longer for a lock
-            self.path, 0.04, isolation_level=None, check_same_thread=False, cached_statements=256)
-        connection.execute("PRAGMA cache_size = -4000")  # KiB
+        connection = sqlite3.connect(
+            self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+            cached_statements=256)
+        for pragma in ("cache_size = -4000", *PER_CONNECTION):  # KiB
+            connection.execute("PRAGMA " + pragma)
         return connection
 
     def _prepare(self) -> None:
-        """Check the file, choose durability, bring the schema up to date. A file that is refused
-        stays untouched."""
-        version = self.number("PRAGMA user_version")
-        if os.path.getsize(self.path) < 64 << 20:  # a second or more for larger ones
-            verdict = self.rows("PRAGMA quick_check(1)")[0][0]
+        """Check the file, choose durability, bring the schema up to date. A file that is
+        refused stays untouched. Raises BadConfig."""
+        version = self._number("PRAGMA user_version")
+        tables = set(self._seqs("SELECT name FROM sqlite_master WHERE type = 'table'"))
+        if os.path.getsize(self.path) < QUICK_CHECK_BYTES:
+            verdict = str(self._seqs("PRAGMA quick_check(1)")[0])
             if verdict != "ok":
                 raise BadConfig(DAMAGED.format(self.path, verdict.splitlines()[-1]))
-        tables = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
-        if not version and tables and not tables.issuperset(ADOPTED):
-            raise BadConfig(f"{self.path} holds tables of another program; choose another --db")
-        if version > len(SCHEMA_STEPS):
+        if version > SCHEMA_VERSION:
             raise BadConfig(f"{self.path} was made by a newer agent-chat (schema {version}); "
                             "upgrade this one")
-        for pragma in ("page_size = 2048",  # 6 % more single sends than with 4096
-                       "journal_mode = WAL", "synchronous = FULL",  # a 200 survives a power cut
-                       "wal_autocheckpoint = 800", "journal_size_limit = 16777216"):
-            self.connection.execute("PRAGMA " + pragma)  # 800 pages keep p99 flat
-        self.connection.create_function("rfc3339", 1, rfc3339)
-        self.connection.create_function("fit_name", 1, lambda name: bool(NAME.fullmatch(name)))
-        for number, step in enumerate(SCHEMA_STEPS[version:], version + 1):
-            if tables and number == 1:
-                aside = [f"ALTER TABLE {name} RENAME TO old_{name};" for name in ADOPTED]
-                gone = [f"DROP TABLE old_{name};" for name in ADOPTED]
-                step = "".join([*aside, step, ADOPTION, *gone])
-            self.connection.executescript(
-                f"BEGIN IMMEDIATE; {step} PRAGMA user_version = {number}; COMMIT;")
-        self.number("SELECT max(seq) FROM messages")  # makes the -wal file, to know it by
+        if not version and tables and not tables.issuperset(GO_TABLES):
+            raise BadConfig(f"{self.path} holds tables of another program; choose another --db")
+        self.connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        if version < SCHEMA_VERSION:
+            self._migrate(migration(version, adopts=bool(tables) and not version))
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self._number("SELECT max(seq) FROM messages")  # makes the -wal file, to know it by
+
+    def _migrate(self, script: str) -> None:
+        """Run a migration, whole or not at all. Not in WAL mode, where all that is new would be
+        written twice; until it is through, a journal holds what was there before."""
+        self.connection.execute("PRAGMA journal_mode = DELETE")
+        self.connection.execute("PRAGMA cache_size = -65536")
+        for name, arguments, function in SQL_FUNCTIONS:
+            self.connection.create_function(name, arguments, function, deterministic=True)
+        self.connection.executescript(script)
+        self.connection.close()
+        self.connection = self._connect()
 
     def reader(self) -> Log:
         """This thread's own read-only view of what is committed."""
         if not hasattr(self._readers, "log"):
-            self._readers.log = Log(self._connect())
-            self._readers.log.rows("PRAGMA query_only = ON")
-        log: Log = self._readers.log
-        return log
+            try:
+                connection = self._connect()
+                connection.execute("PRAGMA query_only = ON")
+            except self.connection.Error as error:
+                raise store_error(error, self.path) from None
+            log = Log(self.path, connection, self._lock.check)
+            connection.set_progress_handler(log.overdue, 50_000)  # every 5 ms or so
+            self._readers.log = log
+        return cast(Log, self._readers.log)
 
-    # -- a turn: begun by the first write, ended by commit
+    # -- a turn: begun by the first write, ended by commit or rollback
 
-    def write(self, sql: str, *values: object) -> int:
+    def savepoint(self) -> None:
+        """A request begins: `undo` goes back to here."""
+        self._kept = len(self._statements)
+
+    def undo(self) -> bool:
+        """Forget what was written since `savepoint`; the rest of the turn stays. It is written
+        once more: that is rare, and a savepoint of SQL's costs each request 20 us."""
+        kept = self._statements[:self._kept]
+        if len(kept) == len(self._statements):
+            return False
+        self.rollback()
+        for sql, rows in kept:
+            self._write_many(sql, rows)
+        self._reload()
+        return True
+
+    def _write(self, sql: str, *values: object) -> int:
         """One statement of this turn; returns the number of rows it changed."""
-        return self.write_many(sql, [values])
+        return self._write_many(sql, [values])
 
-    def write_many(self, sql: str, rows: Sequence[Sequence[object]]) -> int:
+    def _write_many(self, sql: str, rows: Sequence[Sequence[object]]) -> int:
+        """A statement of this turn for each of the rows; how many rows it changed."""
+        if self.failed:
+            raise self.failed
         try:
-            if not self.connection.in_transaction:
-                if self._files != self._identity():
-                    raise OSError("it or its -wal file was moved or deleted under the hub; put it "
-                                  "back, or restart the hub")
-                self.connection.execute("BEGIN IMMEDIATE")
+            if not self._statements:
+                self._begin()
+            self._statements.append((sql, rows))
             return self.connection.executemany(sql, rows).rowcount
-        except (OSError, self.database_error) as error:
-            self.spoilt = store_error(error, self.path)
-            raise self.spoilt from None
+        except UnicodeError as error:
+            raise store_error(error, self.path) from None
+        except (OSError, self.connection.Error) as error:
+            raise self._fail(error) from None
+
+    def _begin(self) -> None:
+        """Begin a turn with its first write. Raises what `_write_many` understands."""
+        if self._suspect:
+            self._recover()
+        self._lockable()
+        if self._files != self._identity():
+            raise OSError(MOVED)
+        self.connection.execute("BEGIN IMMEDIATE")
+
+    def _fail(self, error: Exception) -> ChatError:
+        """Make this turn fail; returns why. After anything but a lock that another program
+        holds, what reached the disk is not known any more."""
+        busy = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+        if isinstance(error, self.connection.Error) and not busy:
+            self._suspect = True
+        self.failed = store_error(error, self.path)
+        return self.failed
 
     def _identity(self) -> list[tuple[int, int]]:
-        """Database and write-ahead log as the file system knows them, [] if one is gone."""
-        with contextlib.suppress(OSError):
-            found = [os.stat(self.path + suffix) for suffix in ("", "-wal")]
-            return [(file.st_dev, file.st_ino) for file in found]
-        return []
+        """Database, write-ahead log and its index as the file system knows them; zeros for
+        what is not there."""
+        found = []
+        for part in self._parts:
+            try:
+                file = os.stat(part)
+                found.append((file.st_dev, file.st_ino))
+            except FileNotFoundError:
+                found.append((0, 0))
+        return found
 
     def commit(self) -> None:
-        """End the turn. Returns when it is on disk; raises if it is not, and then nothing is."""
+        """End the turn. Returns when it is on disk. If it is not, raises why, and then nothing
+        of it is; raises Unservable if the file has to be given up."""
         try:
-            if self._unindexed > INDEX_BATCH and not self.spoilt:
+            if self._unindexed > INDEX_BATCH and not self.failed:
                 self.index_words()
-            if self.connection.in_transaction and not self.spoilt:
+            if self._statements and not self.failed:
                 self.connection.execute("COMMIT")
-        except ChatError:
-            pass  # the turn is spoilt
-        except self.database_error as error:
-            self.spoilt = store_error(error, self.path)
-        if self.spoilt:
-            spoilt, self.spoilt = self.spoilt, None
+                self._statements = []
+        except ChatError as error:
+            self.failed = error
+        except self.connection.Error as error:
+            self._fail(error)
+        if self.failed:
+            failed = self.failed
+            self.rollback()
+            raise failed
+        if self._suspect:
+            self._try_to_recover()
+
+    def rollback(self) -> None:
+        """Forget the turn. Raises Unservable if the file has to be given up."""
+        self.failed = None
+        self._statements = []
+        self._kept = 0
+        self.lately.clear()  # a seq that was rolled back is given again
+        try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-            self.reload()
-            raise spoilt
+            if not self._suspect:
+                self._reload()
+        except (self.connection.Error, StoreBusy):
+            self._suspect = True
+        except Damaged as error:
+            raise Unservable(str(error)) from None
+        if self._suspect:
+            self._try_to_recover()
 
-    def reload(self) -> None:
-        self.last_seq = self.number("SELECT max(seq) FROM messages")
+    def _try_to_recover(self) -> None:
+        """Recover, if that can be done now; else every write fails, until it can. Raises
+        Unservable only."""
+        with contextlib.suppress(StoreBusy, StoreFull):
+            self._recover()
+
+    def _recover(self) -> None:
+        """Open the file anew, and bring into it all that was committed. A write or a sync that
+        failed may have left pages that the system has given up, but still shows: no later commit
+        may build on them. Raises StoreBusy or StoreFull while that cannot be done, Unservable
+        if what is read back is damaged."""
+        try:
+            self._lockable()
+            if self._files != self._identity():
+                raise OSError(MOVED)
+            self.connection.close()
+            self._files = self._identity()
+            self.connection = self._connect()
+            if self._number("PRAGMA wal_checkpoint(TRUNCATE)"):
+                raise StoreBusy(LOCKED.format(self.path))
+            self._files = self._identity()
+            self._reload()
+        except (OSError, self.connection.Error) as error:
+            raise store_error(error, self.path) from None
+        except Damaged as error:
+            raise Unservable(str(error)) from None
+        self._suspect = False
+
+    def _reload(self) -> None:
+        """Read anew what is kept in memory of the file."""
+        self.last_seq = self._number("SELECT max(seq) FROM messages")
         self._indexed, self._unindexed = self.fact("indexed"), 0
-        self.lately.clear()  # a seq that was rolled back is given again
+        self.lately.clear()
+        self._name_ids.clear()
 
     def close(self) -> None:
+        """Give the file back. What is not committed is forgotten."""
         self.connection.close()
         self._lock.close()
 
-    # -- what is written
+    # -- names
 
-    def append(self, message: Message, rows: Sequence[Sequence[object]]) -> None:
-        """A message and its inbox rows: (seq, agent, pushed_at, rung_at, quiet) each."""
-        self.write("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", *message)
-        self.write_many("INSERT INTO inbox (seq, agent, pushed_at, rung_at, quiet) "
-                        "VALUES (?,?,?,?,?)", rows)
-        self.last_seq = message.seq
+    def _id(self, name: str) -> int:
+        known = self._name_ids.get(name)
+        if known is None:
+            known = super()._id(name)
+            if known:
+                self._name_ids[name] = known
+        return known
+
+    def _intern(self, name: str) -> int:
+        """The number that a name is stored as from now on."""
+        known = self._id(name)
+        if not known:
+            self._write("INSERT INTO names (name) VALUES (?)", name)
+            known = self._id(name)
+        return known
+
+    # -- messages
+
+    def append(self, message: Message, deliveries: Sequence[Delivery]) -> None:
+        """Store a message with an inbox row for each of its recipients."""
+        created, seq = micros(message.created_at), message.seq
+        sender = self._intern(message.from_agent)
+        inbox, quieted = [], []
+        for delivery in deliveries:
+            agent = self._intern(delivery.agent)
+            inbox.append((agent, state_of(delivery), seq, delivery.quiet or None,
+                          delay(delivery.pushed_at, created), delay(delivery.rung_at, created)))
+            if delivery.quiet == LOOPING:
+                quieted.append((agent, sender, seq))
+        group = recipient = recipients = None
+        if message.group:
+            group = self._intern("#" + message.group)
+            recipients = json.dumps([row[0] for row in inbox], separators=(",", ":"))
+        else:
+            recipient = self._intern(message.to_agent)
+        own_id = packed(message.id)
+        tag = None
+        if isinstance(own_id, int) and own_id >> 32 == seq:
+            tag = own_id & 0xFFFFFFFF
+        else:
+            self._write("INSERT INTO foreign_ids VALUES (?,?)", seq, message.id)
+        choices = json.dumps(message.choices) if message.choices else None
+        self._write(INSERT_MESSAGE, seq, tag, created, sender, recipient, group, recipients,
+                    int(message.verified), packed(message.in_reply_to), packed(message.thread),
+                    message.depth, choices, message.content)
+        self._write_many(INSERT_DELIVERY, inbox)
+        if quieted:
+            self._write_many("INSERT INTO quieted VALUES (?,?,?)", quieted)
+        if message.client_id:
+            self._write("INSERT OR REPLACE INTO clients VALUES (?,?,?)",
+                        sender, message.client_id, seq)
+        self.last_seq = seq
         self._unindexed += len(message.content) + 512
         if len(message.content) < 4096:
-            self.lately[message.seq] = message
-            if len(self.lately) > LATELY:
-                del self.lately[next(iter(self.lately))]
+            self._keep(message)
+
+    def _keep(self, message: Message) -> None:
+        """Keep a message in memory, instead of the oldest that is there."""
+        self.lately[message.seq] = message
+        if len(self.lately) > LATELY:
+            del self.lately[next(iter(self.lately))]
 
     def index_words(self) -> None:
-        """Bring full-text search up to date. Not at each append: in a batch of 500 a message
-        costs 1 us, in a transaction of its own 35 us."""
+        """Bring the trees that lag up to date. Not at each append: in a batch of 500 a message
+        costs 5 us and a part of a page, in a transaction of its own 50 us and eight pages."""
         if self._indexed < self.last_seq:
-            self.write("INSERT INTO words (rowid, content) SELECT seq, content FROM messages "
-                       "WHERE seq > ?", self._indexed)
+            for statement in (*INDEX_TREES, INDEX_WORDS):
+                self._write(statement, self._indexed)
             self.save_fact("indexed", self.last_seq)
             self._indexed, self._unindexed = self.last_seq, 0
 
-    def mark(self, agent: str, seqs: Iterable[int], anew: bool = False, **columns: Any) -> int:
-        """Set columns of an agent's own inbox rows; how many rows. What has been read, and a time
-        that is there, stays as it is, unless `anew`."""
-        setting = ", ".join(f"{column} = {'?' if anew else f'coalesce({column}, ?)'}"
-                            for column in columns)
-        return self.write_many(
-            f"UPDATE inbox SET {setting} WHERE agent = ? AND seq = ? AND (? OR {UNREAD})",
-            [(*columns.values(), agent, seq, anew) for seq in seqs])
+    def prune(self, low: int, high: int, most_bytes: int) -> int:
+        """Delete messages of low <= seq < high that nobody has left unread and that ask
+        nothing of the human, until so many bytes went; returns the seq it reached."""
+        gone = []
+        for seq, size, waits in self._rows(PRUNABLE, low, min(high, self._indexed + 1)):
+            if most_bytes <= 0:
+                high = seq
+                break
+            if not waits:
+                gone.append((seq,))
+                most_bytes -= size
+        if gone:
+            for statement in PRUNE:
+                self._write_many(statement, gone)
+        for (seq,) in gone:
+            self.lately.pop(seq, None)
+        return high
 
-    def save_agent(self, agent: Agent) -> None:
-        values = [getattr(agent, field) for field in Agent.STORED]
-        self.write(f"INSERT OR REPLACE INTO agents VALUES (?{',?' * (len(values) - 1)})",
-                   *(" ".join(value) if isinstance(value, tuple) else value for value in values))
+    # -- how far mail got
 
-    def delete_agent(self, agent: Agent) -> None:
-        self.write("DELETE FROM agents WHERE name = ?", agent.name)
+    def _mark(self, sql: str, agent: str, seqs: Iterable[int], *setting: object) -> int:
+        """One of the statements above for some mail of an agent; how many rows changed."""
+        number = self._id(agent)
+        return self._write_many(sql, [(*setting, number, seq) for seq in seqs])
 
-    def load_agents(self) -> list[Agent]:
-        """All agents with their number of unread messages."""
-        unread = dict(self.rows("SELECT agent, count(*) FROM inbox INDEXED BY unread "
-                                f"WHERE {UNREAD} GROUP BY agent"))
-        agents = []
-        for row in self.rows("SELECT * FROM agents"):
-            agent = Agent(row[0], "")
-            for field, value in zip(Agent.STORED, row, strict=True):
-                lists = isinstance(getattr(Agent, field, ""), tuple)
-                setattr(agent, field, tuple(value.split()) if lists else value)
-            agent.verified, agent.unread = bool(agent.verified), unread.get(agent.name, 0)
-            agents.append(agent)
-        return agents
+    def mark_pushed(self, agent: str, seqs: Iterable[int], at: str, *, rung: bool) -> None:
+        """Written to an agent's socket. `rung`: an older client, which never says what it rang,
+        counts as rung by that."""
+        mail = list(seqs)
+        self._mark(MARK_PUSHED, agent, mail, micros(at))
+        if rung:
+            self._mark(MARK_GIVEN, agent, mail, micros(at))
 
-    def unquiet(self, one: str, other: str, thread: str) -> None:
-        """Let the mail between two agents ring again; a chain is counted from here."""
-        self.write_many("UPDATE inbox INDEXED BY quieted SET quiet = '' WHERE quiet = 'loop' AND "
-                        "agent = ? AND (SELECT from_agent FROM messages m WHERE m.seq = inbox.seq)"
-                        " = ?", [(one, other), (other, one)])
-        self.write("UPDATE messages SET depth = 0 WHERE thread = ? AND thread != ''", thread)
+    def mark_rung(self, agent: str, seqs: Iterable[int], at: str, door: str) -> None:
+        """A door rang for it, at this time, whether or not one rang before."""
+        self._mark(MARK_RUNG, agent, seqs, micros(at), door)
+
+    def mark_blocked(self, agent: str, seqs: Iterable[int], door: str, outcome: str) -> None:
+        """A door could not ring for it, and says why."""
+        self._mark(MARK_BLOCKED, agent, seqs, door, outcome)
+
+    def mark_seen(self, agent: str, seqs: Iterable[int], at: str) -> int:
+        """The agent has it; how much of that is news."""
+        return self._mark(MARK_SEEN, agent, seqs, micros(at))
+
+    def mark_read(self, agent: str, seqs: Iterable[int], at: str) -> int:
+        """The agent is done with it; how much of it was unread."""
+        moment = micros(at)
+        return self._mark(MARK_READ, agent, seqs, moment, moment)
+
+    def mark_unread(self, agent: str, seqs: Iterable[int]) -> int:
+        """Unread again, without a ring; how much of it was read."""
+        return self._mark(MARK_UNREAD, agent, seqs)
+
+    def unring(self, agent: str, seqs: Iterable[int]) -> None:
+        """As if unread mail had never rung, been seen or kept quiet: it rings anew."""
+        self._mark(UNRING, agent, seqs)
+
+    def unquiet(self, one: str, other: str, thread: str) -> int:
+        """Let mail between two agents that the loop guard silenced ring, a bounded piece of it;
+        how much is left. A chain of replies in that thread is counted from here."""
+        if thread:
+            self._write("INSERT OR REPLACE INTO chains VALUES (?,?)",
+                        packed(thread), self.last_seq)
+            self.lately.clear()
+        left = 0
+        for agent, sender in ((self._id(one), self._id(other)), (self._id(other), self._id(one))):
+            rows = self._rows("SELECT agent, seq, sender FROM quieted WHERE agent = ? AND "
+                              "sender = ? ORDER BY seq LIMIT ?", agent, sender, UNQUIET_ROWS)
+            self._write_many(UNQUIET, [(agent, seq) for agent, seq, _ in rows])
+            self._write_many("DELETE FROM quieted WHERE agent = ? AND seq = ? AND sender = ?", rows)
+            left += self._number("SELECT count(*) FROM quieted WHERE agent = ? AND sender = ?",
+                                 agent, sender)
+        return left
+
+    def move_mail(self, old: str, new: str) -> int:
+        """What one name has unread is the other's from now on; how much that is."""
+        old_id = self._intern(old)
+        new_id = self._intern(new)
+        seqs = self._seqs(f"SELECT seq FROM inbox WHERE agent = ? AND {IS_UNREAD}", old_id)
+        for statement in MOVE_MAIL:
+            self._write_many(statement, [(old_id, new_id, seq) for seq in seqs])
         self.lately.clear()
+        return len(seqs)
 
-    def prune(self, low: int, high: int) -> None:
-        """Delete messages of low <= seq < high that nobody has left unread."""
-        gone = self.rows(
-            "SELECT seq, content FROM messages m WHERE seq >= ? AND seq < ? AND NOT EXISTS "
-            f"(SELECT 1 FROM inbox i WHERE i.seq = m.seq AND {UNREAD})", low, high)
-        self.write_many("INSERT INTO words (words, rowid, content) VALUES ('delete', ?, ?)", gone)
-        for table in ("inbox", "messages"):
-            self.write_many(f"DELETE FROM {table} WHERE seq = ?", [row[:1] for row in gone])
+    # -- what is asked of the human
 
-    def fact(self, key: str) -> int:
-        """A number that outlives the process, 0 at first: cursors of background work."""
-        return self.number("SELECT value FROM facts WHERE key = ?", key)
+    def ask_human(self, message: Message) -> None:
+        """The message waits for an answer of the human."""
+        agent = self._intern(message.from_agent)
+        self._write("INSERT OR IGNORE INTO questions VALUES (?,?)", message.seq, agent)
+        self._write("DELETE FROM questions WHERE seq IN (SELECT seq FROM questions WHERE "
+                    "agent = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)", agent, MOST_QUESTIONS)
+
+    def answered(self, agent: str) -> list[str]:
+        """The human wrote to that agent; the ids of its questions, which wait no longer."""
+        return self.dismiss(self._seqs("SELECT seq FROM questions WHERE agent = ?",
+                                       self._id(agent)))
+
+    def dismiss(self, seqs: Iterable[int]) -> list[str]:
+        """These questions wait no longer; the ids of those that did."""
+        waited = [seq for seq in seqs
+                  if self._number("SELECT count(*) FROM questions WHERE seq = ?", seq)]
+        if waited:
+            self._write_many("DELETE FROM questions WHERE seq = ?", [(seq,) for seq in waited])
+        return [message.id for message in self.messages(waited, END)]
+
+    # -- agents
+
+    def save_agent(self, record: AgentRecord) -> None:
+        """Store an agent. Its name is spelt everywhere as this record spells it."""
+        number = self._intern(record.name)
+        if self._name(number) != record.name:
+            self._write("UPDATE names SET name = ? WHERE id = ?", record.name, number)
+            self.lately.clear()
+        self._write("INSERT OR REPLACE INTO agents VALUES (?,?)",
+                    number, json.dumps(record._asdict(), ensure_ascii=False))
+
+    def delete_agent(self, name: str) -> None:
+        """Forget an agent. Its mail stays with its name, whoever has it next."""
+        self._write("DELETE FROM agents WHERE id = ?", self._id(name))
+
+    def load_agents(self) -> list[tuple[AgentRecord, int]]:
+        """All agents with the number of their unread messages."""
+        found = []
+        for name, record, unread in self._rows(AGENTS):
+            fields = {key: tuple(value) if isinstance(value, list) else value
+                      for key, value in json.loads(record).items()}
+            found.append((AgentRecord(**{**fields, "name": name}), unread))
+        return found
+
+    # -- housekeeping
 
     def save_fact(self, key: str, value: int) -> None:
-        self.write("INSERT OR REPLACE INTO facts VALUES (?,?)", key, value)
+        """Keep a number beyond the end of the process."""
+        self._write("INSERT OR REPLACE INTO facts VALUES (?,?)", key, value)
+
+    def forget_names(self) -> int:
+        """Forget a bounded piece of what nobody needs any more: names of no agent and no
+        message, ids of senders' own that are a day old, chains that were ended in messages
+        which are gone. How much it was. Each call goes on where the last one stopped."""
+        self.index_words()  # who has just sent something is known as a sender
+        return self._forget_clients() + self._forget_unused() + self._forget_chains()
+
+    def _forget_clients(self) -> int:
+        """Forget the old ones among the next FORGET_ROWS client ids."""
+        last = self._number("SELECT created FROM messages WHERE seq = ?", self.last_seq)
+        oldest = self.seq_at(rfc3339(last - CLIENT_ID_SECONDS * 1_000_000))
+        old = []
+        rows = self._rows(NEXT_CLIENTS, *self._next_client, FORGET_ROWS)
+        for sender, client_id, seq in rows:
+            self._next_client = (sender, client_id)
+            if seq < oldest:
+                old.append(self._next_client)
+        if len(rows) < FORGET_ROWS:
+            self._next_client = (0, "")
+        if old:
+            self._write_many("DELETE FROM clients WHERE sender = ? AND client_id = ?", old)
+        return len(old)
+
+    def _forget_unused(self) -> int:
+        """Forget the unused ones among the next FORGET_ROWS names."""
+        ids = self._seqs("SELECT id FROM names WHERE id > ? ORDER BY id LIMIT ?",
+                         self._next_name, FORGET_ROWS)
+        unused = self._rows(UNUSED_NAMES, self._next_name, ids[-1]) if ids else []
+        self._next_name = ids[-1] if len(ids) == FORGET_ROWS else 0
+        if unused:
+            self._write_many("DELETE FROM clients WHERE sender = ?", unused)
+            self._write_many("DELETE FROM names WHERE id = ?", unused)
+            self._name_ids.clear()
+        return len(unused)
+
+    def _forget_chains(self) -> int:
+        """Forget where chains were ended whose messages are gone."""
+        gone = self._rows(PAST_CHAINS, FORGET_ROWS)
+        if gone:
+            self._write_many("DELETE FROM chains WHERE thread = ?", gone)
+        return len(gone)
 
 
-def rfc3339(text: str) -> str:
-    """A time of an older client as this one writes it: UTC, microseconds."""
-    date, _, clock = text.replace("T", " ").partition(" ")
-    seconds, _, fraction = re.sub(r"(Z|[+-]\d\d:?\d\d).*$", "", clock or "00:00:00").partition(".")
-    return f"{date}T{seconds}.{fraction:0<6.6}Z"
+def state_of(delivery: Delivery) -> int:
+    """The state in which a row of an inbox begins."""
+    if delivery.quiet:
+        return SILENT
+    return RUNG if delivery.rung_at else UNRUNG
 
 
-def locked_file(path: str) -> Any:
-    """Make directory and file for their owner alone, and hold the lock that keeps a second hub
-    off the file. Kept open for life; the kernel frees it however the process ends."""
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+def delay(moment: str | None, created: int) -> int | None:
+    """A time as microseconds since a message was created, None for none."""
+    return None if moment is None else micros(moment) - created
+
+
+class FileLock:
+    """Keeps a second hub off a database, whatever it is called there: a lock file beside it,
+    which says who holds it, and, where the system can, a lock on the database itself, which a
+    hard link in another directory leads to as well. That one is of a kind that SQLite's own locks,
+    which a process loses whenever it closes the file, do not touch. The kernel frees both,
+    however the process ends."""
+
+    def __init__(self, path: str) -> None:
+        """Make directory and file for their owner alone, and lock them. Raises BadConfig."""
         flags = os.O_RDWR | os.O_CREAT
-        os.close(os.open(path, flags, 0o600))
-        lock = os.fdopen(os.open(path + ".lock", flags | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+")
-    except OSError as error:
-        raise BadConfig(f"{path} cannot be opened: {error.strerror}; choose another --db") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-            lock_it: Any = vars(msvcrt)["locking"]  # not there for a type checker on Linux
-            lock_it(lock.fileno(), 2, 1)  # LK_NBLCK
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        with lock:
-            raise BadConfig(f"another hub (pid {lock.read(20).strip() or 'unknown'}) already "
-                            f"serves {path}; stop it first, or choose another --db") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            self._database = os.open(path, flags, 0o600)
+            no_link = getattr(os, "O_NOFOLLOW", 0)
+            self._holder = os.fdopen(os.open(path + ".lock", flags | no_link, 0o600), "r+")
+        except OSError as error:
+            raise BadConfig(f"{path} cannot be opened: {error.strerror}; choose another --db"
+                            ) from None
+        try:
+            lock_whole(self._holder)
+            self.check()
+        except OSError as error:
+            pid = self._holder.read(20).strip()
+            self.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise BadConfig(f"{path} cannot be locked: {error.strerror}; choose a --db on "
+                                "another file system") from None
+            raise BadConfig(f"another hub (pid {pid or 'unknown'}) already serves {path}; stop it "
+                            "first, or choose another --db") from None
+        self._holder.truncate(0)
+        self._holder.write(str(os.getpid()))
+        self._holder.flush()
+
+    def check(self) -> None:
+        """Lock the database, or be told that it is locked still. Raises OSError if somebody
+        else has it, and where the file system refuses locks."""
+        if sys.platform != "linux":
+            return
+        import fcntl
+        fcntl.fcntl(self._database, fcntl.F_OFD_SETLK, LOCK_REQUEST)
+
+    def close(self) -> None:
+        """Unlock."""
+        self._holder.close()
+        os.close(self._database)
+
+
+def lock_whole(file: TextIO) -> None:
+    """Lock a file, or raise OSError at once."""
+    if os.name == "nt":
+        import msvcrt
+        lock_it: Any = vars(msvcrt)["locking"]  # not there for a type checker on Linux
+        lock_it(file.fileno(), 2, 1)  # LK_NBLCK
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ======================================================================================
-# HUB -- the bell: who is connected, who waits, what to wake.
-# Knows: names and sequence numbers.  Never: message content, sqlite, sockets.
+# TURN -- what happens, or is forgotten, together; and who waits to hear of it.
+# Knows: Store, names and sequence numbers, the time.  Never: HTTP, sockets, what mail says.
 # ======================================================================================
+
+
+class Event(TypedDict):
+    """Something small that is told and not stored."""
+
+    type: str
+    data: Mapping[str, object]
+
+
+Item = Message | Event  # what a listener is given
+
+
+class Outlet(Protocol):
+    """Somebody to whom a turn says something: a connection, as far as a turn knows it."""
+
+    out: bytearray  # what waits to be sent
+
+    def flush(self) -> None:
+        """Send what can be sent, after the commit."""
 
 
 class Listener:
-    """Somebody who waits for mail: an agent's socket, a watching dashboard, a parked request.
-    `wake` is called at most once a turn. A live listener is told what is new (`pending`,
-    `events`); one that fell behind is told nothing and reads on from its cursor."""
+    """Somebody who waits for mail: an agent's socket, a dashboard, a parked request.
 
-    def __init__(self, agent: str, cursor: int, wake: Callable[[], None], acks: bool = False):
+    A live listener is told what is new (`pending`, `events`). One that fell behind is told
+    nothing and reads on from its cursor, so that it is an old cursor, never a growing queue.
+    `wake` is called at most once a round of a turn, with the turn.
+    """
+
+    shows_session = True  # so it says what it rang, and its name is claimed while it is here
+
+    def __init__(self, agent: str, cursor: int, wake: Callable[[Turn], None]) -> None:
         self.agent = agent  # "" watches everything
         self.cursor = cursor  # seq of the last message it was given
         self.wake = wake
-        self.acks = acks  # it showed a session and says what it rang
         self.live = False
         self.pending: list[int] = []
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.missed = False  # events went by while it was behind
+        self.expelled = False  # its name has another owner now: it has to go
 
     def fall_back(self, cursor: int) -> None:
         """What it was given since `cursor` never left: read that again, when woken."""
-        self.cursor, self.live, self.missed = cursor, False, True
-        self.pending, self.events = [], []
+        self.cursor = cursor
+        self.live = False
+        self.missed = True
+        self.pending = []
+        self.events = []
 
 
-class Hub:
-    """All Listeners. Not thread-safe: it belongs to the I/O thread."""
+class LegacyListener(Listener):
+    """The socket of an older client. Its whole protocol, as far as it differs:
+
+    - it may connect before its agent has registered, and never shows a session;
+    - so nothing is claimed by it, and its agent is marked as not verified;
+    - it need not say what it rang: what was written to it counts as rung. It may say so all
+      the same, and the receipt then names the door;
+    - of several such sockets of one name each is given everything;
+    - it is told in `agent_status` when an agent declares a status or goes offline.
+    """
+
+    shows_session = False
+
+
+class Switchboard:
+    """All listeners, by name. Not thread-safe: it belongs to the I/O thread."""
 
     def __init__(self) -> None:
         self.watchers: list[Listener] = []
-        self.sockets = {"": self.watchers}  # by lower-case agent name, oldest first
+        self.sockets: dict[str, list[Listener]] = {"": self.watchers}  # oldest first
         self.parked: dict[str, list[Listener]] = {}  # requests; "" waits for any message
-        self.woken: dict[Listener, None] = {}  # an ordered set, emptied by each turn
 
     def enter(self, listener: Listener) -> None:
+        """A socket is there from now on."""
         self.sockets.setdefault(listener.agent.lower(), []).append(listener)
-        self.woken[listener] = None
 
-    def park(self, listener: Listener) -> Listener:
+    def park(self, listener: Listener) -> None:
+        """A request waits for mail."""
         self.parked.setdefault(listener.agent.lower(), []).append(listener)
-        return listener
 
-    def leave(self, listener: Listener) -> None:
-        """Forget a listener. Closing an old socket never deafens a newer one of the same name:
-        what it was given and did not ring is offered to the one that takes over."""
-        self.woken.pop(listener, None)
-        for rooms in (self.sockets, self.parked):
-            room = rooms.get(listener.agent.lower(), [])
-            if listener in room:
-                room.remove(listener)
-                if not room and room is not self.watchers:
-                    del rooms[listener.agent.lower()]
-                if listener.acks:
-                    self.rewind(listener.agent)
+    def leave(self, listener: Listener) -> bool:
+        """Forget a socket; False if it had been forgotten before."""
+        return self._remove(self.sockets, listener)
 
-    def acking(self, agent: str) -> list[Listener]:
+    def unpark(self, listener: Listener) -> None:
+        """Forget a request that waited."""
+        self._remove(self.parked, listener)
+
+    def _remove(self, rooms: dict[str, list[Listener]], listener: Listener) -> bool:
+        key = listener.agent.lower()
+        room = rooms.get(key, [])
+        if listener not in room:
+            return False
+        room.remove(listener)
+        if not room and room is not self.watchers:
+            del rooms[key]
+        return True
+
+    def present(self, agent: str) -> bool:
+        """Does this agent have any socket?"""
+        return agent.lower() in self.sockets
+
+    def owner(self, agent: str) -> Listener | None:
         """The newest socket that showed the agent's session, if there is one."""
-        return [socket for socket in self.sockets.get(agent.lower(), ()) if socket.acks][-1:]
+        for listener in reversed(self.sockets.get(agent.lower(), ())):
+            if listener.shows_session:
+                return listener
+        return None
 
     def bells(self, agent: str) -> list[Listener]:
-        """Who is pushed this agent's mail: one socket that acknowledges, for two must not ring
-        the same message; else, for older clients, every one."""
-        return self.acking(agent) or self.sockets.get(agent.lower(), [])
+        """Who is pushed this agent's mail: the owner's newest socket alone, for two must not
+        ring the same message; else, for older clients, every one."""
+        owner = self.owner(agent)
+        if owner:
+            return [owner]
+        return self.sockets.get(agent.lower(), [])
 
-    def ring(self, agent: str, seq: int, bells: Iterable[Listener]) -> None:
-        """Message `seq` concerns this agent ("": whoever watches everything): wake the given
-        bells, and who waits for it without a socket."""
-        for listener in bells:
-            listener.pending.append(seq)
-            self.woken[listener] = None
-        for listener in self.parked.get(agent.lower(), ()) if self.parked else ():
-            self.woken[listener] = None
+    def legacy(self) -> list[Listener]:
+        """The sockets of all older clients."""
+        everybody = itertools.chain.from_iterable(self.sockets.values())
+        return [listener for listener in everybody if not listener.shows_session]
 
-    def tell(self, kind: str, data: Any, listeners: list[Listener] | None = None) -> None:
-        """A small event that is not stored, for watchers unless said otherwise. Whoever is behind
-        misses it and knows."""
-        for listener in self.watchers if listeners is None else listeners:
-            if listener.live:
-                listener.events.append({"type": kind, "data": data})
-                self.woken[listener] = None
-            else:
-                listener.missed = True
+    def behind(self) -> list[Listener]:
+        """The sockets that read on from their cursor."""
+        everybody = itertools.chain.from_iterable(self.sockets.values())
+        return [listener for listener in everybody if not listener.live]
+
+
+class TurnMark(NamedTuple):
+    """Where one client's share of a turn begins."""
+
+    rings: int
+    events: int
+    calls: int
+
+
+class Turn:
+    """Everything that happens, or is forgotten, together: one transaction, what was said in
+    it, who was woken by it. Who has no turn cannot write.
+
+    Nothing of it leaves the process before `finish`. `savepoint` and `undo` take back one
+    client's share, so that nobody's mistake is another's failure.
+    """
+
+    def __init__(self, store: Store, board: Switchboard) -> None:
+        self.store = store
+        self.board = board
+        self.now = utc(time.time())  # one time for everything that happens in it
+        self.clock = time.monotonic()
+        self.outlets: dict[Outlet, int] = {}  # how much of `out` is older than this turn
+        self.said = 0  # bytes
+        self.moved: dict[Listener, int] = {}  # cursors before this turn
+        self.rings: list[tuple[Listener, int]] = []
+        self.events: list[tuple[Listener, Event]] = []
+        self.calls: list[Listener] = []  # woken without being told anything
+
+    # -- what is said, and to whom
+
+    def say(self, outlet: Outlet, data: bytes) -> None:
+        """Held until the commit. `outlet` takes part in this turn from now on."""
+        self.outlets.setdefault(outlet, len(outlet.out))
+        outlet.out += data
+        self.said += len(data)
+
+    def keep(self, outlet: Outlet) -> None:
+        """What was said to this one holds even if the turn fails: it was read from what is
+        committed."""
+        self.outlets[outlet] = len(outlet.out)
+
+    def ring(self, listener: Listener, seq: int) -> None:
+        """Message `seq` concerns this listener, which is live."""
+        self.rings.append((listener, seq))
+
+    def call(self, listener: Listener) -> None:
+        """Wake this listener, to read on from its cursor."""
+        self.calls.append(listener)
+
+    def call_parked(self, agent: str) -> None:
+        """Wake the requests that wait for this agent's mail, "" for anybody's."""
+        if self.board.parked:
+            self.calls += self.board.parked.get(agent.lower(), ())
+
+    def tell(self, listeners: Iterable[Listener], kind: str, data: Mapping[str, object]) -> None:
+        """A small event that is not stored. Whoever is behind misses it, and knows."""
+        for listener in listeners:
+            self.events.append((listener, {"type": kind, "data": data}))
+
+    def tell_watchers(self, kind: str, data: Mapping[str, object]) -> None:
+        """The same for whoever looks at everything."""
+        if self.board.watchers:
+            self.tell(self.board.watchers, kind, data)
 
     def rewind(self, agent: str) -> None:
         """Let this agent's bells read again from the start what has not rung yet."""
-        for listener in self.bells(agent):
+        for listener in self.board.bells(agent):
+            self.moved.setdefault(listener, listener.cursor)
             listener.fall_back(0)
-            self.woken[listener] = None
+            self.calls.append(listener)
 
+    def moves(self, listener: Listener) -> None:
+        """This listener is about to be given something."""
+        self.moved.setdefault(listener, listener.cursor)
 
-# ======================================================================================
-# ROSTER -- who is who: names, sessions, groups, presence.
-# Knows: Store, Hub, the clock.  Never: http, json, sqlite3, sockets, subprocess.
-# ======================================================================================
+    def woken(self) -> list[Listener]:
+        """Whom all this concerns, once each, with what they are told in their hands. Asked
+        again until it is nobody: what the woken do may concern others."""
+        woken: dict[Listener, None] = {}
+        for listener, seq in self.rings:
+            if listener.live:
+                listener.pending.append(seq)
+            woken[listener] = None
+        for listener, event in self.events:
+            if listener.live:
+                listener.events.append(event)
+                woken[listener] = None
+            else:
+                listener.missed = True
+        for listener in self.calls:
+            woken[listener] = None
+        self.rings.clear()
+        self.events.clear()
+        self.calls.clear()
+        return list(woken)
 
-class Ask(NamedTuple):
-    """One request, whatever it came in by."""
+    # -- one client's share
 
-    query: Mapping[str, str]
-    body: Mapping[str, Any]
-    session: str  # the secret of X-Agent-Session, "" if none was shown
+    def savepoint(self) -> TurnMark:
+        """Where somebody's share begins, for `undo`."""
+        self.store.savepoint()
+        return TurnMark(len(self.rings), len(self.events), len(self.calls))
 
-    def text(self, key: str) -> str:
-        return self.query.get(key, "")
+    def undo(self, mark: TurnMark) -> bool:
+        """Everything written and everybody woken since then is forgotten; what was said is
+        the caller's own affair. Returns whether anything had been written."""
+        del self.rings[mark.rings :]
+        del self.events[mark.events :]
+        del self.calls[mark.calls :]
+        return self.store.undo()
 
-    def number(self, key: str, default: int, most: int = END, least: int = 1) -> int:
-        """A number of the query; nonsense means the default, as older clients expect."""
-        match = re.fullmatch(r"\d{1,18}", self.text(key), re.A)
-        return min(int(match[0]), most) if match and int(match[0]) >= least else default
+    # -- the end
+
+    def finish(self) -> None:
+        """Commit: afterwards everything is on disk and may be said.
+
+        Raises the ChatError of a turn that did not get there. Then nothing of it is left but
+        what the outlets hold, and the listeners stand where they stood before.
+        """
+        try:
+            self.store.commit()
+        except ChatError:
+            for listener, cursor in self.moved.items():
+                listener.fall_back(cursor)
+            raise
 
 
 def utc(seconds: float) -> str:
     """RFC 3339 with microseconds, of a UNIX time."""
     whole, micro = divmod(int(seconds * 1e6), 1_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{micro:06d}Z"
+    return f"{utc_second(whole)}.{micro:06d}Z"
 
 
-def checked_names(value: object, what: str) -> tuple[str, ...]:
-    """A list of distinct names in their order; nothing at all is an empty one."""
-    names = value or []
-    if not isinstance(names, list):
-        raise BadRequest(f"{what}s must be a list of names")
-    return tuple(dict.fromkeys(
-        "*" if (what, name) == ("sender", "*") else checked_name(name, what) for name in names))
+@functools.lru_cache(maxsize=4)  # one turn after the other asks for the same second
+def utc_second(whole: int) -> str:
+    """A time up to its seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
-def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
-    import difflib
-    close = difflib.get_close_matches(str(name), list(known)[:1000], 3, 0.5)
-    return NotFound(f"{what} {name!r} not found" + (
-        f"; did you mean {' or '.join(close)}?" if close else "; see GET /api/agents"))
+# ======================================================================================
+# DIRECTORY -- who is who: names, sessions, groups, presence.
+# Knows: Turn, Switchboard, the agents' rows.  Never: http, json, sqlite3, sockets, messages.
+# ======================================================================================
+
+FORMER_SESSIONS = 3  # of a name, that may have it back
+PROCESS_FIELD_CHARACTERS = 500  # type, host, cwd
+MAX_NAME_SUFFIX = 1000  # shop-2 to shop-999
+FIRST_LOOK = 64  # of these, to find the name that a process had before
 
 
-class Roster:
-    """All agents, as a cache of the Store. Runs on the I/O thread, inside a turn."""
+class RingJson(TypedDict):
+    """The last ring of an agent on the wire."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self.store, self.settings, self.hub = store, settings, Hub()
-        self.agents: dict[str, Agent] = {}  # by lower-case name
-        self.changed: dict[str, Agent] = {}  # whose rows the watchers have not seen yet
-        self.moment = ""  # the time of this turn, once somebody asked for it
-        self.load()
-        self.awaited = {key for key, agent in self.agents.items() if agent.verified}
-        self.await_until = time.monotonic() + CLAIM_GRACE_SECONDS
+    outcome: str
+    door: str
+    at: str
+    detail: str
 
-    def load(self) -> None:
-        """Read anew everything that is kept in memory; presence alone is carried over."""
-        old, self.agents = self.agents, {}
-        for agent in [Agent(HUMAN, utc(time.time())), *self.store.load_agents()]:
-            before = old.get(agent.name.lower(), agent)
-            agent.active, agent.shown, agent.door = before.active, before.shown, before.door
-            self.agents[agent.name.lower()] = self.changed[agent.name] = agent
-        self.agents[HUMAN].unread = self.store.count_unread(HUMAN)
 
-    def agent(self, name: object) -> Agent:
-        """A registered agent by any spelling of its name, or NotFound with close matches."""
-        found = self.agents.get(name.lower()) if isinstance(name, str) else None
-        if found is None:
-            raise not_found("agent", checked_name(name), [a.name for a in self.agents.values()])
-        return found
+class AgentJson(TypedDict):
+    """An agent on the wire."""
 
-    def spelt(self, name: str) -> str:
-        return self.agents[name.lower()].name if name.lower() in self.agents else name
+    name: str
+    status: Presence
+    registered_at: str
+    last_seen_at: str
+    verified: bool
+    type: str
+    host: str
+    cwd: str
+    groups: Sequence[str]
+    doors: Sequence[str]
+    mute: Sequence[str]
+    allow: Sequence[str]
+    unread: int
+    door: RingJson | None
+    door_note: str
+    quiet: int
 
-    def owns(self, session: str, agent: Agent) -> bool:
-        digest = hashlib.sha256(session.encode()).hexdigest()
-        return bool(session) and hmac.compare_digest(digest, agent.session_hash)
 
-    def acting(self, name: object, session: str) -> Agent:
-        """The agent a request acts as. A claimed name wants the session that claims it."""
-        agent = self.agent(name)
-        if not session and self.claimed(agent.name):
-            raise NotAllowed(f"{agent.name} is a running agent: acting as it needs the session "
-                             "that its registration returned (header X-Agent-Session)")
-        if session and not self.owns(session, agent):
-            raise NotAllowed(f"this session is not that of {agent.name} any more; register again")
-        if session and not agent.verified:
-            agent.verified = True
-            self.store.save_agent(agent)
-        self.came(agent)
-        return agent
+class RegisterRequest(NamedTuple):
+    """What an agent says of itself."""
 
-    def came(self, agent: Agent) -> None:
-        agent.active, agent.last_seen_at = time.monotonic(), self.now()
-        self.awaited.discard(agent.name.lower())
+    name: str
+    groups: tuple[str, ...]
+    type: str
+    host: str
+    cwd: str
+    doors: tuple[str, ...]
+    door_note: str
+    instance: str  # the CLI's own session, "" if it tells none
+    auto: bool  # a derived name: the hub may add a number
+    rename_from: str  # the sender's name so far, whose mail follows
 
-    def now(self) -> str:
-        """The time of this turn, one for everything that happens in it."""
-        self.moment = self.moment or utc(time.time())
-        return self.moment
-
-    def claimed(self, name: str) -> bool:
-        """Its owner is connected, or expected back after a restart of the hub."""
-        return bool(self.hub.acking(name)) or (
-            name.lower() in self.awaited and time.monotonic() < self.await_until)
-
-    def status(self, agent: Agent) -> str:
-        """online, idle, working or offline: presence first, then what the agent declared."""
-        if agent.name == HUMAN:
-            return "online" if self.hub.watchers else "offline"
-        if agent.name.lower() in self.hub.sockets:
-            return agent.status or "online"
-        recent = agent.active and time.monotonic() - agent.active < ONLINE_SECONDS
-        return (agent.status or "idle") if recent else "offline"
-
-    def show(self, agent: Agent, to_agents: bool = False) -> None:
-        """Tell a changed status to the watchers, and if it was declared or has run out, as older
-        hubs do, to older clients. Not that somebody came: a thousand would tell each other."""
-        self.changed[agent.name] = agent
-        status = self.status(agent)
-        if status != agent.shown and agent.name != HUMAN:
-            agent.shown = status
-            rooms = self.hub.sockets.values() if to_agents else [self.hub.watchers]
-            self.hub.tell("agent_status", {"agent": agent.name, "status": status},
-                          [one for room in rooms for one in room if not one.acks])
-
-    # -- calls of the wire contract
-
-    def register(self, ask: Ask) -> dict[str, Any]:
-        body, session = ask.body, ask.session
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> RegisterRequest:
+        """Out of a request body, or BadRequest for the first value that does not fit."""
         name = checked_name(body.get("name"))
         if name.lower() in RESERVED:
             raise BadRequest(f"the name {name!r} is reserved; choose another")
-        groups = checked_names(body.get("groups"), "group name")
-        agent = self.agents.get(name.lower())
-        if agent and self.claimed(name) and not self.owns(session, agent):
-            tries = (f"{name[:60]}-{number}" for number in range(2, 1000))
-            free = next((one for one in tries if not self.claimed(one)), "")
-            if body.get("auto") is not True or not free:
-                raise Conflict(f"the name {name!r} belongs to a running agent; choose another")
-            name, agent = free, self.agents.get(free.lower())
-        if agent is None:
-            agent = Agent(name, self.now())
-            agent.unread = self.store.count_unread(name)
-        if not self.owns(session, agent):
-            if agent.verified:  # a new process: what rang for the last one and was not seen
-                self.unring(agent, RINGING)
-            session = os.urandom(18).hex()
-            agent.session_hash = hashlib.sha256(session.encode()).hexdigest()
-            agent.verified, agent.status = False, ""
-        for field in ("type", "host", "cwd"):
-            setattr(agent, field, checked_text(body.get(field), field, 500))
-        agent.groups, agent.doors = groups, checked_names(body.get("doors"), "door")
-        self.came(agent)
-        self.store.save_agent(agent)
-        self.agents[agent.name.lower()] = agent
-        self.show(agent)
-        return {"status": "ok", "name": agent.name, "session": session, "unread": agent.unread,
-                "version": __version__}
-
-    def unring(self, agent: Agent, which: str = UNREAD) -> list[str]:
-        """Let the newest unread mail of an agent ring anew; its ids, oldest first."""
-        mail = self.store.newest_unread(agent.name, which)
-        self.store.mark(agent.name, mail, anew=True, rung_at=None, seen_at=None, quiet="")
-        return list(mail.values())
-
-    def deregister(self, ask: Ask) -> dict[str, Any]:
-        agent = self.acting(ask.body.get("agent_name"), ask.session)
-        if agent.name == HUMAN:
-            raise BadRequest("the human cannot be deregistered")
-        self.store.delete_agent(agent)
-        del self.agents[agent.name.lower()]
-        self.changed.pop(agent.name, None)
-        while void := self.hub.acking(agent.name):  # the name's next owner has his own session
-            self.hub.leave(void[0])
-        self.hub.tell("agent_gone", {"agent": agent.name})
-        return {"status": "ok"}
-
-    def set_status(self, ask: Ask) -> dict[str, Any]:
-        status = ask.body.get("status")
-        if status not in ("idle", "working"):
-            raise BadRequest("status must be 'idle' or 'working'")
-        agent = self.acting(ask.body.get("agent_name"), ask.session)
-        agent.status = status
-        self.store.save_agent(agent)
-        self.show(agent, to_agents=True)
-        return {"status": "ok"}
-
-    def set_bell(self, ask: Ask) -> dict[str, Any]:
-        """Whose mail rings for an agent. What is muted is stored and unread as ever."""
-        agent = self.agent(ask.body.get("agent_name"))
-        agent.mute, agent.allow = (
-            checked_names(ask.body.get(key), "sender") for key in ("mute", "allow"))
-        self.store.save_agent(agent)
-        self.changed[agent.name] = agent
-        return {"status": "ok", "mute": agent.mute, "allow": agent.allow}
-
-    def list_groups(self, ask: Ask | None = None) -> list[str]:
-        return sorted({group for agent in self.agents.values() for group in agent.groups})
+        old_name = body.get("rename_from") or ""
+        if old_name:
+            old_name = checked_name(old_name, "rename_from")
+        return cls(
+            name=name,
+            groups=checked_names(body.get("groups"), "group name", MAX_GROUPS),
+            type=checked_text(body.get("type"), "type", PROCESS_FIELD_CHARACTERS),
+            host=checked_text(body.get("host"), "host", PROCESS_FIELD_CHARACTERS),
+            cwd=checked_text(body.get("cwd"), "cwd", PROCESS_FIELD_CHARACTERS),
+            doors=checked_names(body.get("doors"), "door"),
+            door_note=checked_text(body.get("door_note"), "door_note", 300),
+            instance=checked_text(body.get("instance"), "instance", 200),
+            auto=body.get("auto") is True,
+            rename_from=str(old_name),
+        )
 
 
-# ======================================================================================
-# POST -- sending, and the loop guard: a budget of rings, never a refusal.
-# Knows: Roster.  Never: http, json, sqlite3, sockets, subprocess.
-# ======================================================================================
+class Agent:
+    """A registered agent as the hub remembers it: its row in the Store, and its presence.
 
-class Post(Roster):
-    """Appends a message with a row for each recipient, then rings for those it concerns."""
+    The row is a cache; presence alone lives only here.
+    """
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self.sends: dict[str, int] = {}  # messages per sender since start
-        # By two names, sorted: the times of their rings that were answered, and how many sends
-        # each of them had made when it was last rung.
-        self.pairs: dict[tuple[str, ...], tuple[list[float], dict[str, int]]] = {}
-        self.loops: dict[tuple[str, ...], dict[str, Any]] = {}  # the pairs that are quiet
-        super().__init__(store, settings)
+    def __init__(self, record: AgentRecord, unread: int = 0) -> None:
+        self.record = record
+        self.name = record.name
+        self.key = record.name.lower()
+        self.group_keys = lower_case(record.groups)
+        self.unread = unread
+        self.last_seen_at = record.last_seen_at  # newer than that of the row, between saves
+        self.active = 0.0  # monotonic time of the last request, 0 = gone
+        self.shown = Presence.OFFLINE  # the status that was last told to others
+        self.last_ring: RingJson | None = None
+
+    def save(self, turn: Turn, **changes: Any) -> None:
+        """Change fields of the row and write it."""
+        self.record = self.record._replace(last_seen_at=self.last_seen_at)._replace(**changes)
+        self.group_keys = lower_case(self.record.groups)
+        if self.key != HUMAN:
+            turn.store.save_agent(self.record)
+
+    def came(self, turn: Turn) -> None:
+        """A request or a socket of this agent is there."""
+        self.active = turn.clock
+        self.last_seen_at = turn.now
+
+    def is_at(self, host: str, cwd: str, instance: str) -> bool:
+        """Is it the same place, and not another session of the CLI there?"""
+        mine = self.record
+        if (mine.host, mine.cwd) != (host, cwd):
+            return False
+        return not mine.instance or not instance or mine.instance == instance
+
+    def carry_over(self, before: Agent) -> None:
+        """Presence, when the rows were read anew."""
+        self.active = before.active
+        self.shown = before.shown
+        self.last_ring = before.last_ring
+
+
+def lower_case(names: Iterable[str]) -> frozenset[str]:
+    """Names as they are compared: one, whatever their case."""
+    return frozenset(name.lower() for name in names)
+
+
+def digest_of(session: str) -> str:
+    """What is stored of a session: nobody who reads the file can act as its agent."""
+    return hashlib.sha256(session.encode()).hexdigest()
+
+
+def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
+    """The error for a name that nobody has, with close matches."""
+    import difflib
+
+    some = list(itertools.islice(known, 1000))
+    close = difflib.get_close_matches(str(name)[:NAME_CHARACTERS], some, 3, 0.5)
+    if close:
+        return NotFound(f"{what} {name!r} not found; did you mean {' or '.join(close)}?")
+    return NotFound(f"{what} {name!r} not found; see GET /api/agents")
+
+
+class Directory:
+    """All agents, as a cache of the Store. A name that has shown its session is that
+    session's: acting as it wants the session, also while its agent is away, and who has the
+    session gets the name back at any time. An agent that is away and has no unread mail
+    gives its name up to whoever registers it; one that has mail, only to a process of the
+    same place, which a restarted CLI is."""
+
+    def __init__(self, log: Store, board: Switchboard) -> None:
+        self.log = log
+        self.board = board
+        self.agents: dict[str, Agent] = {}  # by lower-case name
+        self.sessions: dict[str, Agent] = {}  # by digest
+        self.changed: dict[str, Agent] = {}  # whose rows the watchers have not seen yet
+        self.load()
+        self.awaited = {key for key, agent in self.agents.items() if agent.record.verified}
+        self.awaited_until = time.monotonic() + CLAIM_GRACE_SECONDS
 
     def load(self) -> None:
-        super().load()
-        self.loops = {}
-        for sender, name, thread, depth, since in self.store.quieted():
-            chain = 0 < self.settings.chain_limit < depth
-            self.go_quiet(sender, name, thread if chain else "", since)
+        """Read everything anew, when a turn has failed; presence is carried over."""
+        before = self.agents
+        human = Agent(AgentRecord(HUMAN), self.log.count_unread(HUMAN))
+        loaded = [Agent(record, unread) for record, unread in self.log.load_agents()]
+        self.agents = {agent.key: agent for agent in (human, *loaded)}
+        self.sessions = {agent.record.session_hash: agent for agent in loaded}
+        for key, agent in self.agents.items():
+            if key in before:
+                agent.carry_over(before[key])
+            self.changed[key] = agent
 
-    def post(self, ask: Ask) -> dict[str, Any]:
-        body = ask.body
-        sender = checked_name(body.get("from"), "from")
-        if sender.lower() in self.agents:
-            sender = self.acting(sender, ask.session).name
-        elif ask.session or sender.lower() in RESERVED:  # others may send without a registration
-            raise NotAllowed(f"nobody can send as {sender!r}: reserved, or not registered any more")
-        content = checked_text(body.get("content"), "content")
-        if not content.strip():
-            raise BadRequest("content is required: say something")
-        reply_to = checked_text(body.get("in_reply_to"), "in_reply_to", 128)
-        client_id = checked_text(body.get("client_id"), "client_id", 128)
-        to, group = body.get("to") or "", body.get("group") or ""
-        if bool(to) == bool(group):
-            raise BadRequest("give 'to' or 'group', not both" if to else
-                             "either 'to' or 'group' must be given")
-        known = self.store.by_client(sender, client_id) if client_id else None
-        if known:
-            if known[3:7] != (self.spelt(str(to)), group, content, reply_to):
-                raise Unprocessable("this client_id was used for another message; make a new one")
-            return self.sent(known, [receipt.agent for receipt in self.store.receipts(known)], "")
-        if to:
-            names = [self.agent(to).name]
-        else:
-            names = [agent.name for agent in self.agents.values() if group in agent.groups]
-            if not names:
-                raise not_found("group", checked_name(group, "group name"), self.list_groups())
-            names = [name for name in names if name != sender]
-        parent = self.store.message(reply_to) if reply_to else None
-        return self.deliver(
-            names, from_agent=sender, to_agent=names[0] if to else "", group=group, content=content,
-            in_reply_to=reply_to, verified=bool(ask.session), client_id=client_id or None,
-            thread=(parent.thread or parent.id) if parent else "",
-            depth=parent.depth + 1 if parent and sender != HUMAN else 0)
+    # -- looking up
 
-    def deliver(self, names: list[str], **words: Any) -> dict[str, Any]:
-        """Append, count, ring. Who is rung is decided once, here."""
-        seq, now, sender, reason = self.store.last_seq + 1, self.now(), words["from_agent"], ""
-        rising = f"msg-{time.time_ns() // 1_000_000}-{os.urandom(4).hex()}"  # for a compact index
-        message = Message(seq=seq, id=rising, created_at=now, **words)
-        self.sends[sender] = self.sends.get(sender, 0) + 1
-        if sender == HUMAN:  # whatever was quiet around those it speaks to may ring again
-            for key in [k for k in {**self.pairs, **self.loops} if not {*names}.isdisjoint(k)]:
-                self.end_loop(key)
-        rows: list[tuple[object, ...]] = []
+    def get(self, name: str) -> Agent | None:
+        """The agent of that name, in any spelling, if there is one."""
+        return self.agents.get(name.lower())
+
+    def find(self, name: object) -> Agent:
+        """The same, or BadRequest for what is no name, or NotFound with close matches."""
+        agent = self.agents.get(name.lower()) if isinstance(name, str) else None
+        if agent is None:
+            names = (known.name for known in self.agents.values())
+            raise not_found("agent", checked_name(name), names)
+        return agent
+
+    def spelling(self, name: str) -> str:
+        """A name as its agent wrote it when it registered."""
+        agent = self.get(name)
+        return agent.name if agent else name
+
+    def members(self, group: str) -> list[Agent]:
+        """All agents of a group, or NotFound with close matches."""
+        key = group.lower()
+        found = [agent for agent in self.agents.values() if key in agent.group_keys]
+        if not found:
+            raise not_found("group", checked_name(group, "group name"), self.groups())
+        return found
+
+    def groups(self) -> list[str]:
+        """The names of all groups."""
+        names: dict[str, str] = {}
+        for agent in self.agents.values():
+            for group in agent.record.groups:
+                names.setdefault(group.lower(), group)
+        return sorted(names.values())
+
+    def registered(self) -> list[Agent]:
+        """All agents but the human, by name."""
+        return [agent for key, agent in sorted(self.agents.items()) if key != HUMAN]
+
+    # -- sessions
+
+    def asker(self, session: str) -> Agent | None:
+        """The agent whose session this is."""
+        return self.sessions.get(digest_of(session)) if session else None
+
+    def acting(self, turn: Turn, name: object, session: str) -> Agent:
+        """The agent that a request acts as. Raises NotAllowed where the name wants a session
+        and this is not it."""
+        agent = self.find(name)
+        if session:
+            if self.asker(session) is not agent:
+                raise NotAllowed(
+                    f"this session is not that of {agent.name} any more; register again"
+                )
+            if not agent.record.verified:
+                agent.save(turn, verified=True)
+        elif agent.record.verified:
+            raise NotAllowed(
+                f"{agent.name} belongs to an agent: acting as it needs the session "
+                "that its registration returned (header X-Agent-Session)"
+            )
+        agent.came(turn)
+        self.awaited.discard(agent.key)
+        return agent
+
+    def claimed(self, name: str) -> bool:
+        """Its owner is connected, or expected back after a restart of the hub."""
+        if self.board.owner(name):
+            return True
+        return name.lower() in self.awaited and time.monotonic() < self.awaited_until
+
+    # -- coming and going
+
+    def register(self, turn: Turn, request: RegisterRequest, session: str) -> Agent:
+        """The agent that the request may be, its row written; `new_session` tells whether
+        its session has to be made. Raises Conflict where the name is another's."""
+        agent = self.get(self.granted_name(request, session))
+        if agent is None:
+            name = self.granted_name(request, session)
+            record = AgentRecord(name, registered_at=turn.now)
+            agent = Agent(record, self.log.count_unread(name))
+            self.agents[agent.key] = agent
+        agent.came(turn)
+        agent.save(
+            turn,
+            type=request.type,
+            host=request.host,
+            cwd=request.cwd,
+            groups=request.groups,
+            doors=request.doors,
+            door_note=request.door_note,
+            instance=request.instance or agent.record.instance,
+        )
+        self.awaited.discard(agent.key)
+        return agent
+
+    def granted_name(self, request: RegisterRequest, session: str) -> str:
+        """The name asked for, or, where the hub may add a number, the next one that this
+        process may have: first the one it had before."""
+        names = [request.name]
+        if request.auto:
+            stem = request.name[: NAME_CHARACTERS - 4]
+            names += [f"{stem}-{number}" for number in range(2, MAX_NAME_SUFFIX)]
+        for name in names[:FIRST_LOOK]:
+            if self.was_before(name, request, session):
+                return name
         for name in names:
-            agent = self.agents[name.lower()]
-            agent.unread += 1
-            quiet = "" if agent.rings_for(sender) else MUTED
-            if not quiet and (why := self.looping(name, message)):
-                quiet, reason = LOOPING, why
-            bells = [] if quiet else [bell for bell in self.hub.bells(name) if bell.live]
-            rung = bells and not bells[0].acks  # an older client never says so: given is rung
-            rows.append((seq, name, now if bells else None, now if rung else None, quiet))
-            self.hub.ring(name, seq, bells)
-        self.store.append(message, rows)
-        self.hub.ring("", seq, [watcher for watcher in self.hub.watchers if watcher.live])
-        if self.hub.watchers:
-            self.changed.update((name, self.agents[name.lower()]) for name in names)
-        return self.sent(message, names, reason)
+            if self.may_have(name, request):
+                return name
+        agent = self.agents[request.name.lower()]
+        if self.claimed(request.name):
+            raise Conflict(
+                f"the name {agent.name!r} belongs to a running agent; choose another"
+            )
+        raise Conflict(
+            f"the name {agent.name!r} has {agent.unread} unread messages for an agent in "
+            f"{agent.record.host}:{agent.record.cwd}; choose another, or register from there"
+        )
 
-    def sent(self, message: Message, names: list[str], quiet: str) -> dict[str, Any]:
-        shown = (self.agents.get(name.lower()) for name in names[:50])
-        return {"status": "ok", "id": message.id, "seq": message.seq, "quiet": quiet,
-                "recipients": [{"agent": agent.name, "status": self.status(agent),
-                                "unread": agent.unread, "last_seen_at": agent.last_seen_at}
-                               for agent in shown if agent],
-                "recipient_count": len(names)}
+    def was_before(self, name: str, request: RegisterRequest, session: str) -> bool:
+        """Was this name its session's, or the same CLI session's?"""
+        agent = self.get(name)
+        if agent is None:
+            return False
+        if session and digest_of(session) in (agent.record.session_hash, *agent.record.former):
+            return True
+        if not request.instance or agent.record.instance != request.instance:
+            return False
+        return not self.claimed(name) and agent.is_at(
+            request.host, request.cwd, request.instance
+        )
 
-    # -- the loop guard
+    def may_have(self, name: str, request: RegisterRequest) -> bool:
+        """Is the name free for a process that cannot prove to have had it?"""
+        agent = self.get(name)
+        if agent is None:
+            return True
+        if self.claimed(name):
+            return False
+        if not agent.record.verified or not agent.unread:
+            return True
+        return agent.is_at(request.host, request.cwd, request.instance)
 
-    def looping(self, name: str, message: Message) -> str:
-        """Why this message does not ring, or "": too long a chain, or too many answered rings. A
-        ring counts once its recipient has sent something since the last one: a burst in one
-        direction is no conversation, two or three agents in a circle are."""
-        sender, limits = message.from_agent, self.settings
-        if HUMAN in (name, sender) or sender == SERVER_NAME:
-            return ""
-        key = (sender, name) if sender < name else (name, sender)
-        chain = 0 < limits.chain_limit < message.depth
-        if not chain and key not in self.loops:
-            rings, answered = self.pairs.setdefault(key, ([], {}))
-            now, answers = time.monotonic(), self.sends.get(name, 0)
-            if answered.get(name) == answers:
-                return ""
-            answered[name] = answers
-            rings[:] = [at for at in rings if now - at < limits.pair_minutes * 60]
-            if not 0 < limits.pair_limit <= len(rings):
-                rings.append(now)
-                return ""
-        if key not in self.loops:
-            self.go_quiet(sender, name, message.thread if chain else "", self.now())
-            self.hub.tell("loop", {**self.loops[key], "quiet": True})
-        reason: str = self.loops[key]["reason"]
-        return reason
+    def open_session(self, turn: Turn, agent: Agent, session: str) -> str:
+        """The session with which this agent acts from now on: the one shown if it is its
+        own, or was; else a new one. Whoever held the name meanwhile has to go."""
+        record = agent.record
+        digest = digest_of(session) if session else ""
+        if digest and digest == record.session_hash:
+            return session
+        former = record.former
+        if digest and digest in former:
+            former = tuple(old for old in former if old != digest)
+            self.expel(turn, agent)
+        else:
+            if record.verified:
+                former = (record.session_hash, *former)[:FORMER_SESSIONS]
+            session = os.urandom(18).hex()
+            digest = digest_of(session)
+        self.sessions.pop(record.session_hash, None)
+        self.sessions[digest] = agent
+        agent.save(turn, session_hash=digest, former=former, verified=False, status="")
+        return session
 
-    def go_quiet(self, one: str, other: str, thread: str, since: str) -> None:
-        names, limits = sorted((one, other)), self.settings
-        why = (f"a chain of more than {limits.chain_limit} replies without a human" if thread else
-               f"{limits.pair_limit} rings in {limits.pair_minutes:g} minutes")
-        self.loops[tuple(names)] = {
-            "agents": names, "thread": thread, "since": since, "reason":
-            f"the bell between {' and '.join(names)} is quiet: {why}; mail is stored and unread, "
-            "a message from a human or a click on the dashboard lets it ring again"}
+    def expel(self, turn: Turn, agent: Agent) -> None:
+        """The sockets of whoever acted as this agent until now have to close."""
+        owner = self.board.owner(agent.name)
+        while owner:
+            self.board.leave(owner)
+            owner.expelled = True
+            turn.call(owner)
+            owner = self.board.owner(agent.name)
 
-    def list_loops(self, ask: Ask) -> list[dict[str, Any]]:
-        return list(self.loops.values())
+    def remove(self, turn: Turn, agent: Agent) -> None:
+        """The name is free; its unread mail stays under it."""
+        turn.store.delete_agent(agent.name)
+        del self.agents[agent.key]
+        self.sessions.pop(agent.record.session_hash, None)
+        self.changed.pop(agent.key, None)
+        self.awaited.discard(agent.key)
+        self.expel(turn, agent)
+        turn.tell_watchers("agent_gone", {"agent": agent.name})
 
-    def resume(self, ask: Ask) -> dict[str, Any]:
-        names, thread = ask.body.get("agents") or [], ask.body.get("thread") or ""
-        if not thread and not (isinstance(names, list) and len(names) == 2):
-            raise BadRequest("give the two 'agents' whose bell is quiet, or their 'thread'")
-        wanted = tuple(sorted(checked_name(name) for name in names))
-        keys = [key for key, loop in self.loops.items()
-                if key == wanted or (thread and loop["thread"] == thread)]
-        for key in keys:
-            self.end_loop(key)
-        return {"status": "ok", "resumed": len(keys)}
+    # -- presence
 
-    def end_loop(self, key: tuple[str, ...]) -> None:
-        """Begin to count anew; what was quiet rings."""
-        self.pairs.pop(key, None)
-        if loop := self.loops.pop(key, None):
-            self.store.unquiet(key[0], key[1], loop["thread"])
-            self.hub.tell("loop", {**loop, "quiet": False})
-            for name in key:
-                self.hub.rewind(name)
+    def status(self, agent: Agent) -> Presence:
+        """Presence first, then what the agent declared."""
+        if agent.key == HUMAN:
+            return Presence.ONLINE if self.board.watchers else Presence.OFFLINE
+        declared = agent.record.status
+        if self.board.present(agent.key):
+            return Presence(declared) if declared else Presence.ONLINE
+        if agent.active and time.monotonic() - agent.active < ONLINE_SECONDS:
+            return Presence(declared) if declared else Presence.IDLE
+        return Presence.OFFLINE
+
+    def show(self, turn: Turn, agent: Agent) -> None:
+        """Tell a changed status to the watchers. Not to the agents that somebody came or
+        left: a thousand would tell each other."""
+        self.changed[agent.key] = agent
+        status = self.status(agent)
+        if status != agent.shown and agent.key != HUMAN:
+            agent.shown = status
+            self._tell_status(turn, agent, self.board.watchers)
+
+    def show_declared(self, turn: Turn, agent: Agent) -> None:
+        """The same for a status that was declared or has run out: older clients hear of it
+        too."""
+        self.changed[agent.key] = agent
+        status = self.status(agent)
+        if status != agent.shown and agent.key != HUMAN:
+            agent.shown = status
+            self._tell_status(turn, agent, [*self.board.watchers, *self.board.legacy()])
+
+    def _tell_status(self, turn: Turn, agent: Agent, listeners: Iterable[Listener]) -> None:
+        turn.tell(listeners, "agent_status", {"agent": agent.name, "status": agent.shown})
+
+    def left(self, turn: Turn, agent: Agent) -> None:
+        """A socket of this agent has gone; if it was the last one, so has the agent."""
+        if not self.board.present(agent.key):
+            agent.active = 0.0
+            agent.last_seen_at = turn.now
+            self.show(turn, agent)
+
+    def row(self, agent: Agent, quiet: int) -> AgentJson:
+        """An agent on the wire; `quiet` is the number of its pairs whose bell is quiet."""
+        record = agent.record
+        return {
+            "name": agent.name,
+            "status": self.status(agent),
+            "registered_at": record.registered_at,
+            "last_seen_at": agent.last_seen_at,
+            "verified": record.verified,
+            "type": record.type,
+            "host": record.host,
+            "cwd": record.cwd,
+            "groups": record.groups,
+            "doors": record.doors,
+            "mute": record.mute,
+            "allow": record.allow,
+            "unread": agent.unread,
+            "door": agent.last_ring,
+            "door_note": record.door_note,
+            "quiet": quiet,
+        }
 
 
 # ======================================================================================
-# API -- the rules of the chat, whole: reading, receipts, sockets, background work.
-# Knows: Roster, Post.  Never: http, json, sqlite3, sockets, subprocess.
+# GUARD -- when two agents go on too long without a human: a budget of rings, no refusal.
+# Knows: names, the depth of a chain, the time it is told.  Never: Store, Turn, the clock.
+# ======================================================================================
+
+Pair = tuple[str, str]  # two agents, lower case, in alphabetical order
+
+
+class LoopJson(TypedDict):
+    """A quiet pair on the wire."""
+
+    agents: list[str]
+    thread: str
+    since: str
+    reason: str
+
+
+class Loop(NamedTuple):
+    """Two agents whose bell is quiet."""
+
+    one: str
+    other: str
+    thread: str  # whose chain grew too long, "" if they rang each other too often
+    since: str
+    reason: str
+
+    def pair(self) -> Pair:
+        """What it is known by."""
+        return pair_of(self.one, self.other)
+
+    def to_json(self) -> LoopJson:
+        """The quiet pair on the wire."""
+        return {
+            "agents": sorted((self.one, self.other)),
+            "thread": self.thread,
+            "since": self.since,
+            "reason": self.reason,
+        }
+
+
+class Exchange:
+    """What the guard remembers of two agents that ring each other."""
+
+    def __init__(self) -> None:
+        self.answered: list[float] = []  # when a ring came after its recipient had spoken
+        self.spoke: dict[str, int] = {}  # how often each had spoken when it was last rung
+
+
+def pair_of(one: str, other: str) -> Pair:
+    """Two names as a pair, whoever speaks, however they are written."""
+    first, second = sorted((one.lower(), other.lower()))
+    return first, second
+
+
+class Guard:
+    """Decides which messages wait without a ring. Touches nothing, is told everything.
+
+    A pair goes quiet when a chain of replies in which both have spoken grows longer than
+    `chain_limit` without a human in it, or when they ring each other more than `pair_limit`
+    times in `pair_minutes`. A ring counts once its recipient has spoken since the last one:
+    a burst in one direction is no conversation, two or three agents in a circle are.
+    """
+
+    def __init__(self, chain_limit: int, pair_limit: int, pair_minutes: float) -> None:
+        self.chain_limit = chain_limit
+        self.pair_limit = pair_limit
+        self.pair_minutes = pair_minutes
+        self.spoken: dict[str, int] = {}  # messages sent, by lower-case name
+        self.exchanges: dict[Pair, Exchange] = {}
+        self.loops: dict[Pair, Loop] = {}
+        self.by_agent: dict[str, set[Pair]] = {}  # the quiet pairs of an agent
+
+    def heard(self, sender: str) -> None:
+        """This one has sent something, to whomever."""
+        key = sender.lower()
+        self.spoken[key] = self.spoken.get(key, 0) + 1
+
+    def too_deep(self, depth: int) -> bool:
+        """Is a chain of so many replies longer than allowed?"""
+        return 0 < self.chain_limit < depth
+
+    def loop_of(self, one: str, other: str) -> Loop | None:
+        """The quiet pair of these two, if they are one."""
+        return self.loops.get(pair_of(one, other))
+
+    def count(self, agent: str) -> int:
+        """How many pairs of this agent are quiet."""
+        return len(self.by_agent.get(agent.lower(), ()))
+
+    def rings_too_often(self, sender: str, recipient: str, now: float) -> bool:
+        """Count a ring, and say whether the two have used up what they may in this time."""
+        exchange = self.exchanges.setdefault(pair_of(sender, recipient), Exchange())
+        key = recipient.lower()
+        spoken = self.spoken.get(key, 0)
+        if exchange.spoke.get(key) == spoken:
+            return False
+        exchange.spoke[key] = spoken
+        oldest = now - self.pair_minutes * 60
+        exchange.answered = [at for at in exchange.answered if at > oldest]
+        if 0 < self.pair_limit <= len(exchange.answered):
+            return True
+        exchange.answered.append(now)
+        return False
+
+    def go_quiet(self, one: str, other: str, thread: str, since: str) -> Loop:
+        """From now on the bell between these two is quiet; `thread` is that of a chain which
+        grew too long, "" if they rang each other too often."""
+        if thread:
+            why = f"a chain of more than {self.chain_limit} replies without a human"
+        else:
+            why = f"{self.pair_limit} rings in {self.pair_minutes:g} minutes"
+        names = " and ".join(sorted((one, other)))
+        reason = (
+            f"the bell between {names} is quiet: {why}; mail is stored and unread, "
+            "a message from a human or a click on the dashboard lets it ring again"
+        )
+        loop = Loop(one, other, thread, since, reason)
+        pair = loop.pair()
+        self.loops[pair] = loop
+        for name in pair:
+            self.by_agent.setdefault(name, set()).add(pair)
+        return loop
+
+    def around(self, agents: Iterable[str]) -> list[Loop]:
+        """The quiet pairs that one of these belongs to."""
+        pairs: dict[Pair, None] = {}
+        for agent in agents:
+            pairs.update(dict.fromkeys(self.by_agent.get(agent.lower(), ())))
+        return [self.loops[pair] for pair in pairs]
+
+    def of_thread(self, thread: str) -> list[Loop]:
+        """The pairs that went quiet in this thread."""
+        return [loop for loop in self.loops.values() if loop.thread == thread]
+
+    def end(self, loop: Loop) -> None:
+        """The two may ring again, and are counted anew."""
+        pair = loop.pair()
+        self.loops.pop(pair, None)
+        self.exchanges.pop(pair, None)
+        for name in pair:
+            quiet = self.by_agent.get(name, set())
+            quiet.discard(pair)
+            if not quiet:
+                self.by_agent.pop(name, None)
+
+    def forgive(self, agent: str) -> None:
+        """A human has spoken to this agent: its rings are counted anew."""
+        key = agent.lower()
+        for pair in [pair for pair in self.exchanges if key in pair]:
+            del self.exchanges[pair]
+
+    def forget_old(self, now: float) -> None:
+        """Drop what is too old to matter, so that memory does not grow with every name."""
+        oldest = now - self.pair_minutes * 60
+        for pair, exchange in list(self.exchanges.items()):
+            if not exchange.answered or exchange.answered[-1] < oldest:
+                del self.exchanges[pair]
+        known: set[str] = set()
+        for pair in self.exchanges:
+            known.update(pair)
+        self.spoken = {name: count for name, count in self.spoken.items() if name in known}
+
+    def load(self, loops: Iterable[Loop]) -> None:
+        """Begin with these quiet pairs, as they are stored."""
+        self.loops.clear()
+        self.by_agent.clear()
+        for loop in loops:
+            self.go_quiet(loop.one, loop.other, loop.thread, loop.since)
+
+
+# ======================================================================================
+# MAIL -- a message from its sender to everybody it is for, and how far it got with each.
+# Knows: Turn, Directory, Guard, the Store.  Never: http, json, sqlite3, sockets, threads.
 # ======================================================================================
 
 BACKLOG_PAGE = 100  # messages read at once for a socket that is behind
+RECIPIENTS_SHOWN = 50  # in the answer to a send
+REFERENCE_CHARACTERS = 128  # of in_reply_to and client_id
+CHOICE_CHARACTERS = 200
+RESUMED_AT_ONCE = 20  # quiet pairs in one turn; the others follow with the ticks
+RUNG_AGAIN = 100  # messages that one click offers to a door once more
+
+
+class SendRequest(NamedTuple):
+    """What somebody wants to say, and to whom: to an agent or to a group."""
+
+    sender: str
+    to: str
+    group: str
+    content: str
+    in_reply_to: str
+    client_id: str
+    choices: tuple[str, ...]
+
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> SendRequest:
+        """Out of a request body, or BadRequest for the first value that does not fit."""
+        sender = checked_name(body.get("from"), "from")
+        content = checked_text(body.get("content"), "content")
+        if not content.strip():
+            raise BadRequest("content is required: say something")
+        to = body.get("to") or ""
+        group = body.get("group") or ""
+        if to and group:
+            raise BadRequest("give 'to' or 'group', not both")
+        if to:
+            to = checked_name(to)
+        elif group:
+            group = checked_name(group, "group name")
+        else:
+            raise BadRequest("either 'to' or 'group' must be given")
+        return cls(
+            sender=sender,
+            to=str(to),
+            group=str(group),
+            content=content,
+            in_reply_to=checked_text(
+                body.get("in_reply_to"), "in_reply_to", REFERENCE_CHARACTERS
+            ),
+            client_id=checked_text(body.get("client_id"), "client_id", REFERENCE_CHARACTERS),
+            choices=checked_choices(body.get("choices"), str(to)),
+        )
+
+    def same_as(self, message: Message) -> bool:
+        """Was this message made of the same words to the same address?"""
+        return (
+            self.to.lower() == message.to_agent.lower()
+            and self.group.lower() == message.group.lower()
+            and self.content == message.content
+            and self.in_reply_to == message.in_reply_to
+            and self.choices == message.choices
+        )
+
+
+class RecipientJson(TypedDict):
+    """What the sender hears of a recipient."""
+
+    agent: str
+    status: Presence
+    unread: int
+    last_seen_at: str
+
+
+class SentJson(TypedDict):
+    """The answer to a send."""
+
+    status: str
+    id: str
+    seq: int
+    quiet: str
+    recipients: list[RecipientJson]
+    recipient_count: int
+
+
+class Handed(NamedTuple):
+    """Mail that was given to an agent and of which nobody knows yet whether it arrived."""
+
+    agent: str
+    seqs: list[int]
+
+
+class Page(NamedTuple):
+    """Unread mail, how much of it there is in all, and what becomes seen if it arrives."""
+
+    messages: list[Message]
+    unread: int
+    handed: Handed | None
+
+
+class Report(NamedTuple):
+    """What an agent's doorbell did."""
+
+    ids: list[str]
+    outcome: str
+    door: str
+    detail: str
+
+    @classmethod
+    def read(cls, frame: Mapping[str, object]) -> Report | None:
+        """Out of a frame of an agent's socket; None for every other frame."""
+        kind = frame.get("type")
+        ids = frame.get("ids")
+        if kind not in ("rung", "blocked") or not isinstance(ids, list):
+            return None
+        outcome = Ring.RUNG if kind == "rung" else frame.get("outcome") or Ring.UNCONFIRMED
+        return cls(
+            ids=[one for one in ids[:MAX_IDS] if isinstance(one, str)],
+            outcome=printable(str(outcome))[:32],
+            door=printable(str(frame.get("door") or ""))[:32],
+            detail=printable(str(frame.get("detail") or ""))[:300],
+        )
+
+
+class Hush(NamedTuple):
+    """Why a message waits without a bell: not at all, muted, or the loop guard."""
+
+    quiet: str = ""
+    reason: str = ""
+
+
+def checked_choices(value: object, to: str) -> tuple[str, ...]:
+    """The answers that a message offers to the human, none for nothing. Raises BadRequest
+    for what is no short list of short texts, and where there is no human to choose."""
+    if not value:
+        return ()
+    if not isinstance(value, list) or len(value) > MAX_CHOICES:
+        raise BadRequest(f"choices must be a list of at most {MAX_CHOICES} texts")
+    if to.lower() != HUMAN:
+        raise BadRequest(f"choices are for messages to {HUMAN!r} alone")
+    choices = tuple(checked_text(one, "a choice", CHOICE_CHARACTERS) for one in value)
+    if not all(choice.strip() for choice in choices):
+        raise BadRequest("a choice must say something")
+    return choices
+
+
+def checked_ids(value: object) -> list[str]:
+    """A list of message ids, none for nothing; BadRequest for anything else."""
+    ids = value or []
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise BadRequest("message_ids must be a list of message ids")
+    if len(ids) > MAX_IDS:
+        raise BadRequest(f"there may be at most {MAX_IDS} message_ids, not {len(ids)}")
+    return ids
+
+
+class Mail:
+    """Sending, handing over, receipts, and who is pushed what. Runs on the I/O thread."""
+
+    def __init__(self, log: Store, directory: Directory, guard: Guard) -> None:
+        self.log = log
+        self.directory = directory
+        self.guard = guard
+        self.resuming: collections.deque[Loop] = collections.deque()  # not quiet any more
+
+    # -- sending
+
+    def send(self, turn: Turn, request: SendRequest, session: str) -> SentJson:
+        """Store a message with a row for each recipient, then ring for those it concerns.
+
+        Raises NotFound for an unknown recipient, NotAllowed for a sender that needs another
+        session, Unprocessable for a client_id that had other words.
+        """
+        sender = self.checked_sender(turn, request.sender, session)
+        if request.client_id:
+            known = self.log.by_client(sender, request.client_id)
+            if known:
+                return self.sent_before(request, known)
+        recipients = self.recipients_of(request, sender)
+        parent = self.log.message(request.in_reply_to) if request.in_reply_to else None
+        message = self.new_message(
+            turn,
+            Message(
+                seq=0,
+                id="",
+                from_agent=sender,
+                to_agent=self.directory.spelling(request.to),
+                group=request.group,
+                content=request.content,
+                in_reply_to=request.in_reply_to,
+                verified=bool(session),
+                thread=thread_of(parent),
+                depth=depth_after(parent, sender),
+                client_id=request.client_id or None,
+                choices=request.choices,
+            ),
+        )
+        reason = self.deliver(turn, message, recipients)
+        return self.sent(message, recipients, len(recipients), reason)
+
+    def checked_sender(self, turn: Turn, name: str, session: str) -> str:
+        """The sender's name as it is registered. Others may send without a registration,
+        but not with a session, nor under a reserved name: NotAllowed."""
+        if self.directory.get(name):
+            return self.directory.acting(turn, name, session).name
+        if session or name.lower() in RESERVED:
+            raise NotAllowed(
+                f"nobody can send as {name!r}: reserved, or not registered any more"
+            )
+        return name
+
+    def recipients_of(self, request: SendRequest, sender: str) -> list[Agent]:
+        """Whom this is for, fixed now; a group's message is not for its sender."""
+        if request.to:
+            return [self.directory.find(request.to)]
+        members = self.directory.members(request.group)
+        return [agent for agent in members if agent.name != sender]
+
+    def new_message(self, turn: Turn, words: Message) -> Message:
+        """These words as the next message of the log."""
+        seq = self.log.last_seq + 1
+        tag = int.from_bytes(os.urandom(4))
+        return words._replace(seq=seq, id=message_id(seq, tag), created_at=turn.now)
+
+    def deliver(self, turn: Turn, message: Message, recipients: list[Agent]) -> str:
+        """Append, count, ring: who is rung is decided once, here. Returns why somebody is
+        not rung, as the sender is told."""
+        self.guard.heard(message.from_agent)
+        if message.from_agent == HUMAN:
+            self.human_spoke(turn, message, recipients)
+        reason = ""
+        deliveries: list[Delivery] = []
+        for agent in recipients:
+            agent.unread += 1
+            hush = self.hush(turn, agent, message)
+            if hush.quiet:
+                deliveries.append(Delivery(agent.name, quiet=hush.quiet))
+            else:
+                deliveries.append(self.push(turn, agent, message.seq))
+            reason = hush.reason or reason
+            turn.call_parked(agent.key)
+        turn.store.append(message, deliveries)
+        turn.call_parked("")
+        self.show_watchers(turn, message, recipients)
+        if is_question(message):
+            turn.store.ask_human(message)
+            turn.tell_watchers("waiting", {"id": message.id, "waiting": True})
+        return reason
+
+    def push(self, turn: Turn, agent: Agent, seq: int) -> Delivery:
+        """Ring the agent's sockets that are live; the others read on by themselves."""
+        bells = self.live(turn.board.bells(agent.key))
+        if not bells:
+            return Delivery(agent.name)
+        for bell in bells:
+            turn.ring(bell, seq)
+        legacy = any(not bell.shows_session for bell in bells)
+        return Delivery(agent.name, turn.now, turn.now if legacy else None)
+
+    def live(self, listeners: Iterable[Listener]) -> list[Listener]:
+        """Those that are told what is new."""
+        return [listener for listener in listeners if listener.live]
+
+    def show_watchers(self, turn: Turn, message: Message, recipients: Iterable[Agent]) -> None:
+        """Whoever looks at everything is given the message and the new counts."""
+        watchers = turn.board.watchers
+        if not watchers:
+            return
+        for watcher in self.live(watchers):
+            turn.ring(watcher, message.seq)
+        for agent in recipients:
+            self.directory.changed[agent.key] = agent
+
+    def sent(
+        self, message: Message, recipients: list[Agent], count: int, reason: str
+    ) -> SentJson:
+        """The answer to a send; of a large group it names the first."""
+        rows: list[RecipientJson] = []
+        for agent in recipients[:RECIPIENTS_SHOWN]:
+            row: RecipientJson = {
+                "agent": agent.name,
+                "status": self.directory.status(agent),
+                "unread": agent.unread,
+                "last_seen_at": agent.last_seen_at,
+            }
+            rows.append(row)
+        return {
+            "status": "ok",
+            "id": message.id,
+            "seq": message.seq,
+            "quiet": reason,
+            "recipients": rows,
+            "recipient_count": count,
+        }
+
+    def sent_before(self, request: SendRequest, message: Message) -> SentJson:
+        """The answer to a send that was stored before, as the first one was."""
+        if not request.same_as(message):
+            raise Unprocessable(
+                "this client_id was used for another message; make a new one"
+            )
+        names = self.log.recipients(message)
+        agents = [self.directory.get(name) for name in names]
+        recipients = [agent for agent in agents if agent]
+        reason = ""
+        for receipt in self.log.receipts(message):
+            loop = self.guard.loop_of(message.from_agent, receipt.agent)
+            if receipt.quiet == LOOPING and loop:
+                reason = loop.reason
+        return self.sent(message, recipients, len(names), reason)
+
+    # -- the loop guard
+
+    def hush(self, turn: Turn, agent: Agent, message: Message) -> Hush:
+        """Why this recipient is not rung for the message, if so."""
+        sender = message.from_agent
+        if not agent.record.rings_for(sender):
+            return Hush(MUTED)
+        if sender in (HUMAN, SERVER_NAME) or agent.key == HUMAN:
+            return Hush()
+        loop = self.guard.loop_of(sender, agent.name)
+        if loop is None:
+            loop = self.new_loop(turn, agent, message)
+        if loop is None:
+            return Hush()
+        return Hush(LOOPING, loop.reason)
+
+    def new_loop(self, turn: Turn, agent: Agent, message: Message) -> Loop | None:
+        """The pair, if this message makes it quiet. A chain counts for those who have spoken
+        in it: whoever joins a long one is heard."""
+        sender = message.from_agent
+        thread = ""
+        if self.guard.too_deep(message.depth) and self.both_spoke(message, agent):
+            thread = message.thread
+        elif not self.guard.rings_too_often(sender, agent.name, turn.clock):
+            return None
+        loop = self.guard.go_quiet(sender, agent.name, thread, turn.now)
+        turn.tell_watchers("loop", {**loop.to_json(), "quiet": True})
+        self.changed_pair(loop)
+        return loop
+
+    def both_spoke(self, message: Message, agent: Agent) -> bool:
+        """Have sender and recipient said something in this thread before?"""
+        return self.log.spoke(message.thread, message.from_agent) and self.log.spoke(
+            message.thread, agent.name
+        )
+
+    def changed_pair(self, loop: Loop) -> None:
+        for name in loop.pair():
+            agent = self.directory.get(name)
+            if agent:
+                self.directory.changed[agent.key] = agent
+
+    def human_spoke(self, turn: Turn, message: Message, recipients: list[Agent]) -> None:
+        """Whatever was quiet around those the human speaks to may ring again, and what they
+        asked is answered."""
+        loops = self.guard.around(agent.key for agent in recipients)
+        for agent in recipients:
+            self.guard.forgive(agent.key)
+        self.resume(turn, loops)
+        if message.to_agent:
+            for answered in turn.store.answered(message.to_agent):
+                turn.tell_watchers("waiting", {"id": answered, "waiting": False})
+
+    def resume(self, turn: Turn, loops: list[Loop]) -> None:
+        """Let these pairs ring again, at once. The mail that they held back follows, some
+        pairs in this turn and the others with the ticks."""
+        for loop in loops:
+            self.guard.end(loop)
+            self.changed_pair(loop)
+        self.resuming.extend(loops)
+        self.resume_some(turn)
+
+    def resume_some(self, turn: Turn) -> None:
+        """A bounded piece of the work that `resume` left."""
+        for _ in range(min(RESUMED_AT_ONCE, len(self.resuming))):
+            loop = self.resuming.popleft()
+            left = turn.store.unquiet(loop.one, loop.other, loop.thread)
+            if left:
+                self.resuming.append(loop)
+            else:
+                turn.tell_watchers("loop", {**loop.to_json(), "quiet": False})
+            for name in loop.pair():
+                turn.rewind(name)
+
+    def load(self) -> None:
+        """Read the quiet pairs anew; those that were resumed stay so."""
+        loops: list[Loop] = []
+        for pair in self.log.quiet_pairs():
+            thread = pair.thread if self.guard.too_deep(pair.depth) else ""
+            loops.append(Loop(pair.sender, pair.agent, thread, pair.since, ""))
+        self.guard.load(loops)
+        for loop in self.resuming:
+            self.guard.end(loop)
+
+    # -- reading
+
+    def fetch(self, agent: Agent, limit: int, most_bytes: int) -> Page:
+        """Unread mail, oldest first. Nothing is marked: handed over is not seen."""
+        messages, unseen = self.log.unread(agent.name, limit, most_bytes)
+        handed = Handed(agent.name, unseen) if unseen else None
+        return Page(messages, agent.unread, handed)
+
+    def seen(self, turn: Turn, agent: Agent, seqs: Iterable[int]) -> int:
+        """These have arrived at who asked for them; how many had not before."""
+        mail = self.own(seqs)
+        marked = turn.store.mark_seen(agent.name, mail, turn.now)
+        self.tell_receipts(turn, agent, mail, Reach.SEEN)
+        self.tell_unread(turn, agent)
+        return marked
+
+    def read(self, turn: Turn, agent: Agent, ids: Iterable[str]) -> int:
+        """Mark messages of this agent read; how many became so."""
+        mail = self.log.seqs_of(ids)
+        marked = turn.store.mark_read(agent.name, mail, turn.now)
+        agent.unread -= marked
+        self.tell_receipts(turn, agent, mail, Reach.READ)
+        self.tell_unread(turn, agent)
+        return marked
+
+    def unread_again(self, turn: Turn, agent: Agent, ids: Iterable[str]) -> int:
+        """Mark messages of this agent unread; how many became so."""
+        mail = self.log.seqs_of(ids)
+        marked = turn.store.mark_unread(agent.name, mail)
+        agent.unread += marked
+        self.tell_receipts(turn, agent, mail, Reach.SEEN)
+        self.tell_unread(turn, agent)
+        return marked
+
+    def own(self, seqs: Iterable[int]) -> dict[int, str]:
+        """Sequence numbers with the ids that receipts are told by."""
+        return {message.seq: message.id for message in self.log.messages(seqs)}
+
+    def move(self, turn: Turn, old: Agent, new: Agent) -> None:
+        """What one name has unread is the other's from now on."""
+        new.unread += turn.store.move_mail(old.name, new.name)
+        old.unread = 0
+
+    def dismiss(self, turn: Turn, ids: Iterable[str]) -> list[str]:
+        """The human will not answer these; the ids of those that waited for it."""
+        dismissed = turn.store.dismiss(self.log.seqs_of(ids))
+        for one in dismissed:
+            turn.tell_watchers("waiting", {"id": one, "waiting": False})
+        return dismissed
+
+    def tell_receipts(
+        self, turn: Turn, agent: Agent, mail: Mapping[int, str], step: Reach
+    ) -> None:
+        """Mail got so far with an agent: the watchers hear of it."""
+        self.directory.changed[agent.key] = agent
+        if not turn.board.watchers:
+            return
+        for one in mail.values():
+            receipt = {
+                "id": one,
+                "agent": agent.name,
+                "state": step,
+                "at": turn.now,
+                "door": None,
+                "outcome": None,
+            }
+            turn.tell_watchers("receipt", receipt)
+
+    def tell_unread(self, turn: Turn, agent: Agent) -> None:
+        """The agent's own plugin hears what is left, and so need not ring for it."""
+        owner = turn.board.owner(agent.key)
+        if owner:
+            unseen = len(self.log.waiting_unseen(agent.name))
+            counts = {"agent": agent.name, "unread": agent.unread, "unseen": unseen}
+            turn.tell([owner], "unread", counts)
+
+    # -- pushing
+
+    def listen(self, turn: Turn, listener: Listener) -> None:
+        """A socket is there: first it is given what never rang, in order, then what is new.
+        A dashboard's is given every message after its cursor."""
+        turn.board.enter(listener)
+        turn.call(listener)
+        agent = self.directory.get(listener.agent or HUMAN)
+        if agent:
+            agent.came(turn)
+            self.directory.show(turn, agent)
+
+    def leave(self, turn: Turn, listener: Listener) -> None:
+        """A socket has gone. Closing an old one never deafens a newer one of the same name:
+        what it was given and did not ring is offered to the one that takes over."""
+        if not turn.board.leave(listener):
+            return
+        if listener.shows_session:
+            turn.rewind(listener.agent)
+        agent = self.directory.get(listener.agent)
+        if agent:
+            self.directory.left(turn, agent)
+
+    def pull(self, turn: Turn, listener: Listener) -> Sequence[Item]:
+        """What this listener is given next; nothing once it has everything."""
+        turn.moves(listener)
+        if listener.live or listener.events:  # a watcher's hello comes before its backlog
+            return self.pull_new(listener)
+        page = self.backlog(listener)
+        if page:
+            listener.cursor = page[-1].seq
+            agent = self.directory.get(listener.agent)
+            if listener.agent and agent:
+                self.pushed(turn, listener, agent, page)
+            return page
+        listener.live = True
+        missed = listener.missed
+        listener.missed = False
+        if missed and not listener.agent:
+            return [{"type": "resync", "data": {}}]
+        return []
+
+    def pull_new(self, listener: Listener) -> Sequence[Item]:
+        """What it was told of since the last time."""
+        items: list[Item] = []
+        if listener.pending:
+            items += self.log.messages(listener.pending, END)
+            listener.cursor = max(listener.cursor, *listener.pending)
+        items += listener.events
+        listener.pending = []
+        listener.events = []
+        return items
+
+    def backlog(self, listener: Listener) -> list[Message]:
+        """The next page behind its cursor."""
+        if listener.agent:
+            return self.log.unrung(listener.agent, listener.cursor, BACKLOG_PAGE)
+        everything = Query(
+            BACKLOG_PAGE,
+            low=listener.cursor + 1,
+            newest=False,
+            most_bytes=OUT_HIGH_WATER,
+        )
+        return self.log.find(everything)
+
+    def pushed(
+        self, turn: Turn, listener: Listener, agent: Agent, page: Iterable[Message]
+    ) -> None:
+        """A backlog was written to an agent's socket; to an older client's that is a ring."""
+        mail = {message.seq: message.id for message in page}
+        rung = not listener.shows_session
+        turn.store.mark_pushed(agent.name, mail, turn.now, rung=rung)
+        self.tell_receipts(turn, agent, mail, Reach.RUNG if rung else Reach.PUSHED)
+
+    def heard(self, turn: Turn, listener: Listener, frame: Mapping[str, object]) -> None:
+        """A frame from an agent's socket: what its doorbell did. Others are ignored."""
+        agent = self.directory.get(listener.agent)
+        report = Report.read(frame)
+        if agent is None or report is None:
+            return
+        mail = self.log.seqs_of(report.ids)
+        step = Reach.PUSHED
+        if report.outcome == Ring.RUNG:
+            step = Reach.RUNG
+            turn.store.mark_rung(agent.name, mail, turn.now, report.door)
+        else:
+            turn.store.mark_blocked(agent.name, mail, report.door, report.outcome)
+        agent.last_ring = {
+            "outcome": report.outcome,
+            "door": report.door,
+            "at": turn.now,
+            "detail": report.detail,
+        }
+        self.directory.changed[agent.key] = agent
+        if not turn.board.watchers:
+            return
+        for one in mail.values():
+            receipt = {
+                "id": one,
+                "agent": agent.name,
+                "state": step,
+                "at": turn.now,
+                "door": report.door,
+                "outcome": report.outcome,
+            }
+            turn.tell_watchers("receipt", receipt)
+
+    def ring_again(self, turn: Turn, agent: Agent) -> tuple[int, bool]:
+        """Offer the newest unread mail of an agent to its door once more; how much that is,
+        and whether anybody is there to ring."""
+        mail = self.log.waiting_unread(agent.name, RUNG_AGAIN)
+        turn.store.unring(agent.name, mail)
+        owner = turn.board.owner(agent.key)
+        if owner:
+            turn.tell([owner], "ring", {"ids": list(mail.values())})
+        return len(mail), owner is not None
+
+    def ring_anew(self, turn: Turn, agent: Agent) -> None:
+        """A new process has the name: what rang for the last one and was not seen, rings."""
+        mail = self.log.waiting_unseen(agent.name)
+        if mail:
+            turn.store.unring(agent.name, mail)
+
+
+def is_question(message: Message) -> bool:
+    """Does an agent ask the human something? With answers to choose from, or in words."""
+    if message.to_agent != HUMAN or message.from_agent in (HUMAN, SERVER_NAME):
+        return False
+    return bool(message.choices) or "?" in message.content
+
+
+def thread_of(parent: Message | None) -> str:
+    """The thread of an answer to this message: the id of its first one."""
+    if parent is None:
+        return ""
+    return parent.thread or parent.id
+
+
+def depth_after(parent: Message | None, sender: str) -> int:
+    """How many replies without a human an answer to this message would be."""
+    if parent is None or sender == HUMAN:
+        return 0
+    return parent.depth + 1
+
+
+# ======================================================================================
+# ARCHIVE -- what was said before: history, search, threads, export, traffic.
+# Knows: one Log, so any thread may have its own.  Never: Store, Turn, Directory, sockets.
+# ======================================================================================
+
+EXPORT_PAGE = 200  # messages read at once
+COUNT_MOST = 10_000  # a search stops counting there
+SLOW_SECONDS = 5  # of one question to the log; then it is given up
+
+
+class ShownJson(MessageJson):
+    """A message as people look at it: with its thread and how far it got."""
+
+    thread: str
+    receipts: list[ReceiptJson]
+
+
+class ThreadJson(TypedDict):
+    """A message and all that belongs to it."""
+
+    message: ShownJson
+    thread: list[ShownJson]
+
+
+# "from" is a word of Python's
+PairJson = TypedDict("PairJson", {"from": str, "to": str, "count": int})
+
+
+class BucketJson(TypedDict):
+    """How many messages a stretch of time has."""
+
+    at: str
+    count: int
+
+
+class SeenJson(TypedDict):
+    """How long it takes until mail is seen."""
+
+    count: int
+    median_s: float
+    worst_s: float
+
+
+class StatsJson(TypedDict):
+    """The picture of the traffic."""
+
+    range: str
+    since: str
+    until: str
+    total: int
+    pairs: list[PairJson]
+    buckets: list[BucketJson]
+    seen: SeenJson
+
+
+class Range(NamedTuple):
+    """A stretch of time for the picture of the traffic."""
+
+    seconds: int
+    buckets: int
+
+
+RANGES = {
+    "hour": Range(3600, 60),
+    "day": Range(86400, 96),
+    "week": Range(7 * 86400, 168),
+}
+
+
+class Archive:
+    """Reads what is committed. Raises NotFound, and what its Log raises."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def shown(self, message: Message) -> ShownJson:
+        """A message as people look at it."""
+        receipts = [receipt.to_json() for receipt in self.log.receipts(message)]
+        thread = message.thread or message.id
+        return {**message.to_json(), "thread": thread, "receipts": receipts}
+
+    def history(self, query: Query) -> list[ShownJson]:
+        """All that the query is after."""
+        return [self.shown(message) for message in self.log.find(query)]
+
+    def search(self, query: Query) -> list[ShownJson]:
+        """Whole words first, beginnings of words if there are none: at a million messages
+        the first takes 0.2 ms, the second up to 130."""
+        return self.history(self.searched(query))
+
+    def searched(self, query: Query) -> Query:
+        """The query with whole words if they are found, else with a beginning."""
+        if self.log.find(query._replace(limit=1)):
+            return query
+        return query._replace(text=query.text + "*")
+
+    def count(self, query: Query) -> int:
+        """How many there are; it stops at COUNT_MOST."""
+        if query.text:
+            query = self.searched(query)
+        return self.log.count(query, COUNT_MOST)
+
+    def message(self, message_id: str) -> ThreadJson:
+        """One message with its thread."""
+        message = self.log.message(message_id)
+        if message is None:
+            raise NotFound(f"message {message_id!r} not found")
+        thread = self.log.thread(message.thread or message.id, MAX_PAGE)
+        return {
+            "message": self.shown(message),
+            "thread": [self.shown(one) for one in thread],
+        }
+
+    def stats(self, name: str, now: float) -> StatsJson:
+        """The traffic of the last hour, day or week: who with whom, how much when, how long
+        until it is seen. Counted by bisection: 10 ms at a million messages."""
+        spans = RANGES[name]
+        step = spans.seconds / spans.buckets
+        since = now - spans.seconds
+        moments = [utc(since + number * step) for number in range(spans.buckets + 1)]
+        seqs = [self.log.seq_at(moment) for moment in moments]
+        buckets: list[BucketJson] = []
+        for number in range(spans.buckets):
+            count = seqs[number + 1] - seqs[number]
+            buckets.append({"at": moments[number], "count": count})
+        traffic = self.log.traffic(seqs[0], END)
+        pairs: list[PairJson] = []
+        for pair in traffic.pairs:
+            pairs.append({"from": pair.sender, "to": pair.target, "count": pair.number})
+        seen = traffic.seen
+        median = seen[len(seen) // 2] if seen else 0.0
+        worst = seen[-1] if seen else 0.0
+        return {
+            "range": name,
+            "since": moments[0],
+            "until": moments[-1],
+            "total": seqs[-1] - seqs[0],
+            "pairs": pairs,
+            "buckets": buckets,
+            "seen": {"count": len(seen), "median_s": median, "worst_s": worst},
+        }
+
+    def export_page(self, query: Query) -> tuple[list[ShownJson], Query | None]:
+        """The next page of an export, oldest first, and what is left of the query."""
+        page = self.log.find(query._replace(limit=EXPORT_PAGE, newest=False))
+        if not page:
+            return [], None
+        rest = query._replace(low=page[-1].seq + 1)
+        return [self.shown(message) for message in page], rest
+
+
+# ======================================================================================
+# KEEPING -- what is done once a second: notices, retention, the search index, presence.
+# Knows: Turn, Directory, Guard, Mail, the clock.  Never: http, json, sqlite3, sockets.
+# ======================================================================================
+
 SWEEP_MESSAGES = 500  # looked at per tick by retention and by the notice of unseen mail
+SWEEP_BYTES = 8 << 20  # of content that one tick may delete
+SWEEP_AGENTS = 200  # rows told, saved or looked at per tick
+PRESENCE_TICKS = 5  # a status that has run out is noticed this often
+SAVE_TICKS = 30  # in which each agent's last_seen_at reaches the disk once
+FORGET_TICKS = 60  # between two looks at what may be forgotten
+DAY_SECONDS = 86400
 
 
-class Reading(Post):
-    """Mail that was sent: whose it is, how far it got, where it is found. `history`, `search`,
-    `message` and the pages of `export` may run on other threads: they read what is committed."""
+class Keeping:
+    """Background work, in small pieces, each in a turn of its own."""
 
-    read_only = False  # the turn is being answered again after a failed commit
+    def __init__(self, log: Store, directory: Directory, mail: Mail, settings: Settings) -> None:
+        self.log = log
+        self.directory = directory
+        self.mail = mail
+        self.settings = settings
+        self.ticks = 0
+        self.swept = 0  # seq that retention has reached
+        self.next_sweep = time.monotonic() + 5  # soon after start, then daily
+        self.looking_at: list[str] = []  # agents that retention has yet to look at
 
-    def fetch(self, ask: Ask) -> tuple[list[Message], int]:
-        """Unread mail, oldest first, and how much there is in all. Marks seen only for whoever
-        shows the agent's session, which a web page cannot."""
-        name, peek = ask.text("agent"), ask.text("peek") == "1"
+    def tick(self, turn: Turn, guard: Guard) -> None:
+        """Once a second."""
+        self.ticks += 1
+        for listener in turn.board.behind():
+            turn.call(listener)
+        if self.ticks % PRESENCE_TICKS == 0:
+            self.notice_absence(turn)
+        self.tell_rows(turn, guard)
+        self.save_presence(turn)
+        self.mail.resume_some(turn)
+        self.tell_unseen(turn)
+        turn.store.index_words()
+        self.retain(turn)
+        if self.ticks % FORGET_TICKS == 0:
+            guard.forget_old(turn.clock)
+            self.forget_agents(turn)
+            turn.store.forget_names()
+
+    def notice_absence(self, turn: Turn) -> None:
+        """A status that has run out is told."""
+        for agent in self.directory.agents.values():
+            if agent.shown != self.directory.status(agent):
+                self.directory.show_declared(turn, agent)
+
+    def tell_rows(self, turn: Turn, guard: Guard) -> None:
+        """The watchers are given the rows that have changed, some of many at a time."""
+        changed = self.directory.changed
+        if not turn.board.watchers:
+            changed.clear()
+            return
+        for key in list(itertools.islice(changed, SWEEP_AGENTS)):
+            agent = changed.pop(key)
+            row = self.directory.row(agent, guard.count(agent.key))
+            turn.tell_watchers("agent", {**row})
+
+    def save_presence(self, turn: Turn) -> None:
+        """When an agent was last seen reaches the disk every half minute, each in its own
+        second of it."""
+        due = self.ticks % SAVE_TICKS
+        for number, agent in enumerate(self.directory.agents.values()):
+            stale = agent.last_seen_at != agent.record.last_seen_at
+            if stale and number % SAVE_TICKS == due:
+                agent.save(turn)
+
+    def tell_unseen(self, turn: Turn) -> None:
+        """Tell senders, once, that mail has stayed unseen. A cursor walks over the log."""
+        minutes = self.settings.unseen_minutes
+        cursor = self.log.fact("unseen")
+        if not minutes or cursor >= self.log.last_seq:
+            return
+        limit = self.log.seq_at(utc(time.time() - minutes * 60))
+        high = min(limit, cursor + SWEEP_MESSAGES + 1)
+        if high <= cursor + 1:
+            return
+        for unseen in self.log.unseen_mail(cursor + 1, high):
+            self.tell_sender(turn, unseen)
+        turn.store.save_fact("unseen", high - 1)
+
+    def tell_sender(self, turn: Turn, unseen: UnseenMail) -> None:
+        """One notice to the sender, if both are still there."""
+        agent = self.directory.get(unseen.agent)
+        author = self.directory.get(unseen.sender)
+        if agent is None or author is None or agent is author:
+            return
+        minutes = self.settings.unseen_minutes
+        text = (
+            f"Your mail to {agent.name} is still unseen after {minutes:g} minutes: "
+            f"{unseen.number} waiting, the last is {unseen.last_id}. {agent.name} is "
+            f"{self.directory.status(agent)}, last seen {agent.last_seen_at}."
+        )
+        words = Message(
+            0, "", SERVER_NAME, to_agent=author.name, content=text, verified=True
+        )
+        self.mail.deliver(turn, self.mail.new_message(turn, words), [author])
+
+    def retain(self, turn: Turn) -> None:
+        """Delete old mail that everybody has read. Unread mail is kept, however old, and so
+        is the newest message: it holds the place of the next seq."""
+        days = self.settings.retention
+        if not days or time.monotonic() < self.next_sweep:
+            return
+        limit = self.log.seq_at(utc(time.time() - days * DAY_SECONDS))
+        high = min(self.swept + SWEEP_MESSAGES, limit, self.log.last_seq)
+        if high > self.swept:
+            self.swept = turn.store.prune(self.swept, high, SWEEP_BYTES)
+        else:
+            self.swept = 0
+            self.next_sweep = time.monotonic() + DAY_SECONDS
+
+    def forget_agents(self, turn: Turn) -> None:
+        """An agent that was not seen for the time of retention and has no mail is forgotten;
+        whoever registers ten thousand names does not leave them for ever."""
+        days = self.settings.retention
+        if not days:
+            return
+        if not self.looking_at:
+            self.looking_at = [agent.key for agent in self.directory.registered()]
+        limit = utc(time.time() - days * DAY_SECONDS)
+        looked_at = self.looking_at[-SWEEP_AGENTS:]
+        del self.looking_at[-SWEEP_AGENTS:]
+        for key in looked_at:
+            agent = self.directory.get(key)
+            if agent is None or agent.unread or agent.last_seen_at > limit:
+                continue
+            if self.directory.status(agent) == Presence.OFFLINE:
+                self.directory.remove(turn, agent)
+
+
+# ======================================================================================
+# API -- the calls of the wire contract: each checks what it was sent, then asks its desk.
+# Knows: the desks, Turn.  Never: http, json, sqlite3, sockets, subprocess.
+# ======================================================================================
+
+
+class Ask(NamedTuple):
+    """One request, whatever it came in by."""
+
+    query: Mapping[str, str]
+    body: Mapping[str, object]
+    session: str  # the secret of X-Agent-Session, "" if none was shown
+
+    def text(self, key: str) -> str:
+        """A value of the query, "" for none."""
+        return self.query.get(key, "")
+
+    def number(self, key: str, default: int, most: int = END, least: int = 1) -> int:
+        """A number of the query; nonsense means the default, as older clients expect."""
+        match = re.fullmatch(r"\d{1,18}", self.text(key), re.ASCII)
+        if not match or int(match[0]) < least:
+            return default
+        return min(int(match[0]), most)
+
+    def time(self, key: str) -> str:
+        """A time of the query as it is stored, "" for none. Raises BadRequest."""
+        return checked_time(self.text(key), key)
+
+
+class Answer(Enum):
+    """How an endpoint answers."""
+
+    NOW = "in this turn"
+    WAIT = "in this turn, or when there is something to say"
+    POOL = "from another thread, in a later turn"
+    STREAM = "piece by piece, from another thread"
+    SOCKET = "with a WebSocket"
+    FILE = "with a file of the program"
+    HEALTH = "that the hub is there"
+
+
+class Answered(NamedTuple):
+    """Mail that answers a request, or that it waits for."""
+
+    messages: Sequence[Message | ShownJson]
+    unread: int | None = None  # how much there is in all, where that was asked for
+    handed: Handed | None = None  # what becomes seen once the answer has arrived
+
+
+class Counted(NamedTuple):
+    """A page of a search, and how much it would find in all."""
+
+    rows: list[ShownJson]
+    total: int
+
+
+Job = Callable[[Archive], object]  # what a thread of the pool does with its own view
+PageMaker = Callable[[Archive], "list[ShownJson]"]  # the next page of an export, [] at its end
+
+
+class Api:
+    """Owns the desks. A method that takes a Turn and an Ask is an endpoint."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.board = Switchboard()
+        self.directory = Directory(store, self.board)
+        self.guard = Guard(settings.chain_limit, settings.pair_limit, settings.pair_minutes)
+        self.mail = Mail(store, self.directory, self.guard)
+        self.archive = Archive(store)
+        self.keeping = Keeping(store, self.directory, self.mail, settings)
+        self.mail.load()
+
+    # -- the turn
+
+    def begin_turn(self) -> Turn:
+        """Nothing has happened yet."""
+        return Turn(self.store, self.board)
+
+    def reload(self) -> None:
+        """Read anew everything that is kept in memory: it is a cache of the log."""
+        self.directory.load()
+        self.mail.load()
+
+    def abandon(self) -> None:
+        """Forget a turn that did not come to its end."""
+        self.store.rollback()
+
+    def tick(self, turn: Turn) -> None:
+        """Once a second."""
+        self.keeping.tick(turn, self.guard)
+
+    def reader(self) -> Archive:
+        """This thread's own view of what is committed."""
+        return Archive(self.store.reader())
+
+    def close(self) -> None:
+        """The last turn: when everybody was last seen."""
+        turn = self.begin_turn()
+        with contextlib.suppress(ChatError):
+            for agent in self.directory.registered():
+                if agent.last_seen_at != agent.record.last_seen_at:
+                    agent.save(turn)
+            turn.finish()
+        self.store.close()
+
+    # -- who is who
+
+    def register(self, turn: Turn, ask: Ask) -> object:
+        """Take a name, or come back under it; groups are replaced."""
+        request = RegisterRequest.read(ask.body)
+        old = None
+        if request.rename_from:
+            old = self.directory.acting(turn, request.rename_from, ask.session)
+        agent = self.directory.register(turn, request, ask.session)
+        was_verified = agent.record.verified
+        session = self.directory.open_session(turn, agent, ask.session)
+        inherited = 0
+        if session != ask.session:
+            inherited = agent.unread
+            if was_verified:
+                self.mail.ring_anew(turn, agent)
+        renamed = old is not None and old is not agent
+        if old is not None and renamed:
+            self.mail.move(turn, old, agent)
+            self.directory.remove(turn, old)
+        self.directory.show(turn, agent)
+        return {
+            "status": "ok",
+            "name": agent.name,
+            "session": session,
+            "unread": agent.unread,
+            "inherited": inherited,
+            "renamed": renamed,
+            "version": __version__,
+        }
+
+    def deregister(self, turn: Turn, ask: Ask) -> object:
+        """Give a name up; its unread mail waits for whoever has it next."""
+        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        if agent.key == HUMAN:
+            raise BadRequest("the human cannot be deregistered")
+        self.directory.remove(turn, agent)
+        return {"status": "ok"}
+
+    def set_status(self, turn: Turn, ask: Ask) -> object:
+        """An agent declares that it is idle or working."""
+        status = ask.body.get("status")
+        if status not in (Presence.IDLE, Presence.WORKING):
+            raise BadRequest("status must be 'idle' or 'working'")
+        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        agent.save(turn, status=status)
+        self.directory.show_declared(turn, agent)
+        return {"status": "ok"}
+
+    def set_bell(self, turn: Turn, ask: Ask) -> object:
+        """Whose mail rings for an agent. What is muted is stored and unread as ever."""
+        agent = self.directory.find(ask.body.get("agent_name"))
+        mute = checked_senders(ask.body.get("mute"))
+        allow = checked_senders(ask.body.get("allow"))
+        agent.save(turn, mute=mute, allow=allow)
+        self.directory.changed[agent.key] = agent
+        return {"status": "ok", "mute": mute, "allow": allow}
+
+    def list_agents(self, turn: Turn, ask: Ask) -> object:
+        """All agents but the human, by name."""
+        rows: list[AgentJson] = []
+        for agent in self.directory.registered():
+            rows.append(self.directory.row(agent, self.guard.count(agent.key)))
+        return rows
+
+    def list_groups(self, turn: Turn, ask: Ask) -> object:
+        """The names of all groups."""
+        return self.directory.groups()
+
+    def unread_of(self, session: str) -> int | None:
+        """How much unread mail the agent of this session has, None if it is nobody's."""
+        agent = self.directory.asker(session)
+        return agent.unread if agent else None
+
+    # -- mail
+
+    def send(self, turn: Turn, ask: Ask) -> object:
+        """Say something to an agent or to a group."""
+        return self.mail.send(turn, SendRequest.read(ask.body), ask.session)
+
+    def fetch(self, turn: Turn, ask: Ask) -> Answered:
+        """Unread mail, oldest first. It becomes seen only for whoever shows the agent's
+        session, which a web page cannot, and only once the answer has arrived."""
+        name = ask.text("agent")
+        peek = ask.text("peek") == "1"
         if not name:
             raise BadRequest("agent query parameter is required")
-        agent = self.agents.get(name.lower())
-        if agent is None:
-            return [], 0  # as older clients expect of a name nobody registered
-        if not peek or ask.session:
-            self.acting(name, ask.session)
-        page, unseen = self.store.unread(agent.name, ask.number("limit", 20, MAX_PAGE))
-        if unseen and ask.session and not peek and not self.read_only:
-            self.mark("seen", agent, {message.seq: message.id for message in unseen})
-        return page, agent.unread
+        agent = self.directory.get(name)
+        if agent is None:  # as older clients expect of a name that nobody registered
+            return Answered([], 0)
+        if ask.session or not peek:
+            self.directory.acting(turn, name, ask.session)
+        limit = ask.number("limit", 20, MAX_PAGE)
+        most_bytes = ask.number("max_bytes", MAX_TURN_PAGE_BYTES, MAX_TURN_PAGE_BYTES)
+        page = self.mail.fetch(agent, limit, most_bytes)
+        if peek or not ask.session:
+            return Answered(page.messages, page.unread)
+        return Answered(page.messages, page.unread, page.handed)
 
-    def mark_read(self, ask: Ask) -> dict[str, Any]:
-        name, ids = ask.body.get("agent_name"), ask.body.get("message_ids") or []
-        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-            raise BadRequest("message_ids must be a list of message ids")
-        if checked_name(name, "agent_name").lower() not in self.agents:
+    def arrived(self, turn: Turn, handed: Handed) -> None:
+        """What was handed over has reached its reader."""
+        agent = self.directory.get(handed.agent)
+        if agent:
+            self.mail.seen(turn, agent, handed.seqs)
+
+    def mark_seen(self, turn: Turn, ask: Ask) -> object:
+        """The reader says that these have arrived at who asked for them."""
+        ids = checked_ids(ask.body.get("message_ids"))
+        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        marked = self.mail.seen(turn, agent, self.store.seqs_of(ids))
+        return {"status": "ok", "marked": marked}
+
+    def mark_read(self, turn: Turn, ask: Ask) -> object:
+        """An agent has done with these messages; only its own rows change."""
+        name = checked_name(ask.body.get("agent_name"), "agent_name")
+        ids = checked_ids(ask.body.get("message_ids"))
+        if self.directory.get(name) is None:
             return {"status": "ok", "marked": 0}
-        agent = self.acting(name, ask.session)
-        return {"status": "ok", "marked": self.mark("read", agent, self.store.known(ids))}
+        agent = self.directory.acting(turn, name, ask.session)
+        return {"status": "ok", "marked": self.mail.read(turn, agent, ids)}
 
-    def mark(self, state: str, agent: Agent, mail: dict[int, str]) -> int:
-        """Mark mail (seq -> id) of one agent seen or read; tell its own socket and watchers."""
-        read = {"read_at": self.now()} if state == "read" else {}
-        count = self.reached(state, agent.name, mail, False, {"seen_at": self.now(), **read})
-        agent.unread -= count if read else 0
-        if acking := self.hub.acking(agent.name):
-            unseen = len(self.store.newest_unread(agent.name, RINGING))
-            self.hub.tell("unread", {
-                "agent": agent.name, "unread": agent.unread, "unseen": unseen}, acking)
-        return count
+    def mark_unread(self, turn: Turn, ask: Ask) -> object:
+        """An agent wants to be reminded of these."""
+        ids = checked_ids(ask.body.get("message_ids"))
+        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        return {"status": "ok", "marked": self.mail.unread_again(turn, agent, ids)}
 
-    def reached(self, state: str, name: str, mail: dict[int, str], anew: bool,
-                columns: dict[str, str]) -> int:
-        """Mail got so far with an agent: store it, tell the watchers."""
-        if name.lower() in self.agents:
-            self.changed[name] = self.agents[name.lower()]
-        for message_id in mail.values() if self.hub.watchers else ():
-            self.hub.tell("receipt", {
-                "id": message_id, "agent": name, "state": state, "at": self.now(),
-                "door": columns.get("door"), "outcome": columns.get("outcome")})
-        return self.store.mark(name, mail, anew, **columns)
+    def ring_again(self, turn: Turn, ask: Ask) -> object:
+        """Offer all unread mail of an agent to its door once more."""
+        agent = self.directory.find(ask.body.get("agent_name"))
+        count, connected = self.mail.ring_again(turn, agent)
+        return {"status": "ok", "messages": count, "connected": connected}
 
-    def shown(self, log: Log | None, message: Message) -> dict[str, Any]:
-        """A message as people look at it: with its thread and how far it got."""
-        receipts = (log or self.store).receipts(message)
-        return {**message.to_json(), "thread": message.thread or message.id,
-                "receipts": [receipt.to_json() for receipt in receipts]}
+    def list_waiting(self, turn: Turn, ask: Ask) -> object:
+        """What agents have asked the human and still wait to hear."""
+        questions = self.store.open_questions(ask.number("limit", 100, MAX_PAGE))
+        return [self.archive.shown(message) for message in questions]
 
-    def recent(self, ask: Ask) -> list[dict[str, Any]]:
+    def dismiss(self, turn: Turn, ask: Ask) -> object:
+        """The human will not answer these."""
+        ids = checked_ids(ask.body.get("message_ids"))
+        return {"status": "ok", "dismissed": len(self.mail.dismiss(turn, ids))}
+
+    def list_loops(self, turn: Turn, ask: Ask) -> object:
+        """The pairs whose bell is quiet."""
+        return [loop.to_json() for loop in self.guard.loops.values()]
+
+    def resume(self, turn: Turn, ask: Ask) -> object:
+        """Let a quiet pair ring again, or all of a thread, or all."""
+        loops = self.loops_meant(ask.body)
+        self.mail.resume(turn, loops)
+        return {"status": "ok", "resumed": len(loops)}
+
+    def loops_meant(self, body: Mapping[str, object]) -> list[Loop]:
+        """The quiet pairs that a request to resume is about, or BadRequest."""
+        if body.get("all") is True:
+            return list(self.guard.loops.values())
+        thread = checked_text(body.get("thread"), "thread", REFERENCE_CHARACTERS)
+        names = checked_names(body.get("agents"), "agent name")
+        if not thread and len(names) != 2:
+            raise BadRequest(
+                "give the two 'agents' whose bell is quiet, or their 'thread', or 'all'"
+            )
+        found: list[Loop] = []
+        if len(names) == 2:
+            one, other = names
+            loop = self.guard.loop_of(one, other)
+            if loop:
+                found.append(loop)
+        if thread:
+            found += [loop for loop in self.guard.of_thread(thread) if loop not in found]
+        return found
+
+    # -- what was said before
+
+    def recent(self, turn: Turn, ask: Ask) -> Answered:
         """Newest first; with `after`, what came after that seq, oldest first."""
-        after = "after" in ask.query
-        return [self.shown(self.store, message) for message in self.store.find(
-            ask.number("limit", 50, MAX_PAGE), low=self.cursor(ask) + 1 if after else 0,
-            high=END if after else ask.number("before", END), newest=not after)]
+        limit = ask.number("limit", 50, MAX_PAGE)
+        if "after" in ask.query:
+            low = self.cursor(ask) + 1
+            query = Query(limit, low=low, newest=False)
+        else:
+            query = Query(limit, high=ask.number("before", END))
+        query = query._replace(most_bytes=MAX_TURN_PAGE_BYTES)
+        return Answered(self.archive.history(query))
 
     def cursor(self, ask: Ask) -> int:
         """The `after` of a query; anything but a number means: from now on."""
         return ask.number("after", self.store.last_seq, least=0)
 
-    def wanted(self, log: Log, ask: Ask) -> dict[str, Any]:
-        """What a query is after, as `find` takes it."""
-        since, until = (checked_time(ask.text(key), key) for key in ("since", "until"))
-        high = log.seq_at(until + "~") if until else END  # "~" sorts after every digit
-        return {"query": ask.text("q"), "agent": self.spelt(ask.text("agent")),
-                "other": self.spelt(ask.text("with")), "group": ask.text("group"),
-                "low": log.seq_at(since) if since else 0,
-                "high": min(high, ask.number("before", END))}
+    def query_of(self, ask: Ask, log: Log) -> Query:
+        """What a search is after. Raises BadRequest for a time that is none."""
+        since = ask.time("since")
+        until = ask.time("until")
+        high = ask.number("before", END)
+        if until:
+            high = min(high, log.seq_at(until, after=True))
+        agent = ask.text("agent")
+        other = ask.text("with")
+        if not agent:  # one name is one name
+            agent = other
+            other = ""
+        return Query(
+            limit=ask.number("limit", 50, MAX_PAGE),
+            text=ask.text("q"),
+            agent=agent,
+            other=other,
+            sender=ask.text("from"),
+            recipient=ask.text("to"),
+            group=ask.text("group"),
+            low=log.seq_at(since) if since else 0,
+            high=high,
+        )
 
-    def history(self, ask: Ask) -> list[dict[str, Any]]:
-        log = self.store.reader()
-        page = log.find(ask.number("limit", 50, MAX_PAGE), **self.wanted(log, ask))
-        return [self.shown(log, message) for message in page]
+    def history(self, turn: Turn, ask: Ask) -> Job:
+        """Newest first, by agent, pair, group and time; with count=1 also how many."""
+        query = self.query_of(ask, self.store)
+        if ask.text("count") != "1":
+            return lambda archive: archive.history(query)
+        return lambda archive: Counted(archive.history(query), archive.count(query))
 
-    def search(self, ask: Ask) -> list[dict[str, Any]]:
-        """Whole words first: at a million messages 0.2 ms, a beginning of one up to 130."""
-        query = ask.text("q")
-        return query and (self.history(ask) or self.history(
-            ask._replace(query={**ask.query, "q": query + "*"}))) or []
+    def search(self, turn: Turn, ask: Ask) -> Job:
+        """Full text, newest first; with count=1 also how many."""
+        query = self.query_of(ask, self.store)
+        if not query.text.strip():
+            return lambda archive: []
+        if ask.text("count") != "1":
+            return lambda archive: archive.search(query)
+        return lambda archive: Counted(archive.search(query), archive.count(query))
 
-    def message(self, ask: Ask) -> dict[str, Any]:
-        log = self.store.reader()
-        message = log.message(ask.text("id"))
-        if message is None:
-            raise NotFound(f"message {ask.text('id')!r} not found")
-        thread = log.thread(message.thread or message.id, MAX_PAGE)
-        return {"message": self.shown(log, message), "thread": [self.shown(log, m) for m in thread]}
+    def message(self, turn: Turn, ask: Ask) -> Job:
+        """One message, its receipts and its thread."""
+        wanted = ask.text("id")
+        return lambda archive: archive.message(wanted)
 
-    def export(self, ask: Ask) -> Iterator[list[dict[str, Any]]]:
-        """Everything asked for, oldest first, a page at a time; the pages are read elsewhere."""
-        wanted = self.wanted(self.store, ask)
-        if wanted["query"] and not self.read_only:
-            self.store.index_words()
+    def stats(self, turn: Turn, ask: Ask) -> Job:
+        """The traffic of the last hour, day or week."""
+        name = ask.text("range") or "day"
+        if name not in RANGES:
+            raise BadRequest(f"range is one of {', '.join(RANGES)}, not {name!r}")
+        now = time.time()
+        return lambda archive: archive.stats(name, now)
 
-        def pages() -> Iterator[list[dict[str, Any]]]:
-            while page := self.store.reader().find(200, newest=False, **wanted):
-                wanted["low"] = page[-1].seq + 1
-                yield [self.shown(self.store.reader(), message) for message in page]
+    def export(self, turn: Turn, ask: Ask) -> PageMaker:
+        """Everything asked for, oldest first, a page at a time."""
+        rest: Query | None = self.query_of(ask, self.store)
 
-        return pages()
+        def next_page(archive: Archive) -> list[ShownJson]:
+            nonlocal rest
+            if rest is None:
+                return []
+            page, rest = archive.export_page(rest)
+            return page
 
-    def list_agents(self, ask: Ask) -> list[dict[str, Any]]:
-        return [self.agent_row(agent) for key, agent in sorted(self.agents.items()) if key != HUMAN]
-
-    def agent_row(self, agent: Agent) -> dict[str, Any]:
-        quiet = [{"with": next((n for n in pair if n != agent.name), agent.name),
-                  "reason": loop["reason"], "since": loop["since"]}
-                 for pair, loop in self.loops.items() if agent.name in pair]
-        row = {field: getattr(agent, field) for field in (*Agent.STORED, "unread", "door")
-               if field != "session_hash"}
-        return {**row, "status": self.status(agent), "quiet": quiet}
-
-
-class Api(Reading):
-    """The whole. A method that takes one Ask is a call of the wire contract: it checks first,
-    then writes, then rings."""
-
-    def __init__(self, store: Store, settings: Settings) -> None:
-        super().__init__(store, settings)
-        self.pulled: dict[Listener, int] = {}  # cursors before this turn
-        self.unpark = self.hub.leave
-        self.ticks = self.pruned = 0
-        self.next_prune = time.monotonic() + 5  # soon after start, then daily
-
-    # -- the turn
-
-    def commit(self) -> None:
-        """End the turn. If it did not reach the disk, everything it changed is forgotten."""
-        self.moment = ""
-        try:
-            self.store.commit()
-        except ChatError:
-            for listener, cursor in self.pulled.items():
-                listener.fall_back(cursor)
-            self.hub.woken.clear()  # `tick` wakes whoever is behind, when the cause may be gone
-            self.load()
-            raise
-        finally:
-            self.pulled.clear()
-
-    def spoil(self) -> None:
-        """Make this turn fail: a request died half-way through it."""
-        self.store.spoilt = StoreBusy("the hub made a mistake in this turn; send again")
-
-    def woken(self) -> list[Listener]:
-        """Whom this turn concerns, once each."""
-        woken = list(self.hub.woken)
-        self.hub.woken.clear()
-        return woken
-
-    def close(self) -> None:
-        with contextlib.suppress(ChatError):
-            for agent in self.agents.values():
-                if agent.active and agent.name != HUMAN:
-                    self.store.save_agent(agent)
-            self.store.commit()
-        self.store.close()
+        return next_page
 
     # -- sockets and parked requests
 
-    def listen(self, ask: Ask, wake: Callable[[], None]) -> Listener:
-        """An agent's socket: first what never rang, in order, then live. With watch=1 a
-        dashboard's: every message after a cursor, then everything live."""
-        name, session = ask.text("agent"), ask.session
+    def listen(self, turn: Turn, ask: Ask, wake: Callable[[Turn], None]) -> Listener:
+        """Who speaks on a new socket: a dashboard, an agent, or an older client's agent.
+
+        Raises NotAllowed for a name that wants another session.
+        """
+        name = ask.text("agent")
         if ask.text("watch") == "1":
             listener = Listener("", self.cursor(ask), wake)
-            listener.events.append({"type": "hello", "data": {
-                "seq": self.store.last_seq, "version": __version__}})
-        elif name.lower() in self.agents:
-            listener = Listener(self.acting(name, session).name, 0, wake, bool(session))
-        elif name and not session:  # older clients may connect before they register
-            listener = Listener(checked_name(name), 0, wake)
+            hello = {"seq": self.store.last_seq, "version": __version__}
+            listener.events.append({"type": "hello", "data": hello})
         else:
-            raise NotAllowed(f"{name} is not registered; register first") if name else BadRequest(
-                "agent query parameter is required: /ws?agent=NAME")
-        self.hub.enter(listener)
-        if agent := self.agents.get((listener.agent or HUMAN).lower()):
-            self.came(agent)
-            self.show(agent)
+            listener = self.agent_listener(turn, name, ask.session, wake)
+        self.mail.listen(turn, listener)
         return listener
 
-    def leave(self, listener: Listener) -> None:
-        self.hub.leave(listener)
-        agent = self.agents.get(listener.agent.lower())
-        if agent and agent.name.lower() not in self.hub.sockets:
-            agent.active, agent.last_seen_at = 0.0, self.now()
-            self.show(agent)
+    def agent_listener(
+        self, turn: Turn, name: str, session: str, wake: Callable[[Turn], None]
+    ) -> Listener:
+        """The socket of an agent, registered or, from an older client, not yet."""
+        if self.directory.get(name):
+            agent = self.directory.acting(turn, name, session)
+            if session:
+                return Listener(agent.name, 0, wake)
+            return LegacyListener(agent.name, 0, wake)
+        if not name:
+            raise BadRequest("agent query parameter is required: /ws?agent=NAME")
+        if session:
+            raise NotAllowed(f"{name} is not registered; register first")
+        return LegacyListener(checked_name(name), 0, wake)
 
-    def park(self, ask: Ask, wake: Callable[[], None]) -> Listener:
-        """A request without an answer yet. An agent's name waits for its mail, "" for any."""
-        return self.hub.park(Listener(self.spelt(ask.text("agent")), 0, wake))
+    def leave(self, turn: Turn, listener: Listener) -> None:
+        """A socket has gone."""
+        self.mail.leave(turn, listener)
 
-    def pull(self, listener: Listener) -> list[Message | dict[str, Any]]:
-        """What this listener is given next; [] once it has everything."""
-        self.pulled.setdefault(listener, listener.cursor)
-        if listener.live or listener.events:  # a watcher's hello comes before its backlog
-            items: list[Message | dict[str, Any]] = [
-                *self.store.messages(listener.pending, END), *listener.events]
-            listener.cursor = max([listener.cursor, *listener.pending])
-            listener.pending, listener.events = [], []
-            return items
+    def pull(self, turn: Turn, listener: Listener) -> Sequence[Item]:
+        """What this listener is given next; nothing once it has everything."""
+        return self.mail.pull(turn, listener)
+
+    def heard(self, turn: Turn, listener: Listener, frame: Mapping[str, object]) -> None:
+        """A frame of a client's socket."""
         if listener.agent:
-            page = self.store.unrung(listener.agent, listener.cursor, BACKLOG_PAGE)
-        else:
-            page = self.store.find(BACKLOG_PAGE, low=listener.cursor + 1, newest=False,
-                                   most=OUT_HIGH_WATER)
-        if page:
-            listener.cursor = page[-1].seq
-            if listener.agent:  # an older client never says what it rang: given is rung
-                rung = {} if listener.acks else {"rung_at": self.now()}
-                self.reached("rung" if rung else "pushed", listener.agent, {
-                    m.seq: m.id for m in page}, False, {"pushed_at": self.now(), **rung})
-            return list(page)
-        listener.live, missed, listener.missed = True, listener.missed, False
-        return [{"type": "resync", "data": {}}] if missed and not listener.agent else []
+            self.mail.heard(turn, listener, frame)
+        elif frame.get("type") == "ping":
+            turn.tell([listener], "pong", {})
 
-    def heard(self, listener: Listener, frame: Mapping[str, Any]) -> None:
-        """A frame from an agent's socket: what its doorbell did. Others are ignored."""
-        agent = self.agents.get(listener.agent.lower())
-        kind, ids = frame.get("type"), frame.get("ids")
-        if agent is None or kind not in ("rung", "blocked") or not isinstance(ids, list):
-            return
-        listener.acks, rung = True, {"rung_at": self.now()} if kind == "rung" else {}
-        mail = self.store.known(one for one in ids[:MAX_PAGE] if isinstance(one, str))
-        word = {"outcome": "rung" if rung else str(frame.get("outcome") or "unconfirmed")[:32],
-                "door": str(frame.get("door") or "")[:32]}
-        agent.door = {**word, "at": self.now()}
-        self.reached("rung" if rung else "pushed", agent.name, mail, True, {**word, **rung})
+    def park(self, ask: Ask, wake: Callable[[Turn], None]) -> Listener:
+        """A request without an answer yet. An agent's name waits for its mail, "" for any."""
+        listener = Listener(ask.text("agent"), 0, wake)
+        self.board.park(listener)
+        return listener
 
-    def ring_again(self, ask: Ask) -> dict[str, Any]:
-        """Offer all unread mail of an agent to its door once more."""
-        agent = self.agent(ask.body.get("agent_name"))
-        ids, bells = self.unring(agent), self.hub.acking(agent.name)
-        self.hub.tell("ring", {"ids": ids}, bells)
-        return {"status": "ok", "messages": len(ids), "connected": bool(bells)}
+    def unpark(self, listener: Listener) -> None:
+        """A request does not wait any more."""
+        self.board.unpark(listener)
 
-    # -- once a second
+    def shown(self, message: Message) -> ShownJson:
+        """A message as watchers get it."""
+        return self.archive.shown(message)
 
-    def tick(self) -> None:
-        """Background work, in small pieces, in a turn of its own."""
-        self.ticks += 1
-        for room in self.hub.sockets.values():
-            self.hub.woken.update((listener, None) for listener in room if not listener.live)
-        for agent in self.agents.values() if self.ticks % 5 == 0 else ():
-            if agent.shown != self.status(agent):
-                self.show(agent, to_agents=True)
-        for agent in self.changed.values() if self.hub.watchers else ():
-            self.hub.tell("agent", self.agent_row(agent))
-        self.changed.clear()
-        for agent in self.agents.values() if self.ticks % 30 == 0 else ():
-            if agent.name != HUMAN and agent.active and time.monotonic() - agent.active < 31:
-                self.store.save_agent(agent)  # it was seen since the last time
-        self.tell_unseen()
-        self.store.index_words()
-        self.retain()
 
-    def tell_unseen(self) -> None:
-        """Tell senders, once, that mail has stayed unseen. A cursor walks over the log."""
-        minutes, cursor = self.settings.unseen_minutes, self.store.fact("unseen")
-        if not minutes or cursor >= self.store.last_seq:
-            return
-        high = min(self.store.seq_at(utc(time.time() - minutes * 60)), cursor + SWEEP_MESSAGES + 1)
-        if high <= cursor + 1:
-            return
-        for sender, name, count, message_id, _ in self.store.unseen(cursor + 1, high):
-            agent, author = self.agents.get(name.lower()), self.agents.get(sender.lower())
-            if agent and author and agent is not author:
-                self.deliver([author.name], from_agent=SERVER_NAME, to_agent=author.name, content=(
-                    f"Your mail to {name} is still unseen after {minutes:g} minutes: {count} "
-                    f"waiting, the last is {message_id}. {name} is {self.status(agent)}, last seen "
-                    f"{agent.last_seen_at}."), verified=True)
-        self.store.save_fact("unseen", high - 1)
+class Endpoint(NamedTuple):
+    """What answers at an address, and how."""
 
-    def retain(self) -> None:
-        """Delete old mail that everybody has read. Unread mail is kept, however old, and so is
-        the newest message: it holds the place of the next seq."""
-        if not self.settings.retention or time.monotonic() < self.next_prune:
-            return
-        limit = self.store.seq_at(utc(time.time() - self.settings.retention * 86400))
-        high = min(self.pruned + SWEEP_MESSAGES, limit, self.store.last_seq)
-        if high > self.pruned:
-            self.store.prune(self.pruned, high)
-            self.pruned = high
-        else:
-            self.pruned, self.next_prune = 0, time.monotonic() + 86400
+    method: str
+    path: str
+    how: Answer
+    call: Callable[[Api, Turn, Ask], object] | None = None
+    file: str = ""  # of the program itself
+    needs_key: bool = True
+
+
+PAGE_FILE = "agent_chat_web.html"
+ENDPOINTS = (
+    Endpoint("POST", "/api/register", Answer.NOW, Api.register),
+    Endpoint("POST", "/api/deregister", Answer.NOW, Api.deregister),
+    Endpoint("POST", "/api/agents/status", Answer.NOW, Api.set_status),
+    Endpoint("POST", "/api/agents/bell", Answer.NOW, Api.set_bell),
+    Endpoint("POST", "/api/agents/ring", Answer.NOW, Api.ring_again),
+    Endpoint("POST", "/api/send", Answer.NOW, Api.send),
+    Endpoint("POST", "/api/send-group", Answer.NOW, Api.send),
+    Endpoint("POST", "/api/messages/seen", Answer.NOW, Api.mark_seen),
+    Endpoint("POST", "/api/messages/read", Answer.NOW, Api.mark_read),
+    Endpoint("POST", "/api/messages/unread", Answer.NOW, Api.mark_unread),
+    Endpoint("POST", "/api/messages/dismiss", Answer.NOW, Api.dismiss),
+    Endpoint("POST", "/api/loops/resume", Answer.NOW, Api.resume),
+    Endpoint("GET", "/api/agents", Answer.NOW, Api.list_agents),
+    Endpoint("GET", "/api/groups", Answer.NOW, Api.list_groups),
+    Endpoint("GET", "/api/loops", Answer.NOW, Api.list_loops),
+    Endpoint("GET", "/api/waiting", Answer.NOW, Api.list_waiting),
+    Endpoint("GET", "/api/messages", Answer.WAIT, Api.fetch),
+    Endpoint("GET", "/api/messages/recent", Answer.WAIT, Api.recent),
+    Endpoint("GET", "/api/messages/history", Answer.POOL, Api.history),
+    Endpoint("GET", "/api/messages/search", Answer.POOL, Api.search),
+    Endpoint("GET", "/api/messages/{id}", Answer.POOL, Api.message),
+    Endpoint("GET", "/api/stats", Answer.POOL, Api.stats),
+    Endpoint("GET", "/api/export", Answer.STREAM, Api.export),
+    Endpoint("GET", "/ws", Answer.SOCKET),
+    Endpoint("GET", "/health", Answer.HEALTH, needs_key=False),
+    Endpoint("GET", "/", Answer.FILE, file=PAGE_FILE, needs_key=False),
+    Endpoint("GET", "/web/", Answer.FILE, file=PAGE_FILE, needs_key=False),
+    Endpoint("GET", "/agent_chat.py", Answer.FILE, file="agent_chat.py", needs_key=False),
+    Endpoint("GET", "/install.sh", Answer.FILE, file="install.sh", needs_key=False),
+)
+
+
+def checked_senders(value: object) -> tuple[str, ...]:
+    """A list of senders, in which EVERYBODY stands for all. Raises BadRequest."""
+    if isinstance(value, list) and EVERYBODY in value:
+        others = [name for name in value if name != EVERYBODY]
+        return (EVERYBODY, *checked_names(others, "sender"))
+    return checked_names(value, "sender")
 
 
 def checked_time(text: str, what: str) -> str:
-    """A time of the query as it is stored, "" for none: RFC 3339, any offset, or a date."""
+    """A time as it is stored, "" for none: RFC 3339 with any offset, or a date. Raises
+    BadRequest for anything else, the far ends of the calendar too."""
     if not text:
         return ""
     from datetime import UTC, datetime
+
+    spelled = text.replace(" ", "+") if "T" in text else text
     try:
-        moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
-    except ValueError:
-        raise BadRequest(f"{what} is a time like 2026-11-22T14:03:14Z, not {text!r}") from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        moment = datetime.fromisoformat(spelled)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        moment = moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise BadRequest(
+            f"{what} is a time like 2026-11-22T14:03:14Z, not {text!r}"
+        ) from None
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 # ======================================================================================
 # WIRE -- what bytes and text may look like: HTTP heads, addresses, JSON, the page's policy.
-# Knows: RFC 9112, RFC 8259.  Never: sockets, the Api.
+# Knows: RFC 9112, RFC 8259, the table of endpoints.  Never: sockets, any desk.
 # ======================================================================================
 
 SMALL_MESSAGE = 4096  # characters; so small ones are kept as JSON, the others made each time
-ONCE = {"host", "content-length", "content-type", "authorization", "origin", "x-agent-session",
-        "transfer-encoding", "upgrade", "connection", "expect"}  # headers
-HEADERS = (("Server", "agent-chat"), ("X-Content-Type-Options", "nosniff"),
-           ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))  # of every answer
-MORE_HEADERS = {401: (("WWW-Authenticate", "Bearer"),), 405: (("Allow", "GET, POST"),),
-                503: (("Retry-After", "1"),)}
-
-
-class Route(NamedTuple):
-    """Which Api method answers (or which file), and how."""
-
-    call: str
-    how: str = "turn"  # at once; wait: parked; pool: on a thread; stream, socket, file, health
-    needs_key: bool = True
-
-
-ROUTES = {("POST", "/api/" + path): Route(call) for path, call in (
-    ("register", "register"), ("deregister", "deregister"), ("agents/status", "set_status"),
-    ("agents/bell", "set_bell"), ("agents/ring", "ring_again"), ("send", "post"),
-    ("send-group", "post"), ("messages/read", "mark_read"), ("loops/resume", "resume"))}
-ROUTES |= {("GET", path): Route(call, how, how not in ("file", "health")) for path, call, how in (
-    ("/api/agents", "list_agents", "turn"), ("/api/groups", "list_groups", "turn"),
-    ("/api/loops", "list_loops", "turn"), ("/api/messages", "fetch", "wait"),
-    ("/api/messages/recent", "recent", "wait"), ("/api/messages/history", "history", "pool"),
-    ("/api/messages/search", "search", "pool"), ("/api/messages/{id}", "message", "pool"),
-    ("/api/export", "export", "stream"), ("/ws", "listen", "socket"), ("/health", "", "health"),
-    ("/", "agent_chat_web.html", "file"), ("/web/", "agent_chat_web.html", "file"),  # its older
-    ("/agent_chat.py", "agent_chat.py", "file"), ("/install.sh", "install.sh", "file"))}
-PATHS = {path for _, path in ROUTES}
+MAX_HEADERS = 100
+REQUEST_LINE = re.compile(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", re.ASCII)
+HEADER_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", re.ASCII
+)
+CONTENT_LENGTH = re.compile(r"\d{1,12}", re.ASCII)
+ONE_MESSAGE = re.compile(r"/api/messages/([^/]+)")
+# Headers that may stand only once: two parsers could believe different ones.
+ONCE = {
+    "host",
+    "content-length",
+    "content-type",
+    "authorization",
+    "origin",
+    "x-agent-session",
+    "transfer-encoding",
+    "upgrade",
+    "connection",
+    "expect",
+}
+HEADERS = (  # of every answer
+    "Server: agent-chat\r\n"
+    "X-Content-Type-Options: nosniff\r\n"
+    "Cache-Control: no-store\r\n"
+    "Referrer-Policy: no-referrer\r\n"
+)
+STATUS_HEADERS = {
+    401: "WWW-Authenticate: Bearer\r\n",
+    405: "Allow: GET, POST\r\n",
+    503: "Retry-After: 1\r\n",
+}
+JSON_TYPE = "application/json"
+TEXT_TYPE = "text/plain; charset=utf-8"
+HTML_TYPE = "text/html; charset=utf-8"
+BY_ADDRESS = {(endpoint.method, endpoint.path): endpoint for endpoint in ENDPOINTS}
+PATHS = {endpoint.path for endpoint in ENDPOINTS}
+WITHOUT_BODY = (Answer.FILE, Answer.HEALTH)  # what HEAD may ask for
 
 
 class HttpError(ChatError):
-    """A request that is refused before anything looks at its meaning; it ends the connection."""
+    """A request that is refused before anything looks at its meaning; it ends the
+    connection."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.http_status = status
 
 
+class Head(NamedTuple):
+    """A request without its body."""
+
+    method: str
+    target: str
+    version: str
+    headers: Mapping[str, str]  # by lower-case name
+    length: int  # of the body
+
+    def header(self, name: str) -> str:
+        """The value of a header, "" if it is not there."""
+        return self.headers.get(name, "")
+
+    def is_last(self) -> bool:
+        """Does the client want the connection closed after this one?"""
+        return self.version == "HTTP/1.0" or self.header("connection").lower() == "close"
+
+
+NO_HEAD = Head("", "", "HTTP/1.1", {}, 0)
+
+
 @functools.lru_cache(maxsize=512)  # a client repeats its head: 9 -> 0.3 us, 15 % of a small GET
-def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str], int]:
-    """Method, target, version, headers by lower-case name, length of the body. Strict: what two
-    parsers could read in two ways is refused."""
+def parse_head(head: bytes) -> Head:
+    """A request line and its headers. Strict: what two parsers could read in two ways is
+    refused with an HttpError."""
     first, *lines = head.decode("latin-1").split("\r\n")
-    match = re.fullmatch(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", first, re.ASCII)
-    if not match or len(lines) > 100:
-        raise HttpError(431 if match else 400, "the request line must be METHOD TARGET HTTP/1.1, "
-                        "followed by at most 100 headers")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1")
+    if len(lines) > MAX_HEADERS:
+        raise HttpError(431, f"there may be at most {MAX_HEADERS} headers")
+    method, target, version = match.groups()
+    headers = parse_headers(lines)
+    if "transfer-encoding" in headers:
+        raise HttpError(501, "Transfer-Encoding is not supported; send Content-Length")
+    if method == "POST" and "content-length" not in headers:
+        raise HttpError(411, "a POST needs Content-Length")
+    length = headers.get("content-length", "0")
+    if not CONTENT_LENGTH.fullmatch(length):
+        raise HttpError(400, "Content-Length must be a number")
+    if int(length) > MAX_BODY_BYTES:
+        raise HttpError(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
+    return Head(method, target, version, headers, int(length))
+
+
+def parse_headers(lines: Iterable[str]) -> dict[str, str]:
+    """Headers by lower-case name; HttpError for a line that is none."""
     headers: dict[str, str] = {}
     for line in lines:
-        pair = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
+        pair = HEADER_LINE.fullmatch(line)
         if not pair:
-            raise HttpError(400, "a header line must be Name: value, without control characters")
+            raise HttpError(
+                400, "a header line must be Name: value, without control characters"
+            )
         name = pair[1].lower()
         if name in headers and name in ONCE:
             raise HttpError(400, f"the header {name} is given twice")
         headers[name] = pair[2].strip(" \t")
-    if "transfer-encoding" in headers:
-        raise HttpError(501, "Transfer-Encoding is not supported; send Content-Length")
-    if match[1] == "POST" and "content-length" not in headers:
-        raise HttpError(411, "a POST needs Content-Length")
-    length = headers.get("content-length", "0")
-    if not re.fullmatch(r"\d{1,12}", length, re.ASCII):
-        raise HttpError(400, "Content-Length must be a number")
-    if int(length) > MAX_BODY_BYTES:
-        raise HttpError(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
-    return match[1], match[2], match[3], headers, int(length)
+    return headers
 
 
 def refuse_strangers(headers: Mapping[str, str], hosts: set[str]) -> None:
-    """A web page somewhere must not reach this hub: its Host or Origin betrays it."""
-    host, origin = headers.get("host", "").lower(), headers.get("origin")
+    """A web page somewhere must not reach this hub: its Host or Origin betrays it, and then
+    this raises."""
+    host = headers.get("host", "").lower()
     if not host:
         raise HttpError(400, "the Host header is missing")
     if host not in hosts:
-        raise NotAllowed(f"this hub does not answer to the name {host!r}; "
-                         "add it to allowed_hosts in the configuration")
+        raise NotAllowed(
+            f"this hub does not answer to the name {host!r}; "
+            "add it to allowed_hosts in the configuration"
+        )
+    origin = headers.get("origin")
     if origin is not None and origin.lower() not in ("http://" + host, "https://" + host):
         raise NotAllowed(f"pages of {origin!r} may not talk to this hub")
-    if (headers.get("sec-fetch-site") in ("cross-site", "same-site")  # images, frames
-            and headers.get("sec-fetch-dest") != "document"):  # a link may lead here
+    other_page = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    link = headers.get("sec-fetch-dest") == "document"  # which may lead here
+    if other_page and not link:
         raise NotAllowed("other pages may not talk to this hub")
 
 
 @functools.lru_cache(maxsize=512)
-def routed(method: str, target: str) -> tuple[Route, dict[str, str]]:
-    """Where a request goes, and its query."""
+def routed(method: str, target: str) -> tuple[Endpoint, dict[str, str]]:
+    """Where a request goes, and its query. Raises NotFound, BadRequest or HttpError 405."""
     from urllib.parse import parse_qsl, unquote
+
     path, _, text = target.partition("#")[0].partition("?")
     try:
         path = unquote(path, errors="strict")
-        query = dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=50))
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=50)
     except ValueError:
         raise BadRequest("the address is not valid: UTF-8, percent-encoded") from None
-    if path not in PATHS and re.fullmatch(r"/api/messages/[^/]+", path):
-        path, query["id"] = "/api/messages/{id}", path[14:]
-    if (method, path) in ROUTES:
-        return ROUTES[method, path], query
+    query = dict(pairs)
+    one_message = ONE_MESSAGE.fullmatch(path)
+    if one_message and path not in PATHS:
+        path = "/api/messages/{id}"
+        query["id"] = one_message[1]
+    endpoint = BY_ADDRESS.get((method, path))
+    if endpoint:
+        return endpoint, query
+    got = BY_ADDRESS.get(("GET", path))
+    if method == "HEAD" and got and got.how in WITHOUT_BODY:
+        return got, query
     if path in PATHS:
         raise HttpError(405, f"{path} does not take {method}")
     raise NotFound(f"there is nothing at {path}")
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def answer_head(
+    status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
+) -> bytes:
+    """Status line and headers of an answer, all but the length and the empty line."""
+    from email.utils import formatdate
+    from http import HTTPStatus
+
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"]
+    lines.append(f"Date: {formatdate(usegmt=True)}\r\n")
+    lines.append(HEADERS)
+    lines.append(f"Content-Type: {kind}\r\n")
+    lines.append(STATUS_HEADERS.get(status, ""))
+    lines += [f"{name}: {value}\r\n" for name, value in extra]
+    if closing:
+        lines.append("Connection: close\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+# -- JSON
+
+
+def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of which no key is given twice; ValueError else."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("duplicate keys")
@@ -1715,6 +4595,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constant(name: str) -> None:
+    """NaN and Infinity are Python's, not JSON's."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -1722,23 +4603,27 @@ DECODER = json.JSONDecoder(object_pairs_hook=distinct, parse_constant=no_constan
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
-def to_json(value: Any) -> bytes:
+def to_json(value: object) -> bytes:
+    """UTF-8. Raises UnicodeEncodeError for a lone surrogate."""
     return ENCODER.encode(value).encode()
 
 
-def to_json_line(value: Any) -> bytes:
+def to_json_line(value: object) -> bytes:
+    """The same with a line end behind it."""
     return to_json(value) + b"\n"
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, object]:
     """The object of a request body, or BadRequest."""
     try:
         value = DECODER.decode(body.decode())
         if b"\\u" in body:
             to_json(value)  # a lone surrogate can neither be stored nor sent on
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON: UTF-8, no duplicate keys, no NaN, no lone "
-                         "surrogates, not nested deeply") from None
+        raise BadRequest(
+            "the body is not JSON: UTF-8, no duplicate keys, no NaN, no lone "
+            "surrogates, not nested deeply"
+        ) from None
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")
     return value
@@ -1746,363 +4631,682 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2048)  # pages and pushes share it: 30 -> 8 us for 20 messages
 def small_message_json(message: Message) -> bytes:
+    """A small message, kept."""
     return to_json(message.to_json())
 
 
-def message_json(message: Message | dict[str, Any]) -> bytes:
+def message_json(message: Message | ShownJson) -> bytes:
     """A message, plain or already shown."""
-    if isinstance(message, dict):
+    if not isinstance(message, Message):
         return to_json(message)
-    small = len(message.content) < SMALL_MESSAGE
-    return small_message_json(message) if small else to_json(message.to_json())
+    if len(message.content) < SMALL_MESSAGE:
+        return small_message_json(message)
+    return to_json(message.to_json())
+
+
+def messages_json(messages: Iterable[Message | ShownJson]) -> bytes:
+    """A list of messages, as an answer has it."""
+    return b"[%b]\n" % b",".join(map(message_json, messages))
+
+
+# -- frames, exports, files
 
 
 def text_frame(text: bytes) -> bytes:
     """What a WebSocket carries it in, the same for everybody."""
     from websockets.frames import Frame, Opcode
+
     return Frame(Opcode.TEXT, text).serialize(mask=False)
 
 
-def to_markdown(message: dict[str, Any]) -> bytes:
+def chunk(part: bytes) -> bytes:
+    """A piece of an answer of unknown length; an empty one ends it."""
+    return b"%x\r\n%b\r\n" % (len(part), part)
+
+
+def to_markdown(message: ShownJson) -> bytes:
     """A message for people: a heading, the text as a quotation."""
-    to = f"group {message['group']}" if message["group"] else message["to_agent"]
-    quoted = "\n".join("> " + printable(line) for line in message["content"].splitlines())
-    return f"### {message['from_agent']} to {to}, {message['created_at']}\n\n{quoted}\n\n".encode()
+    to = message["to_agent"]
+    if message["group"]:
+        to = f"group {message['group']}"
+    lines = [f"> {printable(line)}" for line in message["content"].splitlines()]
+    heading = f"### {message['from_agent']} to {to}, {message['created_at']}"
+    return "\n".join([heading, "", *lines, "", ""]).encode()
 
 
-EXPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes]]] = {
-    "jsonl": ("application/x-ndjson", to_json_line),
-    "md": ("text/markdown; charset=utf-8", to_markdown)}
+class ExportFormat(NamedTuple):
+    """How an export is written."""
+
+    kind: str
+    show: Callable[[ShownJson], bytes]
 
 
-def own_file(name: str, host: str) -> tuple[bytes, str, str]:
-    """One of the program's own three files, its type and its policy."""
-    import base64
+EXPORT_FORMATS = {
+    "jsonl": ExportFormat("application/x-ndjson", to_json_line),
+    "md": ExportFormat("text/markdown; charset=utf-8", to_markdown),
+}
+
+
+class OwnFile(NamedTuple):
+    """One of the program's own three files, as it is handed out."""
+
+    body: bytes
+    kind: str
+    policy: str  # Content-Security-Policy
+
+
+def own_file(name: str, host: str) -> OwnFile:
+    """The file of that name beside this one. Raises NotFound if it is not there."""
     own = os.path.abspath(__file__)  # under whatever name it was copied to
-    path = own if name == "agent_chat.py" else os.path.join(os.path.dirname(own), name)
+    path = os.path.join(os.path.dirname(own), name)
+    if name == "agent_chat.py":
+        path = own
     try:
         with open(path, "rb") as file:
             body = file.read()
     except OSError:
-        raise NotFound(f"{name} does not lie beside this hub's agent_chat.py; "
-                       "everything else works without it") from None
+        raise NotFound(
+            f"{name} does not lie beside this hub's agent_chat.py; "
+            "everything else works without it"
+        ) from None
     if name == "install.sh":
         body = body.replace(b'HUB_URL=""', f'HUB_URL="http://{host}"'.encode(), 1)
-    if not name.endswith(".html"):
-        return body, "text/plain; charset=utf-8", "default-src 'none'"
-    # The page runs its own inline script and style, known by their hashes, and talks to this
-    # hub; nothing else.
-    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'")
+    if name.endswith(".html"):
+        return OwnFile(body, HTML_TYPE, page_policy(body))
+    return OwnFile(body, TEXT_TYPE, "default-src 'none'")
+
+
+def page_policy(body: bytes) -> str:
+    """The page runs its own inline script and style, known by their hashes, and talks to
+    this hub; nothing else."""
+    import base64
+
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
     for tag in ("script", "style"):
         found = re.search(f"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
-        sha = base64.b64encode(hashlib.sha256(found[1] if found else b"").digest()).decode()
-        policy += f"; {tag}-src 'sha256-{sha}'"
-    return body, "text/html; charset=utf-8", policy
+        digest = hashlib.sha256(found[1] if found else b"").digest()
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+    return policy
 
 
 # ======================================================================================
 # CONNECTION -- one client: requests in, answers out, or frames both ways.
-# Knows: http.server, websockets, one socket, Api.  Never: Store, Hub, sqlite3.
+# Knows: one socket, WIRE, Api, websockets.  Never: Store, Switchboard, sqlite3, any desk.
 # ======================================================================================
 
-if TYPE_CHECKING:
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-else:  # bound when a hub starts: importing http.server takes 20 ms that `send` need not pay
-    BaseHTTPRequestHandler = HTTPServer = object
+READ = 1  # selectors.EVENT_READ
+WRITE = 2  # selectors.EVENT_WRITE
+RECEIVE_BYTES = 64 << 10  # in one turn from one client
+RECEIVE_FRAME_BYTES = 4 << 10  # of a WebSocket, which only acknowledges
+MAX_PIPELINED_BYTES = 256 << 10  # behind a request that has no answer yet
+MANY_BODY_BYTES = 64 << 10  # a body over this counts towards TOTAL_IN_BYTES
+POOL_SECONDS = 60  # for an answer of another thread
+CLOSING_SECONDS = 10  # for the last bytes to leave
+FOREVER = float("inf")
 
-READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE
+
+class Phase(Enum):
+    """What a connection waits for."""
+
+    IDLE = "the first byte of a request"
+    HEAD = "the rest of its head"
+    BODY = "the rest of its body"
+    ANSWERING = "nothing: its answer is being made"
+    PARKED = "something to say"
+    POOLED = "another thread"
+    STREAMING = "the client, to take a piece of a long answer"
+    KEY_OWED = "the key, in the first frame of a page's socket"
+    SOCKET = "frames"
+    PINGED = "a sign of life"
+    CLOSING = "the last bytes to leave"
+    DROPPED = "nothing any more"
 
 
-class Pipe(BaseHTTPRequestHandler):
-    """The way out to one client: what a turn says to it collects in `out` until the commit."""
+ASKING = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # no request is under way
+SOCKET_PHASES = (Phase.KEY_OWED, Phase.SOCKET, Phase.PINGED)
 
-    protocol_version = request_version = "HTTP/1.1"
-    _headers_buffer: list[bytes]  # http.server's own
 
-    def __init__(self, sock: socket.socket, hub: HubServer) -> None:
-        # Not BaseHTTPRequestHandler's own __init__, which serves a connection to its end.
-        self.sock, self.hub, self.api = sock, hub, hub.api
-        self.received, self.out = bytearray(), bytearray()
+class Work(Protocol):
+    """What a connection may ask of the server that owns it."""
+
+    api: Api
+    hosts: set[str]
+    fingerprint: str
+    trouble: ChatError | None  # why nothing can be read or written now
+
+    def attend(
+        self, turn: Turn, connection: Connection, work: Callable[[Turn], None]
+    ) -> None:
+        """Do a connection's share of a turn, guarded."""
+
+    def submit(self, connection: Connection, job: Job, *, slow: bool) -> None:
+        """Let another thread do it."""
+
+    def come_back(self, connection: Connection, work: Callable[[Turn], None]) -> None:
+        """Do that in the next turn."""
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is gone."""
+
+    def select(self, connection: Connection, events: int) -> None:
+        """Wait for these events of its socket."""
+
+    def reserve(self, count: int) -> bool:
+        """Is there room for a body of so many bytes?"""
+
+    def queued(self, connection: Connection) -> None:
+        """So much waits in its `out` for the client to read."""
+
+    def frame(self, item: Item, *, plain: bool) -> bytes:
+        """An item as a WebSocket frame, made once a turn for everybody."""
+
+    def take_stranger(self, connection: Connection) -> bool:
+        """Is there room for another socket that has not shown the key?"""
+
+    def has_key(self, given: str) -> bool:
+        """Is this the hub's key?"""
+
+    def head_of(
+        self, status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
+    ) -> bytes:
+        """Status line and headers of an answer."""
+
+    def note(self, status: int, head: Head) -> None:
+        """A request was answered."""
+
+
+class Connection:
+    """One client. Bytes come in through `receive`, what a turn says collects in `out` until
+    its commit. It has one phase, changed in `enter` together with its deadline; PATIENCE
+    says what a deadline means. After an upgrade it carries a WebSocket."""
+
+    def __init__(self, sock: socket.socket, server: Work) -> None:
+        self.sock = sock
+        self.server = server
+        self.api = server.api
+        self.received = bytearray()
+        self.out = bytearray()
         self.events = READ  # what the selector waits for
+        self.phase = Phase.IDLE
         self.deadline = time.monotonic() + REQUEST_SECONDS
-        self.command = self.path = ""  # of the request that is, or was last, answered
-        self.headers: dict[str, str] = {}  # type: ignore[assignment]
+        self.head = NO_HEAD  # of the request that is, or was last, answered
         self.body = b""
-        self.length = -1  # of a body that has not arrived yet, -1: nor has its head
-        self.answering = False  # a request was taken and has no answer yet
-        self.asked = False  # one was taken, taken up again, or answered in this turn
-        self.close_connection = False
-        self.parked: Listener | None = None  # what it waits for beyond its turn
-        self.stream: Iterator[bytes] | None = None
-        self.socket: WebSocket | None = None
+        self.reserved = 0  # bytes of TOTAL_IN_BYTES that are ours
+        self.served: Turn | None = None  # in which a request was taken up or answered
+        self.last_answer = False  # the connection closes behind it
+        self.handed: Handed | None = None  # mail that the client may not have received yet
+        self.waiter: Listener | None = None  # what a parked request waits with
+        self.stream: Job | None = None  # makes the next piece of a long answer
+        self.websocket: WebSocket | None = None
 
-    def write(self, data: bytes = b"") -> None:
-        """Take part in this turn, and say this at its end. What `out` holds is of older ones."""
-        self.hub.touched.setdefault(self, len(self.out))
-        self.out += data
+    def enter(self, phase: Phase, seconds: float | None = None) -> None:
+        """From now on it waits for something else, for so long, or as long as PATIENCE has."""
+        self.phase = phase
+        limit = PATIENCE[phase].seconds if seconds is None else seconds
+        if limit is not None:
+            self.deadline = time.monotonic() + limit
 
-    def unpark(self) -> None:
-        if self.parked:
-            self.api.unpark(self.parked)
-            self.parked = None
+    # -- bytes in
 
-    def answer(self, body: bytes, status: int = 200, kind: str = "application/json",
-               extra: tuple[tuple[str, str], ...] = ()) -> None:
-        self.unpark()
-        self.answer_head(status, kind, extra)
-        self.write(b"Content-Length: %d\r\n\r\n" % len(body))
-        if self.command != "HEAD":
-            self.write(body)
-        self.answering, self.asked = False, True
-        self.body = b""  # an idle connection need not hold a megabyte
-        self.deadline = time.monotonic() + IDLE_SECONDS
-
-    def answer_error(self, error: ChatError) -> None:
-        self.close_connection = self.close_connection or isinstance(error, HttpError)
-        self.answer(to_json_line({"error": str(error)}), error.http_status,
-                    extra=MORE_HEADERS.get(error.http_status, ()))
-
-    def answer_head(self, status: int, kind: str, extra: tuple[tuple[str, str], ...]) -> None:
-        key = status, kind, extra, self.close_connection
-        if key not in self.hub.heads:  # the same for a second: 4 us, 9 % of a send
-            closing = (("Connection", "close"),) if self.close_connection else ()
-            self.send_response_only(status)
-            self.send_header("Date", self.date_time_string())
-            for name, value in (*HEADERS, ("Content-Type", kind), *extra, *closing):
-                self.send_header(name, value)
-            self.hub.heads[key] = b"".join(self._headers_buffer)
-            self._headers_buffer.clear()
-        self.write(self.hub.heads[key])
-        if self.hub.settings.log_level == "debug":
-            path = printable(self.path.partition("?")[0])  # a query may quote people's mail
-            self.hub.log.debug("%s %s %s", status, self.command, path)
-
-
-class Connection(Pipe):
-    """The request semantics are http.server's, fed from memory: bytes come in through
-    `receive`, complete requests go to do_GET and do_POST. After an upgrade the same object
-    carries a WebSocket."""
-
-    def receive(self) -> None:
+    def receive(self, turn: Turn) -> None:
+        """Bytes have come, or the client has gone."""
+        size = RECEIVE_FRAME_BYTES if self.websocket else RECEIVE_BYTES
         try:
-            data = self.sock.recv(1 << (12 if self.socket else 16))  # of frames, little a turn
+            data = self.sock.recv(size)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
-        if self.socket:
-            self.socket.receive(data)
-        elif not data or len(self.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
-            self.drop()  # gone, or sending on and on while its first request is answered
-        else:
-            if not (self.received or self.answering or self.length >= 0):
-                self.deadline = time.monotonic() + REQUEST_SECONDS
-            self.received += data
-            self.advance()
-
-    def advance(self) -> None:
-        """Take the next request out of what was received, if it is complete. One a turn: what
-        is pipelined behind it waits, so that a failed turn can be answered anew."""
-        if self.socket:
-            self.socket.pump()  # what its client had no room for
-        if self.socket or self.answering or self.asked or self.close_connection:
+        except OSError:  # reset: what was sent may never have been read
+            self.handed = None
+            self.drop(turn)
             return
-        if self.length < 0:
-            self.read_head()
-        if 0 <= self.length <= len(self.received):
-            self.body = bytes(self.received[:self.length])
-            del self.received[:self.length]
-            self.length = -1
-            self.handle_request()
+        self.arrived(turn)
+        if self.websocket:
+            self.websocket.receive(turn, data)
+        elif not data:
+            self.drop(turn)
+        else:
+            self.take_bytes(turn, data)
 
-    def read_head(self) -> None:
-        self.command = self.path = ""  # nothing is asked until this is understood
+    def arrived(self, turn: Turn) -> None:
+        """The client comes back for more, or closes without a reset: it has read all that
+        was sent, mail too."""
+        if self.handed and not self.out:
+            handed = self.handed
+            self.handed = None
+            self.api.arrived(turn, handed)
+
+    def take_bytes(self, turn: Turn, data: bytes) -> None:
+        """Bytes of a request, or of what is pipelined behind one."""
+        self.received += data
+        if self.phase is Phase.IDLE:
+            self.enter(Phase.HEAD)
+        if self.phase not in ASKING and len(self.received) > MAX_PIPELINED_BYTES:
+            self.drop(turn)
+        else:
+            self.advance(turn)
+
+    def advance(self, turn: Turn) -> None:
+        """Take the next request out of what was received, if it is complete. One a turn:
+        what is pipelined behind it waits, so that a failed turn can be answered anew."""
+        if self.websocket:
+            self.websocket.pump(turn)
+            return
+        if self.phase not in ASKING:
+            return
+        if self.served is turn:
+            self.server.come_back(self, self.advance)
+            return
+        if self.phase is not Phase.BODY:
+            self.read_head(turn)
+        if self.phase is Phase.BODY and len(self.received) >= self.head.length:
+            self.body = bytes(self.received[: self.head.length])
+            del self.received[: self.head.length]
+            self.release()
+            self.handle_request(turn)
+
+    def read_head(self, turn: Turn) -> None:
+        """Understand the head, once it is there whole. Whoever may not speak here hears it
+        before its body is collected."""
+        self.head = NO_HEAD  # nothing is asked until this is understood
+        if not self.received:
+            return
         end = self.received.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
         if end < 0:
             if len(self.received) >= MAX_HEAD_BYTES:
                 raise HttpError(431, f"headers may have at most {MAX_HEAD_BYTES} bytes")
             return
-        head = parse_head(bytes(self.received[:end]))
-        self.command, self.path, self.request_version, self.headers, self.length = head
-        del self.received[:end + 4]
-        if self.headers.get("expect", "").lower() == "100-continue" and self.length:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.head = parse_head(bytes(self.received[:end]))
+        del self.received[: end + 4]
+        if self.head.length:
+            self.check_before_body()
+            if self.head.header("expect").lower() == "100-continue":
+                turn.say(self, b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.enter(Phase.BODY)
+
+    def check_before_body(self) -> None:
+        """Raises for a stranger, for a missing key, and while too much is being received."""
+        try:
+            refuse_strangers(self.head.headers, self.server.hosts)
+            if not self.has_key() and not self.is_open():
+                raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
+        except HttpError:
+            raise
+        except ChatError as error:
+            raise HttpError(error.http_status, str(error)) from None
+        if self.head.length > MANY_BODY_BYTES:
+            if not self.server.reserve(self.head.length):
+                raise HttpError(503, "too much is being received at once; try again soon")
+            self.reserved = self.head.length
+
+    def is_open(self) -> bool:
+        """Is this an address that never wants the key, or none at all?"""
+        try:
+            endpoint, _ = routed(self.head.method, self.head.target)
+        except ChatError:
+            return False
+        return not endpoint.needs_key
+
+    def release(self) -> None:
+        """The body is not in the way of others any more."""
+        if self.reserved:
+            self.server.reserve(-self.reserved)
+            self.reserved = 0
 
     # -- one request
 
-    def handle_request(self) -> None:
+    def handle_request(self, turn: Turn) -> None:
         """Answer the request that was taken; a second time when it was parked, or its turn's
-        commit failed."""
-        self.answering = self.asked = True
-        self.deadline = time.monotonic() + MAX_WAIT_SECONDS + REQUEST_SECONDS
-        self.close_connection = (self.request_version == "HTTP/1.0"
-                                 or self.headers.get("connection", "").lower() == "close")
-        self.write()
-        try:
-            handler = getattr(self, "do_" + self.command, None)
-            if handler is None:
-                raise HttpError(405, "only GET and POST are understood")
-            handler()
-        except ChatError as error:
-            self.answer_error(error)
-        except Exception:
-            self.hub.log.exception("%s %s", self.command, printable(self.path))
-            self.api.spoil()
-            self.answer_error(ChatError("the hub made a mistake; its log says which"))
+        commit failed. What it raises, the server turns into an answer."""
+        self.enter(Phase.ANSWERING)
+        self.served = turn
+        self.last_answer = self.head.is_last()
+        turn.say(self, b"")
+        if self.head.method not in ("GET", "POST", "HEAD"):
+            raise HttpError(405, "only GET and POST are understood")
+        refuse_strangers(self.head.headers, self.server.hosts)
+        endpoint, query = routed(self.head.method, self.head.target)
+        self.check_key(endpoint)
+        if self.server.trouble and endpoint.needs_key:
+            raise StoreBusy(str(self.server.trouble))
+        ask = Ask(query, self.read_body(), self.head.header("x-agent-session"))
+        ANSWERS_BY[endpoint.how](self, turn, endpoint, ask)
 
-    def do_GET(self) -> None:
-        refuse_strangers(self.headers, self.hub.hosts)
-        route, query = routed(self.command, self.path)
-        late = route.how == "socket" and "origin" in self.headers  # a page's first frame shows it
-        if route.needs_key and not late and not self.has_key():
+    def check_key(self, endpoint: Endpoint) -> None:
+        """Raises NotAuthorized where the key is missing. A page cannot send it with a
+        WebSocket: its first frame shows it."""
+        late = endpoint.how is Answer.SOCKET and "origin" in self.head.headers
+        if endpoint.needs_key and not late and not self.has_key():
             raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if self.command == "POST" and kind != "application/json":
-            raise HttpError(415, "send JSON with Content-Type: application/json")
-        body = parse_json(self.body) if self.command == "POST" else {}
-        ask = Ask(query, body, self.headers.get("x-agent-session", ""))
-        getattr(self, "serve_" + route.how)(route, ask)
-
-    do_POST = do_GET
 
     def has_key(self) -> bool:
-        given, key = self.headers.get("authorization", ""), self.hub.settings.api_key
-        return not key or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
+        """Was the hub's key sent, or has it none?"""
+        scheme, _, given = self.head.header("authorization").partition(" ")
+        return self.server.has_key(given if scheme == "Bearer" else "")
+
+    def read_body(self) -> dict[str, object]:
+        """The object that was posted, {} for other requests."""
+        if self.head.method != "POST":
+            return {}
+        kind = self.head.header("content-type").partition(";")[0].strip().lower()
+        if kind != JSON_TYPE:
+            raise HttpError(415, f"send JSON with Content-Type: {JSON_TYPE}")
+        return parse_json(self.body)
 
     # -- the ways of answering
 
-    def serve_turn(self, route: Route, ask: Ask) -> None:
-        self.answer(to_json_line(getattr(self.api, route.call)(ask)))
+    def serve_now(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """In this turn."""
+        assert endpoint.call
+        result = endpoint.call(self.api, turn, ask)
+        self.answer(turn, to_json_line(result), extra=self.unread_header(ask, None))
 
-    def serve_health(self, route: Route, ask: Ask) -> None:
-        self.answer(to_json_line({"status": "ok", "version": __version__,
-                                  "fingerprint": self.hub.fingerprint}))
+    def unread_header(self, ask: Ask, unread: int | None) -> tuple[tuple[str, str], ...]:
+        """How much mail waits: of the agent asked for, else of who asks."""
+        if unread is None:
+            unread = self.api.unread_of(ask.session)
+        if unread is None:
+            return ()
+        return (("X-Unread", str(unread)),)
 
-    def serve_file(self, route: Route, ask: Ask) -> None:
-        body, kind, policy = own_file(route.call, self.headers["host"])
-        self.answer(body, kind=kind, extra=(("Content-Security-Policy", policy),))
-
-    def serve_wait(self, route: Route, ask: Ask) -> None:
-        """Answer now if there is anything, else park the request without a thread."""
-        found = getattr(self.api, route.call)(ask)
-        page, unread = found if isinstance(found, tuple) else (found, "")
+    def serve_wait(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """Now if there is anything, else park the request without a thread."""
+        assert endpoint.call
+        answered = endpoint.call(self.api, turn, ask)
+        assert isinstance(answered, Answered)
         seconds = ask.number("wait", 0, MAX_WAIT_SECONDS)
-        if page or not seconds or self.parked:
-            self.answer(b"[%b]\n" % b",".join(map(message_json, page)),
-                        extra=(("X-Unread", str(unread)),))
-        else:
-            self.deadline = time.monotonic() + seconds
-            self.parked = self.api.park(ask, self.resume)
-
-    def resume(self) -> None:
-        """Woken, or out of time: answer with what there is."""
-        if self.parked:
-            self.handle_request()
-
-    def serve_pool(self, route: Route, ask: Ask) -> None:
-        """Reading that may take long: off this thread, its answer comes in a later turn."""
-        call = getattr(self.api, route.call)
-        self.hub.submit(self, lambda: to_json_line(call(ask)))
-
-    def serve_stream(self, route: Route, ask: Ask) -> None:
-        """An export: chunk by chunk, the next one is made when the last has left."""
-        form = ask.text("format") or "jsonl"
-        if form not in EXPORTS or self.request_version == "HTTP/1.0":  # which has no chunks
-            raise BadRequest("format is jsonl or md, and only HTTP/1.1 can carry it")
-        kind, show = EXPORTS[form]
-        self.stream = (b"".join(map(show, page)) for page in self.api.export(ask))
-        self.answer_head(200, kind, (("Transfer-Encoding", "chunked"),))
-        self.write(b"\r\n")  # the first chunk is asked for when this has left
-
-    def take(self, part: bytes | ChatError) -> None:
-        """What the pool has made: an answer, or a chunk of one. It read what is committed, so
-        it outlives a failed turn."""
-        if not self.stream:
-            self.answer_error(part) if isinstance(part, ChatError) else self.answer(part)
-        elif isinstance(part, ChatError):
-            self.drop()  # a cut chunked answer is how HTTP says: incomplete
+        if not answered.messages and seconds and not self.waiter:
+            self.waiter = self.api.park(ask, self.wake)
+            self.enter(Phase.PARKED, seconds)
             return
-        else:
-            self.write(b"%x\r\n%b\r\n" % (len(part), part))
-            if not part:
-                self.stream, self.answering = None, False
-        self.hub.touched[self] = len(self.out)
+        self.handed = answered.handed
+        extra = self.unread_header(ask, answered.unread)
+        self.answer(turn, messages_json(answered.messages), extra=extra)
 
-    def serve_socket(self, route: Route, ask: Ask) -> None:
-        if self.headers.get("upgrade", "").lower() != "websocket":
-            raise HttpError(426 if ask.query else 400, "this address speaks WebSocket; see README")
-        socket = WebSocket(self, ask)
-        self.write(socket.handshake())
-        self.socket, self.answering = socket, False
+    def wake(self, turn: Turn) -> None:
+        """Something has come for what is parked here, or for the socket."""
+        work = self.websocket.pump if self.websocket else self.resume
+        self.server.attend(turn, self, work)
+
+    def resume(self, turn: Turn) -> None:
+        """Woken, or out of time: answer with what there is."""
+        if self.phase is Phase.PARKED:
+            self.handle_request(turn)
+
+    def serve_pool(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """Reading that may take long: on another thread, the answer comes in a later turn."""
+        assert endpoint.call
+        result = endpoint.call(self.api, turn, ask)
+        job = cast("Job", result)
+        extra = self.unread_header(ask, None)
+
+        def made(archive: Archive) -> PoolAnswer:
+            found = job(archive)
+            if isinstance(found, Counted):
+                counted = ("X-Count", str(found.total))
+                return PoolAnswer(to_json_line(found.rows), (*extra, counted))
+            return PoolAnswer(to_json_line(found), extra)
+
+        self.enter(Phase.POOLED)
+        self.server.submit(self, made, slow=endpoint.path not in QUICK_PATHS)
+
+    def serve_stream(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """An export: piece by piece, the next one is made when the last has left."""
+        form = EXPORT_FORMATS.get(ask.text("format") or "jsonl")
+        if form is None or self.head.version == "HTTP/1.0":  # which has no chunks
+            raise BadRequest("format is jsonl or md, and only HTTP/1.1 can carry it")
+        assert endpoint.call
+        page = cast("PageMaker", endpoint.call(self.api, turn, ask))
+        self.stream = lambda archive: b"".join(map(form.show, page(archive)))
+        transfer = (("Transfer-Encoding", "chunked"),)
+        self.say_head(turn, 200, form.kind, transfer)
+        turn.say(self, b"\r\n")
+        self.enter(Phase.STREAMING)  # the first piece is asked for when this has left
+
+    def serve_health(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """That the hub is there."""
+        health = {
+            "status": "ok",
+            "version": __version__,
+            "fingerprint": self.server.fingerprint,
+        }
+        self.answer(turn, to_json_line(health))
+
+    def serve_file(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """A file of the program."""
+        file = own_file(endpoint.file, self.head.header("host"))
+        policy = (("Content-Security-Policy", file.policy),)
+        self.answer(turn, file.body, kind=file.kind, extra=policy)
+
+    def serve_socket(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
+        """From here on frames both ways."""
+        if self.head.header("upgrade").lower() != "websocket":
+            status = 426 if ask.query else 400
+            raise HttpError(status, "this address speaks WebSocket; see README")
+        websocket = WebSocket(self, ask)
+        websocket.open(turn)
+        self.websocket = websocket
         if self.received:
-            early, self.received = bytes(self.received), bytearray()
-            socket.receive(early)
+            early = bytes(self.received)
+            self.received.clear()
+            websocket.receive(turn, early)
 
-    # -- the end of a turn, of patience, of the connection
+    # -- bytes out
+
+    def answer(
+        self,
+        turn: Turn,
+        body: bytes,
+        status: int = 200,
+        kind: str = JSON_TYPE,
+        extra: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """Say it, whole; the next request may come."""
+        self.unpark()
+        self.say_head(turn, status, kind, extra)
+        turn.say(self, b"Content-Length: %d\r\n\r\n" % len(body))
+        if self.head.method != "HEAD":
+            turn.say(self, body)
+        self.served = turn
+        self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
+
+    def answer_error(self, turn: Turn, error: ChatError) -> None:
+        """Say what is wrong. After an HttpError nothing else is understood."""
+        self.release()
+        self.handed = None
+        self.last_answer = self.last_answer or isinstance(error, HttpError)
+        self.answer(turn, to_json_line({"error": str(error)}), error.http_status)
+
+    def say_head(
+        self, turn: Turn, status: int, kind: str, extra: tuple[tuple[str, str], ...]
+    ) -> None:
+        """Status line and headers, all but the length."""
+        turn.say(self, self.server.head_of(status, kind, extra, closing=self.last_answer))
+        self.server.note(status, self.head)
+
+    def failed(self, turn: Turn, error: ChatError) -> None:
+        """Its share of the turn came to nothing, and was undone."""
+        if self.websocket:
+            self.websocket.fail(turn, error)
+        elif self.phase in (*ASKING, Phase.ANSWERING, Phase.PARKED, Phase.POOLED):
+            self.answer_error(turn, error)
+        else:
+            self.drop(turn)
+
+    def take(self, turn: Turn, result: object) -> None:
+        """What the pool has made: an answer, or a piece of one. It read what is committed,
+        so it outlives a failed turn."""
+        if self.phase is not Phase.POOLED:
+            return
+        if self.stream is None:
+            self.take_answer(turn, result)
+        elif isinstance(result, bytes):
+            turn.say(self, chunk(result))
+            self.enter(Phase.STREAMING)
+            if not result:
+                self.stream = None
+                self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
+        else:
+            self.drop(turn)  # a cut chunked answer is how HTTP says: incomplete
+            return
+        turn.keep(self)
+
+    def take_answer(self, turn: Turn, result: object) -> None:
+        """An answer that was made on another thread."""
+        if isinstance(result, PoolAnswer):
+            self.answer(turn, result.body, extra=result.extra)
+        elif isinstance(result, ChatError):
+            self.answer_error(turn, result)
 
     def flush(self) -> None:
-        """Send what can be sent; when all has left, go on with what waited for that."""
-        self.asked, said = False, bool(self.out)
+        """Send what can be sent, after the commit; when all has left, go on with what waited
+        for that."""
+        self.served = None
+        if self.phase is Phase.DROPPED:
+            return
+        said = bool(self.out)
         try:
             if said:
-                del self.out[:self.sock.send(self.out)]
+                sent = self.sock.send(self.out)
+                del self.out[:sent]
         except BlockingIOError:
             pass
         except OSError:
-            self.drop()
+            self.handed = None
+            self.server.come_back(self, self.drop)
             return
-        full = len(self.out) > OUT_HIGH_WATER  # who does not read is not read from either
-        events = READ if not self.out else WRITE if full else READ | WRITE
+        if self.out or said:
+            self.server.queued(self)
+        self.select_events()
+        if not self.out:
+            self.go_on(said)
+
+    def select_events(self) -> None:
+        """Who does not read is not read from either."""
+        events = READ
+        if self.out:
+            events = READ | WRITE
+        if len(self.out) > OUT_HIGH_WATER:
+            events = WRITE
         if events != self.events:
             self.events = events
-            self.hub.selector.modify(self.sock, events, self)
-        if self.out:
-            return
-        listener = self.socket.listener if self.socket and said else None
-        if self.close_connection and not self.answering:
-            self.drop()
-        elif stream := self.stream:
-            self.deadline = time.monotonic() + MAX_WAIT_SECONDS
-            self.hub.submit(self, lambda: next((part for part in stream if part), b""))
-        elif self.received or (listener and not listener.live):
-            self.hub.again.append(self)
+            self.server.select(self, events)
 
-    def expire(self) -> None:
-        """The deadline has passed: what that means depends on what it was waiting for."""
-        if self.parked:
-            self.resume()
-        elif self.socket and not (self.socket.pinged or self.close_connection
-                                  or self.socket in self.hub.strangers):
-            self.socket.pinged, self.deadline = True, time.monotonic() + PONG_SECONDS
-            self.socket.protocol.send_ping(b"")
-            self.socket.write_protocol()
-        elif (self.received or self.length >= 0) and not self.answering and not self.socket:
-            raise HttpError(408, f"a request must arrive within {REQUEST_SECONDS} s")
-        else:
-            self.drop()
+    def go_on(self, said: bool) -> None:
+        """Everything has left: what comes next?"""
+        if self.phase is Phase.CLOSING:
+            self.server.come_back(self, self.drop)
+        elif self.phase is Phase.STREAMING and self.stream:
+            self.server.come_back(self, self.next_piece)
+        elif self.phase is Phase.IDLE and self.received:
+            self.enter(Phase.HEAD)
+            self.server.come_back(self, self.advance)
+        elif self.websocket and said and self.websocket.behind():
+            self.server.come_back(self, self.advance)
 
-    def say_goodbye(self) -> None:
-        """The hub stops: a close frame, or the end of a request that only waited."""
-        self.resume()
-        if self.socket:
-            self.socket.protocol.fail(1001, "the hub stops")  # whatever state it is in
-            self.socket.write_protocol()
-        self.close_connection = True
-        self.write()
+    def next_piece(self, turn: Turn) -> None:
+        """Have the next piece of a long answer made."""
+        if self.stream and self.phase is Phase.STREAMING:
+            self.enter(Phase.POOLED)
+            self.server.submit(self, self.stream, slow=True)
 
-    def drop(self) -> None:
+    # -- the end of patience, of the hub, of the connection
+
+    def expire(self, turn: Turn) -> None:
+        """The deadline has passed: PATIENCE knows what that means."""
+        PATIENCE[self.phase].then(self, turn)
+
+    def refuse_late(self, turn: Turn) -> None:
+        """A request that does not arrive."""
+        raise HttpError(408, f"a request must arrive within {REQUEST_SECONDS} s")
+
+    def ping(self, turn: Turn) -> None:
+        """Is anybody there?"""
+        if self.websocket:
+            self.websocket.ping(turn)
+
+    def unpark(self) -> None:
+        """It does not wait for anything to say any more."""
+        if self.waiter:
+            self.api.unpark(self.waiter)
+            self.waiter = None
+
+    def say_goodbye(self, turn: Turn) -> None:
+        """The hub stops: a close frame, or the end of a request that only waited. What is
+        being answered may end."""
+        self.last_answer = True
+        turn.say(self, b"")
+        if self.websocket:
+            self.websocket.close(turn, 1001, "the hub stops")
+        elif self.phase is Phase.PARKED:
+            self.resume(turn)
+        elif self.phase in ASKING:
+            self.enter(Phase.CLOSING)
+
+    def is_busy(self) -> bool:
+        """Is something under way that may end before the hub does?"""
+        return bool(self.out) or self.phase in (Phase.ANSWERING, Phase.POOLED, Phase.STREAMING)
+
+    def drop(self, turn: Turn) -> None:
         """This client is gone, or has to go."""
-        if self not in self.hub.connections:
+        if self.phase is Phase.DROPPED:
             return
+        self.enter(Phase.DROPPED)
         self.unpark()
-        if self.socket:
-            self.socket.leave()
-        self.body, self.received, self.out, self.stream = b"", bytearray(), bytearray(), None
-        self.hub.connections.discard(self)
-        self.hub.touched.pop(self, None)
-        self.hub.selector.unregister(self.sock)
-        self.sock.close()
+        self.release()
+        self.received.clear()
+        self.out.clear()
+        self.body = b""
+        self.stream = None
+        self.server.forget(self)
+        if self.websocket:
+            self.websocket.leave(turn)
+
+
+class PoolAnswer(NamedTuple):
+    """An answer that was made on another thread."""
+
+    body: bytes
+    extra: tuple[tuple[str, str], ...]
+
+
+# How a request is answered, by what its endpoint says.
+ANSWERS_BY = {
+    Answer.NOW: Connection.serve_now,
+    Answer.WAIT: Connection.serve_wait,
+    Answer.POOL: Connection.serve_pool,
+    Answer.STREAM: Connection.serve_stream,
+    Answer.SOCKET: Connection.serve_socket,
+    Answer.FILE: Connection.serve_file,
+    Answer.HEALTH: Connection.serve_health,
+}
+# One thread of the pool is kept for these, so that no search stands in their way.
+QUICK_PATHS = {"/api/messages/{id}", "/api/messages/history"}
+
+
+class Patience(NamedTuple):
+    """How long a phase may last, None for as long as the one before, and what then."""
+
+    seconds: float | None
+    then: Callable[[Connection, Turn], None]
+
+
+PATIENCE = {
+    Phase.IDLE: Patience(IDLE_SECONDS, Connection.drop),
+    Phase.HEAD: Patience(REQUEST_SECONDS, Connection.refuse_late),
+    Phase.BODY: Patience(None, Connection.refuse_late),
+    Phase.ANSWERING: Patience(FOREVER, Connection.drop),
+    Phase.PARKED: Patience(MAX_WAIT_SECONDS, Connection.resume),
+    Phase.POOLED: Patience(POOL_SECONDS, Connection.drop),
+    Phase.STREAMING: Patience(MAX_WAIT_SECONDS, Connection.drop),
+    Phase.KEY_OWED: Patience(AUTH_SECONDS, Connection.drop),
+    Phase.SOCKET: Patience(PING_SECONDS, Connection.ping),
+    Phase.PINGED: Patience(PONG_SECONDS, Connection.drop),
+    Phase.CLOSING: Patience(CLOSING_SECONDS, Connection.drop),
+    Phase.DROPPED: Patience(FOREVER, Connection.drop),
+}
 
 
 class WebSocket:
@@ -2111,51 +5315,73 @@ class WebSocket:
     def __init__(self, connection: Connection, ask: Ask) -> None:
         from websockets.protocol import OPEN
         from websockets.server import ServerProtocol
-        self.connection, self.ask, self.hub = connection, ask, connection.hub
+
+        self.connection = connection
+        self.ask = ask
+        self.api = connection.api
+        self.server = connection.server
         self.protocol = ServerProtocol(state=OPEN, max_size=MAX_FRAME_BYTES)
         self.listener: Listener | None = None
         self.parts: list[bytes] = []  # of a message in several frames
-        self.pinged = False
 
-    def handshake(self) -> bytes:
+    def open(self, turn: Turn) -> None:
+        """Shake hands. Raises HttpError for a handshake that is not valid, and where there
+        are too many who have not shown the key; and whatever `listen` refuses."""
         from websockets.datastructures import Headers
         from websockets.http11 import Request
-        stranger = not self.connection.has_key()  # a browser cannot send that header
-        if stranger and len(self.hub.strangers) >= MAX_STRANGERS:
-            raise HttpError(503, "too many sockets have not shown the key; try again in a moment")
-        response = self.protocol.accept(
-            Request(self.connection.path, Headers(self.connection.headers)))
+
+        connection = self.connection
+        head = connection.head
+        stranger = not connection.has_key()  # a browser cannot send that header
+        if stranger and not self.server.take_stranger(connection):
+            raise HttpError(
+                503, "too many sockets have not shown the key; try again in a moment"
+            )
+        request = Request(head.target, Headers(head.headers))
+        response = self.protocol.accept(request)
         if response.status_code != 101:
             raise HttpError(response.status_code, "the WebSocket handshake is not valid")
         if stranger:
-            self.hub.strangers.add(self)
+            connection.enter(Phase.KEY_OWED)
         else:
-            self.listener = self.hub.api.listen(self.ask, self.pump)  # may refuse
-        self.connection.deadline = time.monotonic() + (AUTH_SECONDS if stranger else PING_SECONDS)
-        return response.serialize()
+            self.listener = self.api.listen(turn, self.ask, connection.wake)
+            connection.enter(Phase.SOCKET)
+        turn.say(connection, response.serialize())
 
-    def leave(self) -> None:
-        self.hub.strangers.discard(self)
+    def leave(self, turn: Turn) -> None:
+        """Nobody listens here any more."""
         if self.listener:
-            self.hub.api.leave(self.listener)
+            listener = self.listener
             self.listener = None
+            self.api.leave(turn, listener)
 
-    def receive(self, data: bytes) -> None:
+    def behind(self) -> bool:
+        """Does its listener read on from its cursor?"""
+        return self.listener is not None and not self.listener.live
+
+    def receive(self, turn: Turn, data: bytes) -> None:
+        """Bytes of frames, none at the end of the stream."""
         from websockets.frames import Frame
-        self.protocol.receive_data(data) if data else self.protocol.receive_eof()
-        if self not in self.hub.strangers:
-            self.pinged, self.connection.deadline = False, time.monotonic() + PING_SECONDS
-        for frame in self.protocol.events_received():
-            if isinstance(frame, Frame) and frame.opcode < 8:  # the others are the protocol's
-                self.parts.append(bytes(frame.data))
-                if frame.fin:
-                    whole, self.parts = b"".join(self.parts), []
-                    self.receive_message(whole)
-        self.write_protocol()
-        if not data:
-            self.connection.drop()
 
-    def receive_message(self, whole: bytes) -> None:
+        connection = self.connection
+        if data:
+            self.protocol.receive_data(data)
+        else:
+            self.protocol.receive_eof()
+        if connection.phase in (Phase.SOCKET, Phase.PINGED):
+            connection.enter(Phase.SOCKET)
+        for event in self.protocol.events_received():
+            if isinstance(event, Frame) and event.opcode < 8:  # the others are the protocol's
+                self.parts.append(bytes(event.data))
+                if event.fin:
+                    whole = b"".join(self.parts)
+                    self.parts.clear()
+                    self.receive_message(turn, whole)
+        self.say_protocol(turn)
+        if not data:
+            connection.drop(turn)
+
+    def receive_message(self, turn: Turn, whole: bytes) -> None:
         """One message of a client: the key first if it is owed, then what it rang."""
         try:
             whole.decode()
@@ -2165,242 +5391,513 @@ class WebSocket:
             return
         except BadRequest:
             frame = {}
-        if self.listener and self.listener.agent:
-            self.hub.api.heard(self.listener, frame)
-        if self not in self.hub.strangers:
-            return
-        self.hub.strangers.discard(self)
-        given = str(frame.get("key") or "") if frame.get("type") == "auth" else ""
+        if self.connection.phase is Phase.KEY_OWED:
+            self.receive_key(turn, frame)
+        elif self.listener:
+            self.api.heard(turn, self.listener, frame)
+
+    def receive_key(self, turn: Turn, frame: Mapping[str, object]) -> None:
+        """The first frame of a page's socket."""
+        given = ""
+        if frame.get("type") == "auth":
+            given = str(frame.get("key") or "")
         try:
-            if not hmac.compare_digest(given.encode(), self.hub.settings.api_key.encode()):
+            if not self.server.has_key(given):
                 raise NotAuthorized("wrong key")
-            self.listener = self.hub.api.listen(self.ask, self.pump)
+            self.listener = self.api.listen(turn, self.ask, self.connection.wake)
+            self.connection.enter(Phase.SOCKET)
         except ChatError as error:
-            reason = str(error).encode("ascii", "replace")[:100].decode()
-            self.protocol.send_close(4000 + error.http_status, reason)
+            self.protocol.send_close(4000 + error.http_status, close_reason(error))
+            self.connection.enter(Phase.PINGED)  # until its own close frame has come
 
-    def write_protocol(self) -> None:
+    def ping(self, turn: Turn) -> None:
+        """Ask for a sign of life."""
+        self.protocol.send_ping(b"")
+        self.say_protocol(turn)
+        self.connection.enter(Phase.PINGED)
+
+    def close(self, turn: Turn, code: int, reason: str) -> None:
+        """Say goodbye, whatever state the protocol is in."""
+        self.protocol.fail(code, reason)
+        self.say_protocol(turn)
+        self.connection.enter(Phase.CLOSING)
+
+    def fail(self, turn: Turn, error: ChatError) -> None:
+        """It cannot be given what it is owed; it comes back and reads on."""
+        self.leave(turn)
+        self.close(turn, 1011, close_reason(error))
+
+    def say_protocol(self, turn: Turn) -> None:
         """What the protocol wants to say: pongs, pings, the closing handshake."""
-        for chunk in self.protocol.data_to_send():
-            self.connection.write(chunk)
-            if not chunk:
-                self.connection.close_connection = True  # once this turn has left
+        for part in self.protocol.data_to_send():
+            turn.say(self.connection, part)
+            if not part:  # it has nothing to say any more
+                self.connection.enter(Phase.CLOSING)
 
-    def pump(self) -> None:
-        """Write what the listener has not been given; stop at the high water, and let it read
-        on from its cursor when that has drained."""
-        connection, listener = self.connection, self.listener
-        while listener and not connection.close_connection and (
-                items := self.hub.api.pull(listener)):
+    def pump(self, turn: Turn) -> None:
+        """Write what the listener has not been given; stop at the high water, and let it
+        read on from its cursor when that has drained."""
+        connection = self.connection
+        listener = self.listener
+        if listener is None or connection.phase not in SOCKET_PHASES:
+            return
+        if listener.expelled:
+            self.listener = None
+            self.close(turn, 4409, "the name belongs to another session")
+            return
+        items = self.api.pull(turn, listener)
+        while items:
             for item in items:
-                connection.write(self.hub.frame(item, bool(listener.agent)))
+                frame = self.server.frame(item, plain=bool(listener.agent))
+                turn.say(connection, frame)
             if len(connection.out) > OUT_HIGH_WATER:
                 listener.live = False
                 return
+            items = self.api.pull(turn, listener)
+
+
+def close_reason(error: ChatError) -> str:
+    """A sentence as a close frame can carry it: short, ASCII."""
+    return str(error).encode("ascii", "replace")[:100].decode()
 
 
 # ======================================================================================
 # SERVER -- one thread that owns all sockets: the loop, its turns, its end.
-# Knows: selectors, Connection, Api.  Never: Store, Hub, sqlite3, what a request means.
+# Knows: selectors, http.server, Connection, Api.  Never: Store, any desk, sqlite3.
 # ======================================================================================
 
-class HubServer(HTTPServer):
-    """The I/O thread: an HTTPServer whose serve_forever is one selectors loop. A turn takes what
-    all sockets have, lets the Api work, commits once, and only then sends: no answer and no push
-    leaves before the commit that holds its message."""
+TURN_SECONDS = 0.015  # after which a turn takes up nothing more
+TURN_BYTES = 16 << 20  # said in one turn, likewise
+ACCEPTED_AT_ONCE = 256
+COMPLAINT_SECONDS = 60  # between two lines of the log about the same trouble
+TROUBLE_SECONDS = 30  # in which the file cannot be read back; then the hub gives up
+SWEEP_SECONDS = 1
+SLOW_THREADS = 2  # for searches and exports; one more is kept for what is quick
+MISTAKE = "the hub made a mistake; its log says which"
 
-    request_queue_size = 1024
 
-    def __init__(self, settings: Settings, api: Api, connection: type[Connection]) -> None:
+class HubServer:
+    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread for each
+    connection, one selectors loop serves them all: 5,000 idle sockets cost 15 MiB, no lock is
+    needed, and order is simply the order in which things happen.
+
+    A turn takes what all sockets have, lets the Api work, commits once, and only then sends:
+    no answer and no push leaves before the commit that holds its message.
+    """
+
+    def __init__(self, settings: Settings, api: Api, listener: HTTPServer) -> None:
         import logging
         import selectors
         import socket
-        self.settings, self.api, self.connection = settings, api, connection
+
+        self.settings = settings
+        self.api = api
+        self.listener = listener
         self.log = logging.getLogger("agent-chat")
         self.fingerprint = fingerprint()
-        if ":" in settings.host:
-            self.address_family = socket.AF_INET6
-        super().__init__((settings.host, settings.port), connection)
-        port = int(self.server_address[1])
-        name = f"[{settings.host}]" if ":" in settings.host else settings.host
-        self.url = f"http://{'127.0.0.1' if name in ('0.0.0.0', '[::]') else name}:{port}"
-        names = {one.lower() for one in ("127.0.0.1", "localhost", "[::1]", name,
-                                         *settings.allowed_hosts)} - {"0.0.0.0", "[::]"}
-        bare = names if port == 80 else {one.lower() for one in settings.allowed_hosts}
-        self.hosts = {f"{one}:{port}" for one in names} | bare  # every Host we answer to, exactly
-        self.bell, self.waker = socket.socketpair()  # the pool and signals wake the loop with it
+        port = int(listener.server_address[1])
+        self.url = own_url(settings.host, port)
+        self.hosts = own_hosts(settings, port)
+        self.bell, self.waker = socket.socketpair()  # threads and signals wake the loop with it
         self.selector = selectors.DefaultSelector()
         self.waker.setblocking(False)
-        for sock in (self.socket, self.bell):
+        for sock in (listener.socket, self.bell):
             sock.setblocking(False)
             self.selector.register(sock, READ)
         self.limit = connection_limit()
         self.connections: set[Connection] = set()
-        self.strangers: set[WebSocket] = set()  # have not shown the key yet
-        self.touched: dict[Any, int] = {}  # take part in this turn: how much of out is older
-        self.again: list[Connection] = []  # have work that waits for no socket
-        self.done: collections.deque[tuple[Connection, Any]] = collections.deque()
-        self.frames: dict[tuple[int, bool], bytes] = {}  # serialised once a turn for everybody
+        self.strangers: set[Connection] = set()  # have not shown the key yet
+        self.coming_back: list[tuple[Connection, Callable[[Turn], None]]] = []
+        self.done: collections.deque[tuple[Connection, object]] = collections.deque()
+        self.frames: dict[tuple[int, bool], bytes] = {}  # made once a turn for everybody
         self.heads: dict[object, bytes] = {}  # of answers, as they are in this second
-        self.pool: Any = None
-        self.stopping = self.next_sweep = 0.0  # monotonic times
-        self.trouble: object = None  # why commits fail, and in which minute
-
-    def server_bind(self) -> None:
-        import socketserver
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for our name
+        self.queues: dict[Connection, int] = {}  # bytes that wait for their readers
+        self.queued_bytes = 0
+        self.reserved_bytes = 0  # of bodies that are being received
+        self.pools: dict[bool, ThreadPoolExecutor] = {}  # slow or not
+        self.next_sweep = 0.0
+        self.stopping = 0.0  # monotonic time, 0 = not
+        self.trouble: ChatError | None = None  # why memory could not be read back
+        self.trouble_since = 0.0
+        self.complaints: dict[str, float] = {}  # when each was last logged
 
     # -- the loop
 
-    def serve_forever(self, poll_interval: float = 1.0) -> None:
+    def serve_forever(self) -> None:
+        """Until `stop`. Raises Unservable when the file cannot be served any more; nothing
+        else ends it: what nobody foresaw costs those who were being served their connection.
+        """
         while not (self.stopping and self.may_stop()):
-            idle = max(0.0, min(poll_interval, self.next_sweep - time.monotonic()))
-            ready = self.selector.select(0 if self.again else idle)
-            started = time.monotonic()
-            self.turn(ready, started)
-            if (spent := time.monotonic() - started) > SLOW_TURN_SECONDS:
-                self.log.info("a turn of %d sockets took %.0f ms", len(ready), spent * 1000)
+            try:
+                self.one_turn()
+            except Unservable:
+                raise
+            except Exception:
+                self.log.exception("a turn failed")
+                self.start_over()
 
-    def turn(self, ready: list[tuple[selectors.SelectorKey, int]], now: float) -> None:
+    def one_turn(self) -> None:
+        """Wait for something to happen, then let it happen."""
+        pause = max(0.0, min(SWEEP_SECONDS, self.next_sweep - time.monotonic()))
+        if self.coming_back:
+            pause = 0
+        ready = self.selector.select(pause)
+        turn = self.api.begin_turn()
+        self.serve(turn, ready)
+        spent = time.monotonic() - turn.clock
+        if spent > SLOW_TURN_SECONDS:
+            self.log.info("a turn of %d sockets took %.0f ms", len(ready), spent * 1000)
+
+    def serve(self, turn: Turn, ready: list[tuple[SelectorKey, int]]) -> None:
         """Everything that is ready, one commit, then every answer and every push."""
-        waiting, self.again = self.again, []
-        for connection in waiting:
-            self.attend(connection, connection.advance)
+        again = self.coming_back
+        self.coming_back = []
+        for connection, work in again:
+            if connection in self.connections:
+                self.attend(turn, connection, work)
         for key, events in ready:
-            connection = key.data
-            if connection is None:
-                self.accept() if key.fileobj is self.socket else self.collect()
-            elif connection in self.connections:
-                if events & WRITE:
-                    connection.write()
-                if events & READ:
-                    self.attend(connection, connection.receive)
-        if now >= self.next_sweep:
-            self.sweep(now)
-        for _ in range(10):  # what the woken do may concern others; the rest wait for a turn
-            for listener in self.api.woken():
-                self.attend(None, listener.wake)
-        self.commit()
+            self.serve_one(turn, key, events)
+            if time.monotonic() - turn.clock > TURN_SECONDS or turn.said > TURN_BYTES:
+                break  # the others are still ready in the next turn
+        if turn.clock >= self.next_sweep:
+            self.sweep(turn)
+        woken = turn.woken()
+        while woken:
+            for listener in woken:
+                listener.wake(turn)
+            woken = turn.woken()
+        self.finish(turn)
 
-    def attend(self, connection: Connection | None, work: Callable[..., None],
-               *given: Any) -> None:
-        """One client's share of the turn. A mistake of ours costs that client its connection
-        and this turn its commit, never anybody the hub."""
-        try:
-            work(*given)
-        except ChatError as error:  # a failed write has spoilt the turn: the commit tells it
-            if connection and isinstance(error, HttpError):
-                connection.answer_error(error)
-        except Exception:
-            self.log.exception("a connection failed")
-            self.api.spoil()
-            if connection:
-                connection.drop()
+    def serve_one(self, turn: Turn, key: SelectorKey, events: int) -> None:
+        """What one socket has."""
+        connection = key.data
+        if connection is None:
+            if key.fileobj is self.bell:
+                self.collect(turn)
+            else:
+                self.accept(turn)
+        elif connection in self.connections:
+            if events & WRITE:
+                turn.say(connection, b"")
+            if events & READ:
+                self.attend(turn, connection, connection.receive)
 
-    def commit(self) -> None:
+    def attend(
+        self, turn: Turn, connection: Connection, work: Callable[[Turn], None]
+    ) -> None:
+        """One client's share of the turn. What goes wrong in it undoes this share alone: the
+        client hears of it, and the others go on."""
+        mark = turn.savepoint()
+        before = len(connection.out)
         try:
-            self.api.commit()
+            work(turn)
         except ChatError as error:
-            trouble = str(error), time.monotonic() // 60
-            if trouble != self.trouble:  # a full disk is told once a minute, not once a second
-                self.log.error("%s", error)
-            self.trouble = trouble
-            self.answer_again(error)
-        for connection in list(self.touched):
-            connection.flush()
-        self.touched.clear()
+            if error.http_status >= 500:
+                self.complain(error)
+            self.undo(turn, mark, connection, before)
+            connection.failed(turn, error)
+        except Exception:
+            head = connection.head
+            self.log.exception("%s", printable(f"{head.method} {head.target}"))
+            self.undo(turn, mark, connection, before)
+            if head.method != "GET":
+                self.recover(turn)
+            connection.failed(turn, ChatError(MISTAKE))
+
+    def undo(self, turn: Turn, mark: TurnMark, connection: Connection, before: int) -> None:
+        """Nothing of this share happened."""
+        del connection.out[before:]
+        if turn.undo(mark):
+            self.recover(turn)
+
+    def recover(self, turn: Turn) -> None:
+        """Read anew what memory holds of the file. While that fails, requests hear why."""
+        try:
+            self.api.reload()
+            self.trouble = None
+        except Unservable:
+            raise
+        except ChatError as error:
+            if self.trouble is None:
+                self.trouble_since = turn.clock
+            self.trouble = error
+            self.complain(error)
+            if turn.clock - self.trouble_since > TROUBLE_SECONDS:
+                raise Unservable(str(error)) from None
+
+    def complain(self, error: ChatError) -> None:
+        """A full disk is told once a minute, not a thousand times a second."""
+        sentence = str(error)
+        now = time.monotonic()
+        if now - self.complaints.get(sentence, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
+            self.complaints[sentence] = now
+            self.log.error("%s", printable(sentence))
+
+    # -- the end of a turn
+
+    def finish(self, turn: Turn) -> None:
+        """Commit, then send."""
+        outlets = turn.outlets
+        try:
+            turn.finish()
+        except Unservable:
+            raise
+        except ChatError as error:
+            self.complain(error)
+            outlets = self.answer_again(turn, error)
+        for outlet in list(outlets):
+            outlet.flush()
         self.frames.clear()
 
-    def answer_again(self, error: ChatError) -> None:
-        """The commit failed. Nothing that was said has left yet: writers hear why, readers are
-        answered anew from what is on disk, half-made sockets and pushes are forgotten."""
-        self.api.read_only = True
-        for connection, kept in list(self.touched.items()):
-            said = len(connection.out) > kept  # else it is parked, or the pool works for it
-            del connection.out[kept:]
-            if not connection.asked or not said:
-                continue
-            if connection.socket:
-                connection.drop()
-            elif connection.command == "GET":
-                connection.handle_request()
-            else:
-                connection.answer_error(error)
-        self.api.read_only = False
-        with contextlib.suppress(ChatError):
-            self.api.commit()
+    def answer_again(self, failed: Turn, error: ChatError) -> dict[Outlet, int]:
+        """The commit failed. Nothing that was said has left yet: writers hear why, readers
+        are answered anew from what is on disk, half-made sockets and pushes are forgotten.
+        Returns who has something to send now."""
+        self.frames.clear()
+        self.recover(failed)
+        turn = self.api.begin_turn()
+        for outlet, kept in failed.outlets.items():
+            said = len(outlet.out) > kept
+            del outlet.out[kept:]
+            turn.say(outlet, b"")
+            if said and isinstance(outlet, Connection) and outlet.served is failed:
+                anew = functools.partial(self.anew, connection=outlet, error=error)
+                self.attend(turn, outlet, anew)
+        try:
+            turn.finish()
+        except Unservable:
+            raise
+        except ChatError:
+            for outlet in turn.outlets:
+                self.give_up(outlet, turn.outlets[outlet])
+        return turn.outlets
 
-    def accept(self) -> None:
-        """New connections, until there are no more or no room for them."""
-        import socket
-        for _ in range(256):
-            try:
-                sock, _address = self.get_request()
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):  # out of file descriptors: do not spin
-                    self.selector.unregister(self.socket)
-                return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = self.connection(sock, self)
-            self.connections.add(connection)
-            self.selector.register(sock, READ, connection)
-            if len(self.connections) > self.limit or self.stopping:
-                connection.answer_error(HttpError(503, "the hub has no room for another "
-                                                       "connection; try again in a moment"))
+    def anew(self, turn: Turn, connection: Connection, error: ChatError) -> None:
+        """The answer to a request whose turn has failed."""
+        if connection.websocket:
+            connection.drop(turn)
+        elif connection.head.method == "GET":
+            connection.handle_request(turn)
+        else:
+            raise error
 
-    def sweep(self, now: float) -> None:
-        """Once a second: deadlines, and the Api's background work."""
-        self.next_sweep = now + 1
-        self.heads.clear()
-        for connection in [c for c in self.connections if c.deadline < now]:
-            self.attend(connection, connection.expire)
-        if self.socket not in self.selector.get_map():
-            self.selector.register(self.socket, READ)  # there may be file descriptors again
-        self.attend(None, self.api.tick)
+    def give_up(self, outlet: Outlet, kept: int) -> None:
+        """Even its second answer came to nothing: it has to ask again on a new connection."""
+        del outlet.out[kept:]
+        if isinstance(outlet, Connection):
+            self.come_back(outlet, outlet.drop)
 
-    def frame(self, item: Message | dict[str, Any], plain: bool) -> bytes:
-        """An event, or a message, which is serialised once for all who get it."""
-        if isinstance(item, dict):
+    def start_over(self) -> None:
+        """What nobody foresaw has broken a turn: whoever took part in it is dropped."""
+        time.sleep(0.02)  # whatever it is, it shall not spin
+        turn = self.api.begin_turn()
+        try:
+            self.api.abandon()
+            self.recover(turn)
+            for connection in list(self.connections):
+                if connection.served or connection.sock.fileno() < 0:
+                    connection.drop(turn)
+            turn.finish()
+        except Unservable:
+            raise
+        except Exception:
+            self.log.exception("a turn could not be taken back")
+
+    # -- what a connection may ask for
+
+    def come_back(self, connection: Connection, work: Callable[[Turn], None]) -> None:
+        """Do that in the next turn."""
+        self.coming_back.append((connection, work))
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is gone."""
+        self.connections.discard(connection)
+        self.strangers.discard(connection)
+        self.queued_bytes -= self.queues.pop(connection, 0)
+        with contextlib.suppress(KeyError, ValueError, OSError):  # it may never have got there
+            self.selector.unregister(connection.sock)
+        connection.sock.close()
+
+    def select(self, connection: Connection, events: int) -> None:
+        """Wait for these events of its socket."""
+        try:
+            self.selector.modify(connection.sock, events, connection)
+        except OSError:  # the kernel has no memory for it
+            self.come_back(connection, connection.drop)
+
+    def reserve(self, count: int) -> bool:
+        """Room for a body of so many bytes, or (below 0) room given back."""
+        if count > 0 and self.reserved_bytes + count > TOTAL_IN_BYTES:
+            return False
+        self.reserved_bytes += count
+        return True
+
+    def queued(self, connection: Connection) -> None:
+        """So much waits in its `out` for the client to read. When all together hold too much
+        memory, the one that holds most has to go; it reads on from its cursor."""
+        size = len(connection.out)
+        self.queued_bytes += size - self.queues.pop(connection, 0)
+        if size:
+            self.queues[connection] = size
+        while self.queued_bytes > TOTAL_OUT_BYTES:
+            largest = max(self.queues, key=lambda other: self.queues[other])
+            self.queued_bytes -= self.queues.pop(largest)
+            largest.out.clear()
+            largest.enter(Phase.CLOSING)
+            self.come_back(largest, largest.drop)
+
+    def take_stranger(self, connection: Connection) -> bool:
+        """Is there room for another socket that has not shown the key?"""
+        waiting = {other for other in self.strangers if other.phase is Phase.KEY_OWED}
+        self.strangers = waiting
+        if len(waiting) >= MAX_STRANGERS:
+            return False
+        waiting.add(connection)
+        return True
+
+    def has_key(self, given: str) -> bool:
+        """Is this the hub's key, or has it none? Compared in constant time."""
+        key = self.settings.api_key
+        return not key or hmac.compare_digest(given.encode(), key.encode())
+
+    def head_of(
+        self, status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
+    ) -> bytes:
+        """A head of an answer; the same ones are kept for a second: 4 us, 9 % of a send."""
+        key = (status, kind, extra, closing)
+        head = self.heads.get(key)
+        if head is None:
+            head = answer_head(status, kind, extra, closing=closing)
+            self.heads[key] = head
+        return head
+
+    def note(self, status: int, head: Head) -> None:
+        """A line of the log for each answer, if somebody wants it; without the query, which
+        may quote people's mail."""
+        if self.settings.log_level == "debug":
+            path = printable(head.target.partition("?")[0])
+            self.log.debug("%s %s %s", status, head.method, path)
+
+    def frame(self, item: Item, *, plain: bool) -> bytes:
+        """An event, or a message, which is made once a turn for all who get it."""
+        if not isinstance(item, Message):
             return text_frame(to_json(item))
-        if (item.seq, plain) not in self.frames:
-            data = message_json(item if plain else self.api.shown(None, item))
-            self.frames[item.seq, plain] = text_frame(b'{"type":"new_message","data":%b}' % data)
-        return self.frames[item.seq, plain]
+        key = (item.seq, plain)
+        frame = self.frames.get(key)
+        if frame is None:
+            data = message_json(item if plain else self.api.shown(item))
+            frame = text_frame(b'{"type":"new_message","data":%b}' % data)
+            self.frames[key] = frame
+        return frame
 
-    # -- the pool
+    # -- new connections, deadlines
 
-    def submit(self, connection: Connection, work: Callable[[], bytes]) -> None:
-        """Run `work` on a thread of the pool; the connection takes its result in a turn."""
-        if self.pool is None:
-            from concurrent.futures import ThreadPoolExecutor
-            self.pool = ThreadPoolExecutor(2, "reader")
+    def accept(self, turn: Turn) -> None:
+        """New connections, until there are no more or no room for them."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                sock, _address = self.listener.get_request()
+            except BlockingIOError:
+                return
+            except OSError:  # out of file descriptors: do not spin
+                self.selector.unregister(self.listener.socket)
+                return
+            self.welcome(turn, sock)
+
+    def welcome(self, turn: Turn, sock: socket.socket) -> None:
+        """One new connection."""
+        import socket as sockets
+
+        connection = Connection(sock, self)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+            self.selector.register(sock, READ, connection)
+        except OSError:  # its client has gone, or the kernel has no memory for it
+            sock.close()
+            return
+        self.connections.add(connection)
+        if len(self.connections) > self.limit or self.stopping:
+            full = "the hub has no room for another connection; try again in a moment"
+            connection.answer_error(turn, HttpError(503, full))
+
+    def sweep(self, turn: Turn) -> None:
+        """Once a second: deadlines, and the Api's background work."""
+        self.next_sweep = turn.clock + SWEEP_SECONDS
+        self.heads.clear()
+        for connection in [one for one in self.connections if one.deadline < turn.clock]:
+            self.attend(turn, connection, connection.expire)
+        if self.listener.socket not in self.selector.get_map():
+            self.selector.register(self.listener.socket, READ)  # there may be room again
+        if self.trouble:
+            self.recover(turn)
+        else:
+            self.tick(turn)
+
+    def tick(self, turn: Turn) -> None:
+        """The Api's background work, guarded like a client."""
+        mark = turn.savepoint()
+        try:
+            self.api.tick(turn)
+        except Exception as error:
+            if isinstance(error, ChatError):
+                self.complain(error)
+            else:
+                self.log.exception("background work failed")
+            if turn.undo(mark):
+                self.recover(turn)
+
+    # -- other threads
+
+    def submit(self, connection: Connection, job: Job, *, slow: bool) -> None:
+        """Run the job on a thread with its own view of the log; the connection takes its
+        result in a turn. Raises StoreBusy where no thread can be started."""
+        from concurrent.futures import ThreadPoolExecutor
 
         def run() -> None:
-            result: bytes | ChatError = StoreBusy("the hub could not read this; its log says why")
-            try:
-                result = work()
-            except ChatError as error:
-                result = error
-            except Exception:
-                self.log.exception("a reader failed")
-            self.done.append((connection, result))
-            self.wake()
+            if connection.phase is Phase.POOLED:  # its client may have gone meanwhile
+                self.done.append((connection, self.result_of(connection, job)))
+                self.wake()
 
-        self.pool.submit(run)
+        if slow not in self.pools:
+            self.pools[slow] = ThreadPoolExecutor(SLOW_THREADS if slow else 1, "reader")
+        try:
+            self.pools[slow].submit(run)
+        except RuntimeError:
+            raise StoreBusy("the hub cannot start a thread now; try again") from None
+
+    def result_of(self, connection: Connection, job: Job) -> object:
+        """What a job makes, or the error to answer with. Runs on another thread; it is given
+        up when it takes too long, or its client has gone."""
+        end = time.monotonic() + SLOW_SECONDS
+
+        def stop() -> bool:
+            return connection.phase is not Phase.POOLED or time.monotonic() > end
+
+        try:
+            archive = self.api.reader()
+            with archive.log.given_up_when(stop):
+                return job(archive)
+        except ChatError as error:
+            return error
+        except Exception:
+            self.log.exception("a reader failed")
+            return StoreBusy("the hub could not read this; its log says why")
 
     def wake(self) -> None:
         """Make the loop turn; safe in threads and in signal handlers."""
         with contextlib.suppress(OSError):
             self.waker.send(b"!")
 
-    def collect(self) -> None:
+    def collect(self, turn: Turn) -> None:
+        """What the threads have made."""
         with contextlib.suppress(OSError):
             self.bell.recv(4096)
         while self.done:
             connection, result = self.done.popleft()
             if connection in self.connections:
-                self.attend(connection, connection.take, result)
+                take = functools.partial(connection.take, result=result)
+                self.attend(turn, connection, take)
 
     # -- the end
 
@@ -2411,20 +5908,43 @@ class HubServer(HTTPServer):
 
     def may_stop(self) -> bool:
         """Called each turn while stopping: no new work, what is under way may end."""
-        for connection in [c for c in self.connections if c.parked or not c.close_connection]:
-            connection.say_goodbye()
-        self.commit()
+        turn = self.api.begin_turn()
+        for connection in [one for one in self.connections if not one.last_answer]:
+            self.attend(turn, connection, connection.say_goodbye)
+        self.finish(turn)
         self.next_sweep = time.monotonic() + 0.05
         late = time.monotonic() - self.stopping > DRAIN_SECONDS
-        return late or not any(c.answering or c.out for c in self.connections)
+        return late or not any(one.is_busy() for one in self.connections)
 
     def close(self) -> None:
+        """Close all sockets and the file."""
+        turn = self.api.begin_turn()
         for connection in list(self.connections):
-            connection.drop()
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        self.server_close()
+            connection.drop(turn)
+        for pool in self.pools.values():
+            pool.shutdown(cancel_futures=True)
+        self.listener.server_close()
         self.api.close()
+
+
+def own_url(host: str, port: int) -> str:
+    """Where clients on this machine find the hub."""
+    name = f"[{host}]" if ":" in host else host
+    if name in ("0.0.0.0", "[::]"):
+        name = "127.0.0.1"
+    return f"http://{name}:{port}"
+
+
+def own_hosts(settings: Settings, port: int) -> set[str]:
+    """Every Host header the hub answers to, exactly."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    allowed = {name.lower() for name in settings.allowed_hosts}
+    names = {"127.0.0.1", "localhost", "[::1]", host.lower(), *allowed}
+    names -= {"0.0.0.0", "[::]"}
+    with_port = {f"{name}:{port}" for name in names}
+    if port == 80:
+        return with_port | names
+    return with_port | allowed
 
 
 def connection_limit() -> int:
@@ -2434,7 +5954,9 @@ def connection_limit() -> int:
     except ImportError:
         return 500  # Windows: what select() takes
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
+    most = MAX_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        most = min(hard, MAX_CONNECTIONS)
     if soft < most:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -2442,33 +5964,65 @@ def connection_limit() -> int:
     return max(8, min(soft, MAX_CONNECTIONS) - 32)
 
 
-def open_hub(settings: Settings) -> HubServer:
-    """A hub that listens but does not serve yet: `serve_forever`, `stop`, `close`. Raises BadConfig
-    with a sentence when it cannot: the port is taken, the file is broken."""
-    import http.server
+def bound_listener(host: str, port: int) -> HTTPServer:
+    """A socket that listens there. Raises OSError."""
+    import socket
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from socketserver import TCPServer
+
+    listener = HTTPServer((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
+    if ":" in host:
+        listener.address_family = socket.AF_INET6
+        listener.socket.close()
+        listener.socket = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    listener.request_queue_size = 1024
+    try:
+        TCPServer.server_bind(listener)  # HTTPServer's own asks the DNS for our name
+        listener.server_activate()
+    except OSError:
+        listener.server_close()
+        raise
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Does nobody but this machine reach a hub that listens there?"""
     import ipaddress
+
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_hub(settings: Settings) -> HubServer:
+    """A hub that listens but does not serve yet: `serve_forever`, `stop`, `close`. Raises
+    BadConfig with a sentence when it cannot: the port is taken, the file is broken."""
     import logging
+
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     log = logging.getLogger("agent-chat")  # only ours: websockets would log the key it reads
     log.setLevel(settings.log_level.upper())
-    loopback = settings.host == "localhost"
-    with contextlib.suppress(ValueError):
-        loopback = loopback or ipaddress.ip_address(settings.host).is_loopback
-    if not loopback and not settings.api_key:
-        raise BadConfig(f"--host {settings.host} lets other machines in: set an api_key first "
-                        "(config file, or AGENT_CHAT_API_KEY), or stay on 127.0.0.1")
-    if settings.api_key and settings.config and os.stat(settings.config).st_mode & 0o077:
-        log.warning("others can read the key in %s: chmod 600 %s", *[settings.config] * 2)
-    connection = type("Connection", (Connection, http.server.BaseHTTPRequestHandler), {})
-    server = type("HubServer", (HubServer, http.server.HTTPServer), {})
+    if not is_loopback(settings.host) and not settings.api_key:
+        raise BadConfig(
+            f"--host {settings.host} lets other machines in: set an api_key first "
+            "(config file, or AGENT_CHAT_API_KEY), or stay on 127.0.0.1"
+        )
+    config = settings.config
+    if settings.api_key and config and os.stat(config).st_mode & 0o077:
+        log.warning("others can read the key in %s: chmod 600 %s", config, config)
     store = Store(settings.db)
     try:
-        hub: HubServer = server(settings, Api(store, settings), connection)
+        listener = bound_listener(settings.host, settings.port)
     except OSError as error:
         store.close()
-        raise BadConfig(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-                        "choose another --port") from None
-    return hub
+        raise BadConfig(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "choose another --port"
+        ) from None
+    return HubServer(settings, Api(store, settings), listener)
 
 
 # ======================================================================================
