@@ -8487,6 +8487,10 @@ class RunningHub(NamedTuple):
     started: str  # when that process began, as /proc says; "" where there is none
     url: str
 
+    def place(self) -> str:
+        """Where it is to be found, in words."""
+        return f"{self.url} (pid {self.pid})"
+
     def answers(self) -> bool:
         """Whether a hub answers at its address."""
         try:
@@ -8509,8 +8513,10 @@ def process_start(pid: int) -> str:
             text = file.read()
     except OSError:
         return ""
-    after_name = text.rpartition(")")[2]  # the name may hold anything
-    state, *fields = after_name.split()  # field 3 of proc(5), and those behind it
+    # The name stands in parentheses, and may hold anything.
+    _, _, after_name = text.rpartition(")")
+    # The state is field 3 of proc(5), the start is field 22.
+    state, *fields = after_name.split()
     if state in "ZX":
         return ""
     return fields[22 - 4]
@@ -8564,10 +8570,11 @@ def running_hub(settings: Settings) -> RunningHub | None:
 
 def start_daemon(settings: Settings, flags: Sequence[str]) -> str:
     """Starts this file again without a terminal; the sentence once it answers. Raises
-    Conflict if a hub runs on this database, BadConfig with the end of its log if it dies."""
+    Conflict if a hub runs on this database, BadConfig with the end of its log if the new
+    one dies."""
     hub = running_hub(settings)
     if hub:
-        raise Conflict(f"already running at {hub.url} (pid {hub.pid})")
+        raise Conflict(f"already running at {hub.place()}")
     log = log_file(settings)
     with open_log(log) as output:
         begin = os.fstat(output.fileno()).st_size
@@ -8576,8 +8583,7 @@ def start_daemon(settings: Settings, flags: Sequence[str]) -> str:
         ended = child.poll() is not None
         reason = last_words(output, begin)
     if hub:
-        place = f"{hub.url} (pid {hub.pid})"
-        return f"agent-chat {__version__} on {place}, log {log}"
+        return f"agent-chat {__version__} on {hub.place()}, log {log}"
     if ended:
         raise BadConfig(f"the hub did not start: {reason} (log: {log})")
     raise BadConfig(f"no answer after {START_SECONDS} s, it may still be starting; "
@@ -8612,7 +8618,8 @@ def spawn_hub(flags: Sequence[str], output: io.FileIO) -> subprocess.Popen[bytes
 
     program = os.path.abspath(__file__)
     words = [*python_words(), program, "serve", *flags]
-    detached = getattr(subprocess, "DETACHED_PROCESS", 0)  # Windows' word for it
+    # Windows has a flag of its own for what a new session is elsewhere.
+    detached = getattr(subprocess, "DETACHED_PROCESS", 0)
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                             start_new_session=True, creationflags=detached)
 
@@ -8621,7 +8628,8 @@ def awaited_hub(child: subprocess.Popen[bytes], settings: Settings) -> RunningHu
     """That child once it answers; None if it ended, or does not answer in time."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
-        ended = child.poll() is not None  # asked first: it may answer, and end after that
+        # Asked first, for it may answer, and end after that.
+        ended = child.poll() is not None
         hub = running_hub(settings)
         # On Windows the child is a launcher, and the hub has another pid.
         if hub and os.name == "posix" and hub.pid != child.pid:
@@ -8654,7 +8662,7 @@ def stop_daemon(settings: Settings) -> str:
     end = time.monotonic() + STOP_SECONDS
     while time.monotonic() < end:
         if not hub.runs():
-            return f"stopped the hub at {hub.url} (pid {hub.pid})"
+            return f"stopped the hub at {hub.place()}"
         time.sleep(GLANCE_SECONDS)
     raise StoreBusy(f"the hub (pid {hub.pid}) still runs after {STOP_SECONDS} s; "
                     "see its log")
@@ -8957,7 +8965,10 @@ def terminal_columns() -> int:
         size = os.get_terminal_size(sys.stdout.fileno())
     except OSError:
         return 80
-    return size.columns or 80
+    # A terminal that does not know says 0.
+    if size.columns == 0:
+        return 80
+    return size.columns
 
 
 def columns_of(text: str) -> int:
@@ -9113,7 +9124,9 @@ def offered_values(option: Option) -> str:
         return f"$({ASK_NAMES})"
     if option.completes == FILES:
         return ""
-    return option.completes or " ".join(option.choices)
+    if option.completes:
+        return option.completes
+    return " ".join(option.choices)
 
 
 def offered_words(command: Command) -> str:
@@ -9199,7 +9212,8 @@ def fish_option(option: Option) -> str:
             words.append(f"{kind} {flag.lstrip('-')}")
         words.append(f"-d {quoted(option.help)}")
         if option.takes:
-            words.append("-r")  # a value follows
+            # A value follows.
+            words.append("-r")
     if option.completes == FILES:
         words.append("-F")
     values = offered_values(option).replace("$(", "(")
@@ -9327,7 +9341,8 @@ def command_serve(given: Given) -> int:
         print(start_daemon(settings, daemon_flags(given)))
         return 0
     hub = open_hub(settings)
-    try:  # the database is ours from here on, and so is its pid file
+    # The database is ours from here on, and so is its pid file.
+    try:
         write_pid_file(settings, hub.url)
         stop_on_signals(hub.stop)
         print(f"agent-chat {__version__} on {hub.url}, database {settings.db}", flush=True)
@@ -9612,7 +9627,8 @@ def require_message(client: Client, message_id: str) -> None:
         found = client.get("/api/messages/" + quote(message_id, safe=""))
     except (NotFound, BadRequest):
         raise absent from None
-    if not isinstance(found, dict):  # it was the name of a list, as `recent` is one
+    # The names of lists stand at the same place: `recent` is no message.
+    if not isinstance(found, dict):
         raise absent
 
 
@@ -9681,7 +9697,8 @@ def awaited_mail(client: Client, name: str, given: Given) -> tuple[Sequence[Row]
     wait = given.number("wait")
     messages, unread = client.get_messages(name, limit, peek=True)
     if not messages:
-        require_agent(client, name)  # before it is waited for in vain
+        # Before it is waited for in vain.
+        require_agent(client, name)
     while wait > 0 and not messages:
         once = min(wait, MAX_WAIT_SECONDS)
         messages, unread = client.get_messages(name, limit, once, peek=True)
@@ -9786,7 +9803,8 @@ def command_export(given: Given) -> int:
                            agent=given.text("agent"), group=group_of(given),
                            since=given.text("since"), until=given.text("until"))
     some = False
-    if sys.stdout.isatty():  # a file gets every byte, a terminal gets no surprises
+    # A file gets every byte, a terminal gets no surprises.
+    if sys.stdout.isatty():
         for line in lines_of(pieces):
             print(printable(line))
             some = True
@@ -9854,7 +9872,8 @@ def wanted_edits(given: Given) -> list[Edit]:
                              f"{', '.join(AGENT_CLIS)}")
     names = given.words("clis") or installed_clis()
     if given.has("undo") and not given.words("clis"):
-        names = list(AGENT_CLIS)  # a CLI may be gone, and our entry still be there
+        # A CLI may be gone, and our entry still be there.
+        names = list(AGENT_CLIS)
     if not names:
         raise NotFound("no agent CLI found on this machine; name one of "
                        f"{', '.join(AGENT_CLIS)}")
@@ -10050,7 +10069,7 @@ CHAPTERS: dict[str, tuple[Command, ...]] = {
                 "agent-chat init claude codex --dry-run", "[CLI...]"),
         Command("doctor", command_doctor, "check this machine, then prove the whole chain",
                 options("server json"), "agent-chat doctor"),
-        Command("completion", command_completion, "print what your shell completes words by",
+        Command("completion", command_completion, "print a script that completes words",
                 options("server shell"), "source <(agent-chat completion bash)", "SHELL"),
         Command("version", command_version, "print version and fingerprint of this file",
                 options(""), "agent-chat version"),
@@ -10126,13 +10145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(argv)
     try:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # names may not fit its encoding
+            # Names may hold what the terminal's encoding has not.
+            if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         code = run(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        # Python flushes once more at the end: into nothing then.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
         return 141
     except UsageError as error:
         sentence, _, usage = str(error).partition("\n")
@@ -10160,9 +10182,11 @@ def run_as_module() -> NoReturn:
     import compileall
 
     folder, name = os.path.split(os.path.abspath(__file__))
-    compileall.compile_file(__file__, quiet=2)  # nothing happens in a read-only folder
+    # In a folder that cannot be written to, nothing happens here, and all the rest works.
+    compileall.compile_file(__file__, quiet=2)
     code = AS_MODULE.format(folder, os.path.splitext(name)[0])
-    python = [*python_words(), "-P"]  # the current directory is no place for modules
+    # -P: the current directory is no place for modules.
+    python = [*python_words(), "-P"]
     os.execv(sys.executable, [*python, "-c", code, *sys.argv[1:]])
 
 

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ class Composer:
 
     def say(self, text: str, color: str = "0") -> None:
         """A line above the prompt."""
-        shown = text.replace("\n", "\r\n")
+        shown = "\r\n".join(textwrap.wrap(text, PANE_COLUMNS - 1, subsequent_indent="  "))
         os.write(1, f"\r\x1b[K\x1b[{color}m{shown}\x1b[0m\r\n{self.PROMPT}".encode())
 
     def keep(self, line: str) -> None:
@@ -114,7 +115,7 @@ def play_agent(name: str, url: str, folder: str) -> None:
     (Path(folder) / "ready").touch()
 
     def call(tool: str, **arguments: object) -> Any:
-        composer.say(f"● {tool}({', '.join(map(str, arguments.values()))})"[:PANE_COLUMNS], "36")
+        composer.say(f"● {tool}({', '.join(map(str, arguments.values()))})", "36")
         time.sleep(0.5)
         result = plugin.call("tools/call", {"name": tool, "arguments": arguments})
         return json.loads(result["content"][0]["text"])
@@ -126,17 +127,20 @@ def play_agent(name: str, url: str, folder: str) -> None:
         if not line.startswith("[agent-chat]"):
             call("list_agents")
             call("send_message", to="codex-shop-web", content=role.asks)
-            composer.say("Asked. I go on, and hear when it answers.\n")
+            composer.say("Asked. I go on, and hear when it answers.")
+            composer.say("")
             continue
         for message in call("check_messages", mark_read=True)["messages"]:
-            sender, text = message["from_agent"], message["content"]
+            sender = message.get("from") or message["from_agent"]
+            text = message["content"]
             composer.say(f"  {sender}: {text}", "2")
             time.sleep(0.6)
             if sender == "human":
                 call("send_message", to="human", content=role.obeys, reply_to=message["id"])
                 composer.say("")
             elif message.get("in_reply_to"):
-                composer.say(role.concludes + "\n")
+                composer.say(role.concludes)
+                composer.say("")
             else:
                 call("send_message", to=sender, content=role.answers, reply_to=message["id"])
                 composer.say("")
@@ -266,7 +270,7 @@ class Camera:
             passed = min(LONGEST, max(SHORTEST, time.monotonic() - self.since))
             self.frames[-1] = (path, passed)
 
-    def until(self, text: str, pane: int | None = None, seconds: float = 30) -> None:
+    def until(self, text: str, pane: int | None = None, seconds: float = 90) -> None:
         """Films until that is to be seen in a pane, or on the page."""
         end = time.monotonic() + seconds
         while True:
@@ -360,7 +364,7 @@ def theatre(home: Path) -> Iterator[tuple[Process, Panes]]:
     try:
         for name, role in ROLES.items():
             panes.open(name, server.url, home / role.title)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not all((home / role.title / "ready").exists() for role in ROLES.values()):
             if time.monotonic() > end:
                 raise SystemExit("the agents did not start")
