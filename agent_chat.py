@@ -6196,12 +6196,32 @@ async def follow(client: Client, enter: Callable[[], Any], failed: Callable[[Exc
 
 
 # ======================================================================================
-# PROCESSES -- who started us, what stands in front of a terminal; commands that come to an end.
-# Knows: /proc, ps, lsof, subprocess.  Never: tmux, a screen, Client, the hub.
+# PROCESSES -- who started us, and who has the keyboard of a terminal.
+# Knows: /proc, ps, lsof, subprocess.  Never: tmux, Screen, Client, Plugin, Api, Store.
+#
+# A plugin is started by its agent's CLI, with a pipe for input and output. That CLI is
+# found by going up from us: every launcher in between shares our input, the CLI does
+# not. Nothing further up is ever asked, because a shared service ends the walk: what
+# lies above it belongs to whoever happened to start it first.
 # ======================================================================================
 
 DOOR_SECONDS = 5  # bound of every command that a door runs
-SHELLS = {"ash", "bash", "csh", "dash", "elvish", "fish", "ksh", "nu", "pwsh", "sh", "tcsh", "zsh"}
+SHELLS = frozenset(
+    (
+        "ash",
+        "bash",
+        "csh",
+        "dash",
+        "elvish",
+        "fish",
+        "ksh",
+        "nu",
+        "pwsh",
+        "sh",
+        "tcsh",
+        "zsh",
+    )
+)
 
 
 class Process(NamedTuple):
@@ -6217,26 +6237,54 @@ class Process(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A standard input or output: equal for all who share it."""
+    """An open file: its identity is the same for all who share it."""
 
     identity: str
-    device: int  # number of the terminal or other device it is, 0 for pipes and files
+    device: (
+        int  # number of the terminal or other device it is, 0 for pipes and files
+    )
+
+
+class Streams(NamedTuple):
+    """What a process reads and writes."""
+
+    input: Stream
+    output: Stream
 
 
 def run_bounded(command: Sequence[str], text: str = "") -> tuple[int, str, str]:
-    """Exit code, output, errors. The child never sees our key. OSError, also when it hangs."""
+    """Exit code, output and errors of a command that gets `text` to read.
+
+    The child never sees our key. Raises OSError, also when it hangs: TimeoutError after
+    DOOR_SECONDS.
+    """
     import subprocess
+
     env = {k: v for k, v in environ().items() if k != "AGENT_CHAT_API_KEY"}
     try:
-        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8",
-                              errors="replace", env=env, timeout=DOOR_SECONDS)
+        done = subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=env,
+            timeout=DOOR_SECONDS,
+        )
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]} did not answer within {DOOR_SECONDS} s") from None
+        name = next(iter(command))
+        raise TimeoutError(
+            f"{name} did not answer within {DOOR_SECONDS} s"
+        ) from None
     return done.returncode, done.stdout, done.stderr
 
 
 def has_proc() -> bool:
-    """Linux shows processes as files; macOS has to be asked through ps and lsof."""
+    """Linux shows processes as files; macOS has to be asked through ps and lsof.
+
+    The readers of what those print are functions of their own, so that they can be
+    tried on any system.
+    """
     return os.path.exists("/proc/self/stat")
 
 
@@ -6250,7 +6298,8 @@ def find_process(pid: int) -> Process | None:
             return None
     columns = "pid=,ppid=,pgid=,tpgid=,tty=,command="
     try:
-        return process_of_ps(run_bounded(["ps", "-ww", "-o", columns, "-p", str(pid)])[1])
+        _, row, _ = run_bounded(["ps", "-ww", "-o", columns, "-p", str(pid)])
+        return process_of_ps(row)
     except OSError:
         return None
 
@@ -6268,20 +6317,28 @@ def process_of_ps(row: str) -> Process | None:
     words = row.split(None, 5)
     if len(words) < 6:
         return None
-    pid, parent, group, front = map(int, words[:4])
+    *numbers, tty, command = words
+    pid, parent, group, front = map(int, numbers)
     device = 0
-    with contextlib.suppress(OSError):  # "??" stands for no terminal
-        device = os.stat(f"/dev/{words[4]}").st_rdev
-    name = os.path.basename(words[5].split()[0])
-    return Process(pid, parent, group, 0, device, front, name)
+    # "??" stands for no terminal.
+    with contextlib.suppress(OSError):
+        device = os.stat(f"/dev/{tty}").st_rdev
+    program, _, _ = command.partition(" ")
+    return Process(
+        pid, parent, group, 0, device, front, os.path.basename(program)
+    )
 
 
-def standard_streams(pid: int) -> tuple[Stream, Stream] | None:
+def standard_streams(pid: int) -> Streams | None:
     """Input and output of a process; None if they cannot be seen (another user's)."""
     try:
         if has_proc():
-            return stream_of_file(f"/proc/{pid}/fd/0"), stream_of_file(f"/proc/{pid}/fd/1")
-        return streams_of_lsof(run_bounded(["lsof", "-a", "-p", str(pid), "-d0,1", "-Fftdin"])[1])
+            reads = stream_of_file(f"/proc/{pid}/fd/0")
+            return Streams(reads, stream_of_file(f"/proc/{pid}/fd/1"))
+        _, text, _ = run_bounded(
+            ["lsof", "-a", "-p", str(pid), "-d0,1", "-Fftdin"]
+        )
+        return streams_of_lsof(text)
     except OSError:
         return None
 
@@ -6289,6 +6346,7 @@ def standard_streams(pid: int) -> tuple[Stream, Stream] | None:
 def stream_of_file(path: str) -> Stream:
     """What a link such as /proc/1/fd/0 leads to. OSError if that is hidden."""
     import stat
+
     found = os.stat(path)
     device = 0
     if stat.S_ISCHR(found.st_mode):
@@ -6296,19 +6354,19 @@ def stream_of_file(path: str) -> Stream:
     return Stream(f"{found.st_dev}:{found.st_ino}", device)
 
 
-def streams_of_lsof(text: str) -> tuple[Stream, Stream] | None:
+def streams_of_lsof(text: str) -> Streams | None:
     """Reads `lsof -F`: a line per field, the first letter says which, f begins a file."""
     found: dict[str, Stream] = {}
     for part in re.split(r"(?m)^f", text)[1:]:
         number, *fields = part.splitlines()
-        name = next((field[1:] for field in fields if field[:1] == "n"), "")
         device = 0
-        if name.startswith("/dev/"):
-            device = os.stat(name).st_rdev
+        for field in fields:
+            if field.startswith("n/dev/"):
+                device = os.stat(field.removeprefix("n")).st_rdev
         found[number] = Stream(" ".join(fields), device)
     if "0" not in found or "1" not in found:
         return None
-    return found["0"], found["1"]
+    return Streams(found["0"], found["1"])
 
 
 def variables_of(pid: int) -> Mapping[str, str]:
@@ -6318,7 +6376,7 @@ def variables_of(pid: int) -> Mapping[str, str]:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 pairs = os.fsdecode(file.read()).split("\0")
             return dict(pair.partition("=")[::2] for pair in pairs)
-        text = run_bounded(["ps", "eww", "-o", "command=", "-p", str(pid)])[1]
+        _, text, _ = run_bounded(["ps", "eww", "-o", "command=", "-p", str(pid)])
     except OSError:
         return {}
     wanted = r" (TMUX|TMUX_PANE)=(.*?)(?= [A-Za-z_]\w*=|\s*$)"
@@ -6331,28 +6389,38 @@ def command_of(pid: int) -> list[str]:
         if has_proc():
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 return os.fsdecode(file.read()).rstrip("\0").split("\0")
-        return run_bounded(["ps", "-ww", "-o", "command=", "-p", str(pid)])[1].split()
+        _, text, _ = run_bounded(["ps", "-ww", "-o", "command=", "-p", str(pid)])
+        return text.split()
     except OSError:
         return []
 
 
 def agent_cli() -> tuple[Process | None, list[int]]:
-    """The agent's CLI, and the pids from it down to us. It is the nearest process that is not
-    on our own standard input: launchers between it and us (uv, sh, env) are. Somebody who runs
-    a command at a terminal is his own."""
+    """The agent's CLI, and the pids from us up to it.
+
+    It is the nearest process that is not on our own standard input, as every launcher
+    between it and us is (uv, sh, env). Somebody who runs a command at a terminal is his
+    own CLI. None where the processes above us cannot be seen.
+    """
     pids = [os.getpid()]
-    ours = standard_streams(pids[0])
+    ours = standard_streams(os.getpid())
     if os.isatty(0):
-        return find_process(pids[0]), pids
+        return find_process(os.getpid()), pids
     pid = os.getppid()
     while pid > 0:
-        process, streams = find_process(pid), standard_streams(pid)
         pids.append(pid)
-        shared = streams and ours and streams[0].identity == ours[0].identity
-        if not process or not shared:
+        process = find_process(pid)
+        if not process or not shares_input(standard_streams(pid), ours):
             return process, pids
         pid = process.parent
     return None, pids
+
+
+def shares_input(streams: Streams | None, others: Streams | None) -> bool:
+    """Do both read the same thing, as far as can be seen?"""
+    if not streams or not others:
+        return False
+    return streams.input.identity == others.input.identity
 
 
 def children_of(pid: int) -> list[int]:
@@ -6360,7 +6428,8 @@ def children_of(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):
         if not has_proc():
-            return [int(word) for word in run_bounded(["pgrep", "-P", str(pid)])[1].split()]
+            _, text, _ = run_bounded(["pgrep", "-P", str(pid)])
+            return list(map(int, text.split()))
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children") as file:
                 found += map(int, file.read().split())
@@ -6368,22 +6437,31 @@ def children_of(pid: int) -> list[int]:
 
 
 def typing_child(process: Process) -> str:
-    """The name of a program below this process that reads its terminal, such as the editor that
-    a CLI opens: what is typed now goes there. "" if there is none."""
+    """The name of a program below this process that reads its terminal, or "".
+
+    Such is the editor that a CLI opens: what is typed now goes there. It may have a
+    process group of its own or share the CLI's.
+    """
     pids = children_of(process.pid)
     while pids:
         pid = pids.pop()
-        child, streams = find_process(pid), standard_streams(pid)
         pids += children_of(pid)
-        if not child or not streams or child.tty != process.tty:
-            continue
-        if child.group == child.front and streams[0].device == process.tty:
+        child = find_process(pid)
+        if child and child.tty == process.tty and reads_keyboard(child):
             return child.name
     return ""
 
 
+def reads_keyboard(process: Process) -> bool:
+    """Does it read its terminal, in front of it?"""
+    streams = standard_streams(process.pid)
+    if not streams or process.group != process.front:
+        return False
+    return streams.input.device == process.tty
+
+
 class Front(NamedTuple):
-    """The program that has a terminal's keyboard instead of the one that was asked about."""
+    """The program that has a terminal's keyboard instead of the one asked about."""
 
     name: str
     is_child: bool  # was it started by the one asked about?
@@ -6396,7 +6474,9 @@ def who_has_keyboard(process: Process) -> Front | None:
         return Front("nothing: the agent's CLI has ended", is_child=False)
     if now.group == now.front:
         child = typing_child(now)
-        return Front(child, is_child=True) if child else None
+        if child:
+            return Front(child, is_child=True)
+        return None
     other = find_process(now.front)
     if not other:
         return Front("another program", is_child=False)
@@ -6411,11 +6491,14 @@ def descends_from(process: Process, ancestor: Process) -> bool:
             return True
         above = find_process(above.parent)
     return False
-
-
 # ======================================================================================
 # SCREEN -- what a terminal shows, and where in it the composer of an agent's CLI stands.
-# Knows: text, and the escapes that style it.  Never: a process, a terminal, the clock, files.
+# Knows: text, and the escapes that style it.  Never: Process, Terminal, files, the clock.
+#
+# Pure functions on one record. A composer is known as a whole: from the frame above it
+# to the footer below, where shell modes and the like show themselves. What is not
+# understood counts as somebody's text, or as no composer at all; either way nothing is
+# typed.
 # ======================================================================================
 
 BORDERS = "│┃║|▌▍▎▏"  # left and right borders of composers
@@ -6425,10 +6508,15 @@ BLANK = "[ ▀▄─╭╮╰╯]*"  # some programs colour the rows around a co
 GREYS = {"90", "38;5;8"}  # bright black
 LOWEST_PANE = 8  # rows; below it some composers are not drawn whole
 CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
-FOLDED = re.compile(r"\[Past[^\]]*\]")  # how some TUIs show a paste that they find long
-OUR_LINE = re.compile(re.escape(DOORBELL) + r".*#[0-9a-f]{4}")  # its blanks taken out
+FOLDED = re.compile(
+    r"\[Past[^\]]*\]"
+)  # how some TUIs show a paste that they find long
+OUR_LINE = re.compile(
+    re.escape(DOORBELL) + r".*#[0-9a-f]{4}"
+)  # its blanks taken out
 UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
-ESCAPE = re.compile(r"\x1b\[([\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]")
+ESCAPE = r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
+TEXT_OR_ESCAPE = re.compile(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
 
 
 class Screen(NamedTuple):
@@ -6448,10 +6536,15 @@ class Screen(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How one CLI draws its composer. The patterns of `above` and `below` match whole rows,
-    the nearest first; where a frame has an `edge`, all rows are cut to its columns first."""
+    """How one CLI draws its composer.
 
-    programs: tuple[str, ...]  # names of the program, of its script or of its package
+    The patterns of `above` and `below` match whole rows, the nearest first. Where the
+    frame has an `edge`, all rows are cut to its columns before anything is compared.
+    """
+
+    programs: tuple[
+        str, ...
+    ]  # names of the program, of its script or of its package
     above: tuple[str, ...]
     prompt: str  # what the first row begins with
     more: str  # what further rows begin with
@@ -6464,25 +6557,63 @@ class Shape(NamedTuple):
     open_end: bool = False  # the first blank row ends it
 
 
-# A CLI that stands here is rung in the composer described, and in no other. A new one is a row
-# here, and screens of the real program among the tests.
+# A CLI that stands here is rung in the composer described, and in no other. A new one
+# is a row, and screens of the real program among the tests.
+#
+# What the rows do not say: Claude Code draws hints and suggestions faint. Codex and
+# Gemini CLI draw no frame but colour the rows, and are never empty without their
+# placeholder. opencode differs in its shell mode by one word below the composer.
+# Copilot CLI, Qwen Code and Claude Code show theirs by another sign than the prompt's.
+# Searches put the caret or another prompt elsewhere.
 SHAPES = {
     "Claude Code": Shape(
-        ("claude", "claude-code"), (RULE,), "❯[ \xa0]", "  ", (RULE,), faint_hint=True),
+        ("claude", "claude-code"),
+        (RULE,),
+        "❯[ \xa0]",
+        "  ",
+        (RULE,),
+        faint_hint=True,
+    ),
     "Codex": Shape(
-        ("codex",), (BLANK,), "› ", "  ", (BLANK, "  +\\S.*"),
-        faint_hint=True, always_hint=True, open_end=True),
+        ("codex",),
+        (BLANK,),
+        "› ",
+        "  ",
+        (BLANK, "  +\\S.*"),
+        faint_hint=True,
+        always_hint=True,
+        open_end=True,
+    ),
     "Gemini CLI": Shape(
-        ("gemini", "gemini-cli"), (BLANK,), " [>*] ", "   ", (BLANK,),
-        hint="Typeyourmessageor@path/to/file", always_hint=True, open_end=True),
+        ("gemini", "gemini-cli"),
+        (BLANK,),
+        " [>*] ",
+        "   ",
+        (BLANK,),
+        hint="Typeyourmessageor@path/to/file",
+        always_hint=True,
+        open_end=True,
+    ),
     "opencode": Shape(
-        ("opencode", "opencode-ai"), ("┃ *", "(?!┃).*"), "┃  ", "┃  ",
-        ("┃ *", r"┃  (?!Shell\b).*\S.*", "╹▀+"), edge="╹▀+", hint='Askanything…(".*)?'),
-    "Copilot CLI": Shape(
-        ("copilot",), (RULE,), "❯ ", "  ", (RULE,)),
+        ("opencode", "opencode-ai"),
+        ("┃ *", "(?!┃).*"),
+        "┃  ",
+        "┃  ",
+        ("┃ *", r"┃  (?!Shell\b).*\S.*", "╹▀+"),
+        edge="╹▀+",
+        hint='Askanything…(".*)?',
+    ),
+    "Copilot CLI": Shape(("copilot",), (RULE,), "❯ ", "  ", (RULE,)),
     "Qwen Code": Shape(
-        ("qwen", "qwen-code"), (RULE,), "[>*] ", "  ", (RULE,),
-        hint="Typeyourmessageor@path/to/file", hint_colour="38;5;103", always_hint=True),
+        ("qwen", "qwen-code"),
+        (RULE,),
+        "[>*] ",
+        "  ",
+        (RULE,),
+        hint="Typeyourmessageor@path/to/file",
+        hint_colour="38;5;103",
+        always_hint=True,
+    ),
 }
 
 
@@ -6500,7 +6631,11 @@ class Composer(NamedTuple):
 
 
 class Standing(StrEnum):
-    """What a composer holds, seen from a line that we pasted."""
+    """What a composer holds, seen from a line that we pasted.
+
+    A receipt says `rung` when the line has gone from a composer that is still there:
+    EMPTY or OTHER. SHOWN is weaker, and HIDDEN proves nothing.
+    """
 
     EMPTY = "empty"
     OURS = "ours"  # our line and nothing else
@@ -6527,12 +6662,13 @@ class Cell(NamedTuple):
 
 def plain_row(styled: str) -> str:
     """The row as text, without escapes and without blanks at its end."""
-    return ESCAPE.sub("", styled).rstrip(" ")
+    return re.sub(ESCAPE, "", styled).rstrip(" ")
 
 
 def cells_of(character: str) -> int:
     """How many cells it fills, as tmux counts: a mark goes with its letter."""
     import unicodedata
+
     if unicodedata.category(character)[0] == "M":
         return 0
     return 1 + (unicodedata.east_asian_width(character) in "WF")
@@ -6559,7 +6695,8 @@ def restyled(style: Style, codes: str) -> Style:
     words = re.split("[;:]", codes)
     while words:
         code = words.pop(0)
-        if code in ("38", "48", "58"):  # a colour out of a palette, or as red, green, blue
+        if code in ("38", "48", "58"):
+            # A colour out of a palette, or as red, green and blue.
             size = 1 + {"2": 3, "5": 1}.get("".join(words[:1]), 0)
             colour = ";".join([code, *words[:size]])
             words = words[size:]
@@ -6578,33 +6715,36 @@ def restyled(style: Style, codes: str) -> Style:
 
 def styled_cells(styled: str) -> Iterator[Cell]:
     """The characters of a row that are no blanks."""
-    style, column, place = Style(), 0, 0
-    while place < len(styled):
-        escape = ESCAPE.match(styled, place)
-        if escape:
-            place = escape.end()
-            if escape[1] is not None:
-                style = restyled(style, escape[1])
-            continue
-        character = styled[place]
-        if character not in BLANKS:
-            yield Cell(column, character, style)
-        column += cells_of(character)
-        place += 1
+    style = Style()
+    column = 0
+    for match in TEXT_OR_ESCAPE.finditer(styled):
+        codes = match["codes"]
+        if codes is not None:
+            style = restyled(style, codes)
+        for character in match["text"] or "":
+            if character not in BLANKS:
+                yield Cell(column, character, style)
+            column += cells_of(character)
 
 
 def is_faint(screen: Screen, last: int, colour: str = "") -> bool:
-    """Is all text from the caret to the end of row `last` dim, grey or of this colour, as
-    placeholders are? The first character may be painted as the caret; alone it proves nothing."""
-    found = [cell for cell in styled_cells(screen.styled[screen.y]) if cell.column >= screen.x]
-    if len(found) > 1 and found[0].column == screen.x:
-        found.pop(0)
-    for row in screen.styled[screen.y + 1:last + 1]:
+    """Is all text from the caret to the end of row `last` drawn as placeholders are?
+
+    That is dim, or grey, or in this colour of the CLI's own. The first character may be
+    painted as the caret; alone it proves nothing.
+    """
+    found = []
+    for cell in styled_cells(screen.styled[screen.y]):
+        if cell.column >= screen.x and cell.character not in BORDERS:
+            found.append(cell)
+    for row in screen.styled[screen.y + 1 : last + 1]:
         found += styled_cells(row)
-    while found and found[-1].character in BORDERS:
-        found.pop()
-    colours = {*GREYS, colour} - {""}
-    return bool(found) and all(c.style.dim or c.style.colour in colours for c in found)
+    if len(found) > 1 and found[0].column == screen.x:
+        found = found[1:]
+    faint_colours = {*GREYS, colour} - {""}
+    return bool(found) and all(
+        cell.style.dim or cell.style.colour in faint_colours for cell in found
+    )
 
 
 def squeezed(text: str) -> str:
@@ -6613,13 +6753,17 @@ def squeezed(text: str) -> str:
 
 
 def shape_of(command: Sequence[str]) -> str:
-    """The name of the CLI that was started with these words, "" for one that has no shape."""
+    """The name of the CLI that was started with these words, or "".
+
+    The words may be the program, or an interpreter and a script of a package.
+    """
     names = set()
-    for word in command[:4]:  # an interpreter, its options, the script
+    # An interpreter, its options, its script.
+    for word in itertools.islice(command, 4):
         path = word.split("/")
         names.add(path[-1].partition(".")[0])
         if "node_modules" in path:
-            names.update(path[path.index("node_modules"):])
+            names.update(path[path.index("node_modules") :])
     for name, shape in SHAPES.items():
         if names & set(shape.programs):
             return name
@@ -6627,10 +6771,11 @@ def shape_of(command: Sequence[str]) -> str:
 
 
 def in_frame(screen: Screen, edge: str) -> Screen | None:
-    """The screen cut to the columns of the edge below the caret; None if there is none."""
-    for row in screen.rows[screen.y + 1:]:
+    """The screen cut to the columns of the edge below the caret; None
+    if there is none."""
+    for row in screen.rows[screen.y + 1 :]:
         for match in re.finditer(edge, row):
-            left = sum(map(cells_of, row[:match.start()]))
+            left = sum(map(cells_of, row[: match.start()]))
             right = left + sum(map(cells_of, match[0]))
             if left <= screen.x < right:
                 rows = tuple(columns(row, left, right) for row in screen.rows)
@@ -6641,7 +6786,9 @@ def in_frame(screen: Screen, edge: str) -> Screen | None:
 def matches_all(patterns: Sequence[str], rows: Sequence[str]) -> bool:
     """Does each row match its pattern? Rows that are missing do not."""
     pairs = zip(patterns, rows, strict=False)
-    return len(rows) >= len(patterns) and all(re.fullmatch(*pair) for pair in pairs)
+    return len(rows) >= len(patterns) and all(
+        re.fullmatch(*pair) for pair in pairs
+    )
 
 
 class Begin(NamedTuple):
@@ -6655,7 +6802,8 @@ def first_row(screen: Screen, shape: Shape) -> Begin | None:
     """Where the composer begins in which the caret stands."""
     for place in range(screen.y, -1, -1):
         row = screen.rows[place].ljust(4)
-        above = ("", *screen.rows[:place])[::-1]  # what is above the screen is taken for blank
+        # What is above the screen is taken for blank.
+        above = ("", *screen.rows[:place])[::-1]
         if re.match(shape.prompt, row) and matches_all(shape.above, above):
             return Begin(place, whole=True)
         if place and not re.match(shape.more, row):
@@ -6666,7 +6814,7 @@ def first_row(screen: Screen, shape: Shape) -> Begin | None:
 def last_row(screen: Screen, shape: Shape) -> int | None:
     """Where it ends."""
     for place in range(screen.y, screen.height):
-        below = screen.rows[place + 1:]
+        below = screen.rows[place + 1 :]
         if matches_all(shape.below, below):
             return place
         if shape.open_end and not squeezed("".join(below[:1])):
@@ -6677,27 +6825,38 @@ def last_row(screen: Screen, shape: Shape) -> int | None:
 
 
 def find_composer(screen: Screen, shape: Shape) -> Composer | None:
-    """The composer in which the caret stands, if all of it is on the screen."""
+    """The composer in which the caret stands, as its shape says; None if there is none.
+
+    What is typed begins where the margin ends: a caret further right has blanks before
+    it, and those are a draft too.
+    """
     cut = screen
     if shape.edge:
         framed = in_frame(screen, shape.edge)
         if framed is None:
             return None
         cut = framed
-    begin, last = first_row(cut, shape), last_row(cut, shape)
+    begin = first_row(cut, shape)
+    last = last_row(cut, shape)
     if begin is None or last is None:
         return None
-    first, margins = begin.place, f"{shape.prompt}|{shape.more}"
-    texts = [re.sub(margins, "", row.ljust(4), count=1) for row in cut.rows[first:last + 1]]
+    first = begin.place
+    margins = f"{shape.prompt}|{shape.more}"
+    texts = [
+        re.sub(margins, "", row.ljust(4), count=1)
+        for row in cut.rows[first : last + 1]
+    ]
     margin = len(cut.rows[cut.y].ljust(4)) - len(texts[cut.y - first])
     if cut.x < margin:
         return None
     left, right = split_row(texts[cut.y - first], cut.x - margin)
-    before = "\n".join([*texts[:cut.y - first], left])
-    after = "\n".join([right, *texts[cut.y - first + 1:]]).rstrip(BLANKS)
+    before = "\n".join([*texts[: cut.y - first], left])
+    after = "\n".join([right, *texts[cut.y - first + 1 :]]).rstrip(BLANKS)
     hinted = bool(after) and is_hint(screen, shape, after, last)
     plain = not after and not shape.always_hint
-    return Composer(before, after, begin.whole and not before and (hinted or plain))
+    return Composer(
+        before, after, begin.whole and not before and (hinted or plain)
+    )
 
 
 def is_hint(screen: Screen, shape: Shape, text: str, last: int) -> bool:
@@ -6709,39 +6868,54 @@ def is_hint(screen: Screen, shape: Shape, text: str, last: int) -> bool:
 
 
 def guess_composer(screen: Screen, signs: str) -> Composer | None:
-    """The composer of a CLI that has no shape, known only by the sign that its prompt begins
-    with. Text near the caret that could be part of a draft counts as one."""
+    """The composer of a CLI that has no shape.
+
+    It is known only by the sign that its prompt begins with, so text near the caret
+    that could be part of a draft counts as one.
+    """
     sign = re.compile(rf" *[{BORDERS}]?\s*([{re.escape(signs)}])")
     first = screen.y
     left, right = split_row(screen.rows[screen.y], screen.x)
     while not (begin := sign.match(screen.rows[first])):
-        if not first:  # it may have scrolled out
-            return Composer("\n".join([*screen.rows[:screen.y], left]), right, empty=False)
+        # The row with the sign may have scrolled out.
+        if not first:
+            return Composer(
+                "\n".join([*screen.rows[: screen.y], left]), right, empty=False
+            )
         if not continues(screen, first):
             return None
         first -= 1
-    if begin[1] in BORDERS:
-        rows_above = bar_rows_above(screen, begin[0])
-        left = left[begin.end():]
+    if begin.group(1) in BORDERS:
+        rows_above = bar_rows_above(screen, begin.group())
+        left = left[begin.end() :]
     elif first == screen.y:
         rows_above = []
-        left = left[begin.end():]
+        left = left[begin.end() :]
     else:
-        rows_above = [screen.rows[first][begin.end():], *screen.rows[first + 1:screen.y]]
+        rows_above = [
+            screen.rows[first][begin.end() :],
+            *screen.rows[first + 1 : screen.y],
+        ]
     if not caret_in_text(screen, first, begin):
         return None
-    if right.startswith("  "):  # what stands apart is no draft
+    # What stands apart is no draft.
+    if right.startswith("  "):
         right = ""
     rows_below = [right, *guess_rows_below(screen, begin)]
     before = "\n".join([*rows_above, left]).lstrip(BLANKS)
-    after = "\n".join(re.sub(rf"\s*[{BORDERS}]?$", "", row) for row in rows_below).rstrip(BLANKS)
-    empty = not before and (not after or is_faint(screen, screen.y + len(rows_below) - 1))
+    bare = (re.sub(rf"\s*[{BORDERS}]?$", "", row) for row in rows_below)
+    after = "\n".join(bare).rstrip(BLANKS)
+    empty = not before and (
+        not after or is_faint(screen, screen.y + len(rows_below) - 1)
+    )
     return Composer(before, after, empty)
 
 
 def is_full(screen: Screen, place: int) -> bool:
-    """Does this row reach the edge, so that the next may go on with its text? A blank at its
-    end cannot be seen."""
+    """Does this row reach the edge, so that the next may go on with its text?
+
+    A blank at its end cannot be seen.
+    """
     return sum(map(cells_of, screen.rows[place])) >= screen.width - 1
 
 
@@ -6752,9 +6926,12 @@ def continues(screen: Screen, place: int) -> bool:
 
 
 def caret_in_text(screen: Screen, first: int, begin: re.Match[str]) -> bool:
-    """Does the caret stand where the text of this prompt does? A terminal's own line, which is
-    no composer, goes on at the left margin once it was entered."""
-    margin = sum(map(cells_of, begin[0]))
+    """Does the caret stand where the text of this prompt does?
+
+    A terminal's own line, which is no composer, goes on at the left margin once it was
+    entered.
+    """
+    margin = sum(map(cells_of, begin.group()))
     if first == screen.y:
         return screen.x >= margin
     return screen.x > margin or is_full(screen, screen.y - 1)
@@ -6763,7 +6940,7 @@ def caret_in_text(screen: Screen, first: int, begin: re.Match[str]) -> bool:
 def bar_rows_above(screen: Screen, bar: str) -> list[str]:
     """The text above the caret in a composer that has a bar before each row."""
     found: list[str] = []
-    for row in reversed(screen.rows[:screen.y]):
+    for row in reversed(screen.rows[: screen.y]):
         if not row.startswith(bar):
             break
         found.insert(0, row.removeprefix(bar).strip(BLANKS))
@@ -6772,10 +6949,10 @@ def bar_rows_above(screen: Screen, bar: str) -> list[str]:
 
 def guess_rows_below(screen: Screen, begin: re.Match[str]) -> Iterator[str]:
     """The rows below the caret that may belong to the same text."""
-    margin = " " * (sum(map(cells_of, begin[0])) + 1)
-    if begin[1] in BORDERS:
-        margin = begin[0]
-    for row in screen.rows[screen.y + 1:]:
+    margin = " " * (sum(map(cells_of, begin.group())) + 1)
+    if begin.group(1) in BORDERS:
+        margin = begin.group()
+    for row in screen.rows[screen.y + 1 :]:
         text = row.removeprefix(margin)
         inside = row.startswith(margin) or re.match(rf"[{BORDERS}]\s", row)
         if not inside or not text.strip(BLANKS + BORDERS):
@@ -6791,15 +6968,21 @@ def composer_on(screen: Screen, cli: str, signs: str) -> Composer | None:
 
 
 def standing(screen: Screen, composer: Composer | None, line: str) -> Standing:
-    """What the composer holds, seen from this line of ours. Of a line that is higher than its
-    composer only the end can be seen."""
-    nonce, shown = line[-5:], squeezed("".join(screen.rows))
+    """What the composer holds, seen from this line of ours.
+
+    Blanks do not count, the line may be wrapped anywhere. Of a line that is higher than
+    its composer only the end can be seen. A newline behind it changes nothing: it is
+    ours still.
+    """
+    nonce = line[-5:]
     if composer is None:
-        return Standing.SHOWN if nonce in shown else Standing.HIDDEN
+        if nonce in squeezed("".join(screen.rows)):
+            return Standing.SHOWN
+        return Standing.HIDDEN
     if composer.empty:
         return Standing.EMPTY
     text = UNSURE.sub("", composer.text)
-    if not text.endswith(nonce) and nonce not in text:
+    if nonce not in text:
         return Standing.OTHER
     if UNSURE.sub("", line).endswith(text):
         return Standing.OURS
@@ -6812,14 +6995,22 @@ def is_folded(composer: Composer | None) -> bool:
 
 
 def our_line(composer: Composer | None) -> str:
-    """The doorbell line that stands in it, whoever pasted it and when, if nothing else does."""
-    text = squeezed(composer.text) if composer else ""
-    return text if OUR_LINE.fullmatch(text) else ""
-
-
+    """The doorbell line that stands in it alone, whoever pasted it and when; or ""."""
+    if not composer:
+        return ""
+    text = squeezed(composer.text)
+    if not OUR_LINE.fullmatch(text):
+        return ""
+    return text
 # ======================================================================================
-# TERMINALS -- terminals that can be looked at and typed into, and which of their panes is ours.
-# Knows: tmux, ttys, PROCESSES, SCREEN.  Never: Client, Plugin, the hub; when to type, or what.
+# TERMINALS -- terminals that can be looked at and typed into, and which pane is ours.
+# Knows: tmux, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
+#
+# A pane is the agent's only if its CLI lives in it and no other terminal lies between:
+# the CLI's controlling terminal is the pane's, it leads back to the pane's first
+# process, and it reads and writes nothing else. An editor's terminal, screen, script,
+# ssh, a container or an inner tmux fail one of these, and so does a CLI that runs
+# without a screen.
 # ======================================================================================
 
 TTY_CLOCK_SECONDS = 8  # Linux tells only so exactly when a terminal was last read
@@ -6833,16 +7024,21 @@ class PaneGone(OSError):
 class Key(StrEnum):
     """What can be pressed."""
 
-    ENTER = "Enter"
+    ENTER = "enter"
     RETURN = "return"  # as a bare CR, which some terminals need
 
 
 class Terminal:
-    """A way to look at a pane and to type into it. A new one is a subclass with these verbs;
-    what a terminal cannot tell (no caret, no modes) means that it is not typed into."""
+    """A way to look at a pane and to type into it.
+
+    A new one is a subclass with these verbs. What a terminal cannot tell (no caret, no
+    modes) means that it is not typed into.
+    """
 
     name = ""
-    cli: Process | None = None  # the agent's CLI, if it was proved that the pane is its own
+    cli: Process | None = (
+        None  # the agent's CLI, if it was proved that the pane is its own
+    )
     tty = ""  # path of the pane's terminal
 
     def find(self) -> str:
@@ -6882,11 +7078,19 @@ class Terminal:
         """Who has the pane's keyboard instead of the agent's CLI; None if that has it."""
         if self.cli:
             return who_has_keyboard(self.cli)
-        name = os.path.basename("".join(self.program()[:1])).lstrip("-")
-        return Front(name, is_child=False) if name in SHELLS else None
+        name = os.path.basename(next(iter(self.program()), "")).lstrip("-")
+        if name in SHELLS:
+            return Front(name, is_child=False)
+        return None
 
     def is_quiet(self) -> bool:
-        """Surely nobody pressed a key within QUIET_SECONDS, and no key waits to be read."""
+        """Surely nobody pressed a key within QUIET_SECONDS, and no key waits to be
+        read.
+
+        Linux notes when a terminal was last read, but on purpose only within eight
+        seconds: a time before the present eight says that there was nothing since they
+        began.
+        """
         try:
             read_at = os.stat(self.tty).st_atime
             waiting = unread_bytes(self.tty)
@@ -6901,6 +7105,7 @@ def unread_bytes(tty: str) -> int:
     """How many bytes were typed that the program in a terminal has not read yet."""
     import fcntl
     import termios
+
     terminal = os.open(tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         answer = fcntl.ioctl(terminal, termios.FIONREAD, bytes(4))
@@ -6910,21 +7115,32 @@ def unread_bytes(tty: str) -> int:
 
 
 def why_not_its_own(cli: Process, tty: int, leader: int) -> str:
-    """Why the pane with this terminal, led by this process, is not the one in which the agent's
-    CLI runs, "" if it is. Its terminal is the pane's, and so are its input and output."""
+    """Why this CLI does not itself run in the pane with this terminal; "" if it does.
+
+    `leader` is the pane's first process, which leads the session of all that runs in
+    it. The sentence goes to doctor, to the agent's row and to receipts.
+    """
+    who = f"{cli.name} ({cli.pid})"
     if not cli.tty:
-        return (f"{cli.name} ({cli.pid}), which started this plugin, has no terminal of its own: "
-                "it is a background service or runs without a screen")
+        return (
+            f"{who}, which started this plugin, has no terminal: it is a background "
+            "service or runs without a screen"
+        )
     if cli.tty != tty or (cli.session and cli.session != leader):
-        return (f"{cli.name} ({cli.pid}) runs in another terminal, which {inner_terminal(cli)} "
-                "shows inside the pane")
+        inner = inner_terminal(cli)
+        return (
+            f"{who} runs in another terminal, which {inner} shows inside the pane"
+        )
     streams = standard_streams(cli.pid)
     if not streams:
-        return f"the input and output of {cli.name} ({cli.pid}) cannot be seen: another user's"
-    own_names = {tty, os.makedev(5, 0)}  # /dev/tty is the same by another name
-    if streams[0].device not in own_names or streams[1].device not in own_names:
-        return (f"{cli.name} ({cli.pid}) does not read and write the pane itself: it runs without "
-                "a screen, or its input or output goes elsewhere")
+        return f"{who} is another user's: its input cannot be seen"
+    # /dev/tty is the same by another name.
+    own_names = {tty, os.makedev(5, 0)}
+    if not {streams.input.device, streams.output.device} <= own_names:
+        return (
+            f"{who} does not read and write the pane itself: it runs without a screen, "
+            "or its input or output goes elsewhere"
+        )
     return ""
 
 
@@ -6939,8 +7155,11 @@ def inner_terminal(cli: Process) -> str:
 
 
 class TmuxState(NamedTuple):
-    """What tmux tells of a pane, each field under tmux's own name for it. These are compared by
-    tmux itself before it pastes or presses: nothing may have moved since the look."""
+    """What tmux tells of a pane, each field under tmux's own name for it.
+
+    The format string is made out of these names. tmux itself compares all of it, in the
+    same command in which it pastes or presses: nothing may have moved since the look.
+    """
 
     pid: str  # of the server; a new server hands out the same pane ids again
     pane_pid: str
@@ -6964,7 +7183,9 @@ class TmuxState(NamedTuple):
 
     def is_owned_by(self, owner: tuple[str, str]) -> bool:
         """Is it a living pane of this server and this first process?"""
-        return (self.pid, self.pane_pid) == owner and not self.says(self.pane_dead)
+        return (self.pid, self.pane_pid) == owner and not self.says(
+            self.pane_dead
+        )
 
     def screen(self, styled: Sequence[str]) -> Screen:
         """The look that this state and these rows make."""
@@ -6972,12 +7193,25 @@ class TmuxState(NamedTuple):
         rows = [*styled, *[""] * height][:height]
         used = self.says(self.selection_present) or self.says(self.search_present)
         stays = self.pane_mode != "copy-mode" or used
-        shared = self.says(self.pane_input_off) or self.says(self.pane_synchronized)
-        place = f"{self.scroll_position} {self.copy_cursor_x} {self.copy_cursor_y}"
+        shared = self.says(self.pane_input_off) or self.says(
+            self.pane_synchronized
+        )
+        place = (
+            f"{self.scroll_position} {self.copy_cursor_x} {self.copy_cursor_y}"
+        )
         return Screen(
-            " ".join(self), tuple(map(plain_row, rows)), tuple(rows), int(self.cursor_x),
-            int(self.cursor_y), int(self.pane_width), height, self.pane_mode, stays, place,
-            shared)
+            " ".join(self),
+            tuple(map(plain_row, rows)),
+            tuple(rows),
+            int(self.cursor_x),
+            int(self.cursor_y),
+            int(self.pane_width),
+            height,
+            self.pane_mode,
+            stays,
+            place,
+            shared,
+        )
 
 
 TMUX_STATE = " ".join(f"#{{{name}}}" for name in TmuxState._fields)
@@ -7004,20 +7238,27 @@ def address_in(variables: Mapping[str, str]) -> TmuxAddress | None:
 
 
 class Tmux(Terminal):
-    """A pane of a tmux server. `override` is the user's own word for which: "socket,pane"."""
+    """A pane of a tmux server.
+
+    `override` is the user's own word for which, "socket,pane". Such a pane is taken
+    without proof, for agents whose CLI cannot be traced.
+    """
 
     name = "tmux"
     binary = "tmux"
 
     def __init__(self, override: str) -> None:
         self.override = override
-        self.address: TmuxAddress | None = None  # once found, for good: an agent does not move
+        self.address: TmuxAddress | None = (
+            None  # once found, for good: an agent does not move
+        )
         self.owner = ("", "")  # pids of the server and of the pane
 
     def place(self) -> str:
         """Socket and pane."""
-        socket = self.address.socket if self.address else ""
-        return f"{os.path.realpath(socket)}-{self.target()}"
+        if not self.address:
+            return ""
+        return f"{os.path.realpath(self.address.socket)}-{self.address.pane}"
 
     def find(self) -> str:
         """The pane of the override, else the one in which the agent's CLI runs."""
@@ -7029,40 +7270,50 @@ class Tmux(Terminal):
         cli, pids = agent_cli()
         if not cli:
             return "no agent's CLI is to be seen above this plugin"
-        said = [address_in(environ()), *(address_in(variables_of(pid)) for pid in pids[1:])]
-        addresses = list(dict.fromkeys(filter(None, said)))
-        refusals = []
-        for address in addresses:
-            refusal = self.try_address(address, cli)
+        refusal = f"{cli.name} ({cli.pid}) does not run inside tmux"
+        tried = set()
+        for variables in (environ(), *map(variables_of, reversed(pids))):
+            address = address_in(variables)
+            if address and address not in tried:
+                tried.add(address)
+                refusal = self.try_address(address, cli)
             if not refusal:
-                return ""
-            refusals.append(refusal)
-        if refusals:
-            return refusals[0]
-        return f"{cli.name} ({cli.pid}) does not run inside tmux"
+                break
+        return refusal
 
     def try_address(self, address: TmuxAddress, cli: Process | None) -> str:
-        """Takes the pane at this address if it is the CLI's own; None: the user vouches for it.
-        Otherwise says why not."""
+        """Takes the pane at this address if it is the CLI's own, else says why not.
+
+        Without a CLI the user vouches for the pane.
+        """
         wanted = "#{pid} #{pane_pid} #{pane_id} #{pane_tty}"
         try:
-            answer = self.ask(address, "display-message", "-p", "-t", address.pane, wanted)
+            answer = self.ask(
+                address, "display-message", "-p", "-t", address.pane, wanted
+            )
             server, leader, pane, tty = answer.strip().split(" ", 3)
             device = os.stat(tty).st_rdev
         except (OSError, ValueError) as error:
             return f"tmux does not show pane {address.pane} of {address.socket}: {error}"
         if address.server not in ("", server):
-            return f"the tmux server at {address.socket} is not the one that {pane} was made by"
-        refusal = why_not_its_own(cli, device, int(leader)) if cli else ""
+            return f"another tmux server is at {address.socket} now"
+        refusal = ""
+        if cli:
+            refusal = why_not_its_own(cli, device, int(leader))
         if not refusal:
             self.address = TmuxAddress(address.socket, pane, server)
             self.owner = (server, leader)
-            self.cli, self.tty = cli, tty
+            self.cli = cli
+            self.tty = tty
         return refusal
 
     def ask(self, address: TmuxAddress, *words: str, text: str = "") -> str:
-        """What tmux prints. PaneGone with what it complains of, OSError if it hangs. A client
-        may be unable to talk to an older or newer server; the server's own program can."""
+        """What tmux prints. Raises PaneGone with what it complains of, OSError if it
+        hangs.
+
+        A client may be unable to talk to an older or newer server. The server's own
+        program can, even if its file was replaced since.
+        """
         code, out, complaint = self.call(self.binary, address, words, text)
         own = f"/proc/{address.server or server_at(address.socket)}/exe"
         if code and self.binary == "tmux" and os.access(own, os.X_OK):
@@ -7071,16 +7322,21 @@ class Tmux(Terminal):
                 self.binary = own
         if code:
             if OTHER_VERSION.search(complaint):
-                complaint += " (the tmux on PATH is of another version than its server)"
+                complaint += (
+                    " (the tmux on PATH is of another version than its server)"
+                )
             raise PaneGone(complaint or "tmux failed")
         return out
 
-    def call(self, binary: str, address: TmuxAddress, words: Sequence[str], text: str
-             ) -> tuple[int, str, str]:
+    def call(
+        self, binary: str, address: TmuxAddress, words: Sequence[str], text: str
+    ) -> tuple[int, str, str]:
         """Exit code, output and complaint of one tmux command."""
         # -u: in the C locale tmux would print a prompt's sign as "_"
         try:
-            code, out, errors = run_bounded([binary, "-u", "-S", address.socket, *words], text)
+            code, out, errors = run_bounded(
+                [binary, "-u", "-S", address.socket, *words], text
+            )
         except FileNotFoundError:
             return 1, "", "there is no tmux on PATH"
         return code, out, errors.strip()
@@ -7093,7 +7349,9 @@ class Tmux(Terminal):
 
     def target(self) -> str:
         """The id of our pane, such as %3."""
-        return self.address.pane if self.address else ""
+        if not self.address:
+            return ""
+        return self.address.pane
 
     def program(self) -> list[str]:
         """What runs in front of the pane: by the CLI itself, else by its terminal."""
@@ -7102,14 +7360,28 @@ class Tmux(Terminal):
         leader = find_process(int(self.owner[1]))
         if leader:
             return command_of(leader.front)
-        return self.run("display-message", "-p", "-t", self.target(),
-                        "#{pane_current_command}").split()
+        return self.run(
+            "display-message",
+            "-p",
+            "-t",
+            self.target(),
+            "#{pane_current_command}",
+        ).split()
 
     def look(self) -> Screen:
         """State and rows by one command."""
         pane = ("-t", self.target())
-        answer = self.run("display-message", "-p", *pane, TMUX_STATE, ";",
-                          "capture-pane", "-p", "-e", *pane)
+        answer = self.run(
+            "display-message",
+            "-p",
+            *pane,
+            TMUX_STATE,
+            ";",
+            "capture-pane",
+            "-p",
+            "-e",
+            *pane,
+        )
         head, *rows = answer.split("\n")
         state = TmuxState(*head.split(" "))
         if not state.is_owned_by(self.owner):
@@ -7121,49 +7393,78 @@ class Tmux(Terminal):
         buffer = f"agent-chat-{os.urandom(4).hex()}"
         load = ("load-buffer", "-b", buffer, "-", ";")
         pasting = f"paste-buffer -p -r -d -b {buffer} -t {self.target()}"
-        return self.unmoved(screen, pasting, load, f"delete-buffer -b {buffer} ; ", text=line)
+        forget = f"delete-buffer -b {buffer} ; "
+        return self.unmoved(screen, pasting, load, forget, text=line)
 
     def press(self, screen: Screen, key: Key) -> bool:
         """By name, or as the character that the key stands for."""
-        word = r'-l "\r"' if key == Key.RETURN else key
+        word = {Key.ENTER: "Enter", Key.RETURN: r'-l "\r"'}[key]
         return self.unmoved(screen, f"send-keys -t {self.target()} {word}")
 
     def leave_mode(self, screen: Screen) -> bool:
         """`copy-mode -q` ends any mode, and is no error in none."""
         return self.unmoved(screen, f"copy-mode -q -t {self.target()}")
 
-    def unmoved(self, screen: Screen, command: str, first: Sequence[str] = (),
-                otherwise: str = "", text: str = "") -> bool:
+    def unmoved(
+        self,
+        screen: Screen,
+        command: str,
+        first: Sequence[str] = (),
+        otherwise: str = "",
+        text: str = "",
+    ) -> bool:
         """Lets tmux do it, unless something moved since that look."""
         same = f"#{{==:{TMUX_STATE},{screen.state}}}"
         moved = otherwise + "display-message -p moved"
-        words = (*first, "if-shell", "-F", "-t", self.target(), same, command, moved)
+        words = (
+            *first,
+            "if-shell",
+            "-F",
+            "-t",
+            self.target(),
+            same,
+            command,
+            moved,
+        )
         return not self.run(*words, text=text)
 
     def mode_is_watched(self) -> bool:
-        """By a client that shows this pane: modes other than copy mode cannot be looked into."""
+        """By a client that shows this pane: modes other than copy
+        mode cannot be looked into."""
         listed = self.run("list-clients", "-F", "#{pane_id} #{client_activity}")
-        pressed = [row.split(" ")[1] for row in listed.splitlines()
-                   if row.startswith(f"{self.target()} ")]
-        return any(time.time() - int(at) < VIEWER_SECONDS for at in pressed)
+        for row in listed.splitlines():
+            pane, _, pressed_at = row.partition(" ")
+            if (
+                pane == self.target()
+                and time.time() - int(pressed_at) < VIEWER_SECONDS
+            ):
+                return True
+        return False
 
 
 def server_at(path: str) -> int:
     """The pid of the process that listens at a Unix socket, 0 if that cannot be told."""
     import socket
     import struct
+
     if not hasattr(socket, "SO_PEERCRED"):
         return 0
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
-        told = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        told = client.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        )
         return int(struct.unpack("3i", told)[0])
     return 0
-
-
 # ======================================================================================
 # DOORS -- ways to reach a running agent: its CLI's own inbox, else the terminal it runs in.
-# Knows: inboxes of agents' CLIs, Terminal, SCREEN.  Never: Client, Plugin, the hub; tmux.
+# Knows: inboxes of agents' CLIs, Terminal, Composer.  Never: Client, Plugin, Api, Store.
+#
+# The recipe for a terminal stands here once: look, paste, look, Enter, look. A paste
+# needs the agent's own empty composer, seen twice, or once while surely nobody types.
+# Enter needs our line and nothing else in it. `rung` needs the whole composer without
+# our line. Nothing is ever taken back or cleared: what stands there is found by the
+# next ring.
 # ======================================================================================
 
 LOCK_SECONDS = 15  # for another process that is typing into the same pane
@@ -7185,8 +7486,11 @@ class Outcome(NamedTuple):
 
 
 class Door:
-    """One way in. A new one is a subclass and a row in DOORS; its ring() gets one clean line that
-    ends in a nonce. UNAVAILABLE lets the next door try, any other word ends the attempt."""
+    """One way in. A new one is a subclass and a row in DOORS.
+
+    Its ring() gets one clean line that ends in a nonce. UNAVAILABLE lets the next door
+    try, any other word ends the attempt.
+    """
 
     name = ""
 
@@ -7214,7 +7518,8 @@ class Door:
 
 
 class InboxDoor(Door):
-    """A session inbox: lines of JSON on a Unix socket, named by the CLI's own variables."""
+    """A session inbox: lines of JSON on a Unix socket, named by the
+    CLI's own variables."""
 
     variables = ""  # what their names begin with
 
@@ -7237,6 +7542,7 @@ class InboxDoor(Door):
     def ring(self, line: str) -> Outcome:
         """Writes the frames. The inbox never answers: that it took them has to do."""
         import socket
+
         if not hasattr(socket, "AF_UNIX"):
             return self.came(Ring.UNAVAILABLE, "this system has no Unix sockets")
         text = "".join(json.dumps(frame) + "\n" for frame in self.frames(line))
@@ -7246,7 +7552,9 @@ class InboxDoor(Door):
                 inbox.connect(self.socket_path())
                 inbox.sendall(text.encode())
         except OSError as error:
-            return self.came(Ring.UNAVAILABLE, f"the session inbox refused: {error}")
+            return self.came(
+                Ring.UNAVAILABLE, f"the session inbox refused: {error}"
+            )
         return self.came(Ring.RUNG)
 
 
@@ -7262,7 +7570,9 @@ class ClaudeDoor(InboxDoor):
         frames: list[dict[str, object]] = []
         if token:
             frames.append({"type": "auth", "token": token})
-        frames.append({"type": "user", "message": {"role": "user", "content": line}})
+        frames.append(
+            {"type": "user", "message": {"role": "user", "content": line}}
+        )
         return frames
 
 
@@ -7273,24 +7583,35 @@ class QwenDoor(InboxDoor):
     variables = "QWEN_CODE"
 
     def frames(self, line: str) -> list[dict[str, object]]:
-        """Token, then message. No session id: it changes with /clear, and one inbox has one."""
+        """Token, then message. It names no session: /clear changes
+        that, the inbox stays."""
         return [
             {"msgV": 1, "type": "auth", "token": self.token()},
-            {"msgV": 1, "type": "user", "msgId": random_uuid(), "fromName": "agent-chat",
-             "fromMode": "prompting", "priority": "next",
-             "message": {"role": "user", "content": line}},
+            {
+                "msgV": 1,
+                "type": "user",
+                "msgId": random_uuid(),
+                "fromName": "agent-chat",
+                "fromMode": "prompting",
+                "priority": "next",
+                "message": {"role": "user", "content": line},
+            },
         ]
 
 
 def random_uuid() -> str:
     """A random id in the form that others expect."""
     import uuid
+
     return str(uuid.uuid4())
 
 
 class CodexDoor(Door):
-    """`codex queue`. Every tool call of a thread carries the thread's id; this plugin is one
-    agent, so it rings for one thread, and for none once it is called by two."""
+    """`codex queue`. Every tool call of a thread carries the thread's id.
+
+    This plugin is one agent, so it rings for one thread, and for none once two have
+    called it: nobody could tell which of them the mail is for.
+    """
 
     name = "codex"
     resumes = True  # until this codex says that it has no --resume
@@ -7302,7 +7623,9 @@ class CodexDoor(Door):
     def learn(self, meta: Mapping[str, object]) -> None:
         """Remembers the thread."""
         thread = str(meta.get("threadId", ""))
-        if not re.fullmatch(r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII):  # never an option
+        if not re.fullmatch(
+            r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII
+        ):  # never an option
             return
         self.threads.add(thread)
         if self.note():
@@ -7312,17 +7635,21 @@ class CodexDoor(Door):
         """Two threads behind one plugin cannot be told apart when mail comes."""
         if len(self.threads) < 2:
             return ""
-        return (f"{len(self.threads)} Codex threads share this plugin, so no one of them can be "
-                "rung: start one Codex per agent, without connection sharing")
+        return (
+            f"{len(self.threads)} Codex threads share this plugin, so none of them can "
+            "be rung: start one Codex per agent, without connection sharing"
+        )
 
     def available(self) -> bool:
         """Once the thread is known."""
         import shutil
+
         known = len(self.threads) == 1
         return known and bool(shutil.which("codex", path=environ().get("PATH")))
 
     def ring(self, line: str) -> Outcome:
-        """Queues the line, and lets a closed thread resume where this codex can do that."""
+        """Queues the line, and lets a closed thread resume where this
+        codex can do that."""
         code, out, errors = self.queue(line, ["--resume"] * self.resumes)
         if code and self.resumes and not out.startswith("Queued"):
             self.resumes = False
@@ -7333,7 +7660,15 @@ class CodexDoor(Door):
 
     def queue(self, line: str, options: Sequence[str]) -> tuple[int, str, str]:
         """Exit code, output and errors of one `codex queue`."""
-        command = ["codex", "queue", "--thread", *self.threads, "--message", line, *options]
+        command = [
+            "codex",
+            "queue",
+            "--thread",
+            *self.threads,
+            "--message",
+            line,
+            *options,
+        ]
         try:
             return run_bounded(command)
         except OSError as error:
@@ -7349,9 +7684,13 @@ class Step(Enum):
 
 
 class Submission:
-    """From the pasted line to its end, in steps. Told what stands in the composer and the time;
-    says what to do. Touches nothing. Enter is pressed while our line and nothing else stands
-    there, and it is `rung` when the whole composer was seen without it, twice."""
+    """From the pasted line to its end, in steps.
+
+    Told what stands in the composer and the time; says what to do. Touches nothing.
+    Enter is pressed while our line and nothing else stands there, again if it was
+    swallowed or taken for a newline. It is `rung` when the whole composer was seen
+    without it, twice.
+    """
 
     def __init__(self, now: float) -> None:
         self.deadline = now + SEEN_SECONDS
@@ -7377,7 +7716,7 @@ class Submission:
         return self.step_with_our_line(now)
 
     def step_with_our_line(self, now: float) -> Step:
-        """Press once it has settled; again when Enter was swallowed or taken for a newline."""
+        """Press once it has settled, and again when it is still there some time later."""
         if not self.drawn_at:
             self.drawn_at = now
         settled = now - self.drawn_at >= SETTLE_SECONDS
@@ -7404,16 +7743,17 @@ class Submission:
         self.deadline = self.next_press + SEEN_SECONDS
 
     def give_up(self, standing: Standing) -> Step:
-        """Time is up. Nothing is taken back: the next ring finds what still stands there."""
+        """Time is up. Nothing is taken back: the next ring finds what
+        still stands there."""
         if standing is Standing.MIXED:
             return self.stop(Ring.DRAFT, "somebody typed beside the pasted line")
         if self.presses and standing is Standing.SHOWN:
             return self.stop(Ring.RUNG, "")
         if self.presses and standing is Standing.OURS:
-            return self.stop(Ring.UNCONFIRMED, "Enter was pressed and the line still stands there")
+            return self.stop(Ring.UNCONFIRMED, "Enter did not submit the line")
         if self.presses:
-            return self.stop(Ring.UNCONFIRMED, "Enter was pressed, then no composer was seen")
-        return self.stop(Ring.UNCONFIRMED, "the pasted line was not drawn, so no Enter was pressed")
+            return self.stop(Ring.UNCONFIRMED, "after Enter no composer was seen")
+        return self.stop(Ring.UNCONFIRMED, "the pasted line was not drawn")
 
     def stop(self, word: Ring, detail: str) -> Step:
         """This came of it."""
@@ -7422,14 +7762,17 @@ class Submission:
 
 
 class TerminalDoor(Door):
-    """Looks, pastes, looks, presses Enter, looks. Never Escape, never C-u: both destroy."""
+    """Looks, pastes, looks, presses Enter, looks. Never Escape, never
+    C-u: both destroy."""
 
     def __init__(self, settings: Settings, terminal: Terminal) -> None:
         super().__init__(settings)
         self.terminal = terminal
         self.name = terminal.name
         self.refusal = ""  # why no pane is ours, as it was found last
-        self.cli = ""  # name of the agent's CLI in SHAPES, "" for one that has none
+        self.cli = (
+            ""  # name of the agent's CLI in SHAPES, "" for one that has none
+        )
         self.pasted = ""  # our last line; it may still stand in the composer
         self.mode_place = ""  # where a mode of the terminal stood, and since when
         self.mode_since = 0.0
@@ -7444,23 +7787,30 @@ class TerminalDoor(Door):
         return self.refusal
 
     def ring(self, line: str) -> Outcome:
-        """Types the line, if the agent's own empty composer is what the keys would reach."""
+        """Types the line, if the agent's empty composer is what the keys would reach."""
         try:
             with os.fdopen(self.lock()):
                 self.cli = shape_of(self.terminal.program())
                 return self.deliver(line)
         except PaneGone as error:
             return self.came(Ring.GONE, str(error))
-        except (OSError, ValueError, IndexError) as error:  # it hangs, or talks nonsense
+        except (
+            OSError,
+            ValueError,
+            IndexError,
+        ) as error:  # it hangs, or talks nonsense
             return self.came(Ring.UNCONFIRMED, str(error))
 
     def lock(self) -> int:
         """One process at a time per pane, until this file descriptor is closed."""
         import fcntl
+
         os.makedirs(self.settings.home, 0o700, exist_ok=True)
         key = re.sub(r"\W+", "-", self.terminal.place())[-200:]
         path = os.path.join(self.settings.home, f"pane{key}.lock")
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
         for _ in range(int(LOCK_SECONDS / POLL_SECONDS)):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7470,8 +7820,12 @@ class TerminalDoor(Door):
         raise TimeoutError("another process keeps typing into this pane")
 
     def deliver(self, line: str) -> Outcome:
-        """Pastes once an empty composer was seen twice, or once and nobody types. What was
-        typed a moment ago may not be drawn yet."""
+        """Pastes once an empty composer was seen twice, or once and surely nobody types.
+
+        What was typed a moment ago may not be drawn yet: two looks that are AGREE_SECONDS
+        apart must show the same. A screen caught half drawn looks like a dialog, so a few
+        looks are taken before that is said.
+        """
         obstacle: Outcome | None = None
         seen: Composer | None = None
         for _ in range(MOST_LOOKS):
@@ -7491,26 +7845,36 @@ class TerminalDoor(Door):
                     return self.submit(line)
                 composer = None
             seen = composer
-            time.sleep(AGREE_SECONDS if seen else POLL_SECONDS)
+            pause = AGREE_SECONDS
+            if not seen:
+                pause = POLL_SECONDS
+            time.sleep(pause)
         return obstacle or self.came(Ring.DRAFT, "somebody is typing")
 
     def pane_obstacle(self, screen: Screen) -> Outcome | None:
         """What keeps all keys from the agent's CLI now."""
         if screen.input_off:
-            return self.came(Ring.INPUT_OFF, "the pane takes no keys, or shares them with others")
+            return self.came(
+                Ring.INPUT_OFF, "the pane takes no keys, or shares them"
+            )
         front = self.terminal.front()
         if front and front.is_child:
             return self.came(
-                Ring.DIALOG, f"{front.name}, opened by the agent's CLI, has the keyboard")
+                Ring.DIALOG,
+                f"{front.name}, opened by the agent's CLI, has the keyboard",
+            )
         if front:
-            return self.came(Ring.GONE, f"{front.name} is in the foreground, not the agent")
+            return self.came(
+                Ring.GONE, f"{front.name} is in the foreground, not the agent"
+            )
         if screen.mode:
             return self.mode_obstacle(screen)
         self.mode_place = ""
         return None
 
     def mode_obstacle(self, screen: Screen) -> Outcome:
-        """Somebody opened a mode of the terminal. A copy mode that nobody uses is left."""
+        """Somebody opened a mode of the terminal. A copy mode that
+        nobody uses is left."""
         place, now = f"{screen.mode} {screen.mode_place}", time.monotonic()
         if self.mode_place != place:
             self.mode_place = place
@@ -7521,24 +7885,36 @@ class TerminalDoor(Door):
         self.terminal.leave_mode(screen)
         return self.came(Ring.DIALOG, f"{screen.mode} was just left")
 
-    def composer_obstacle(self, screen: Screen, composer: Composer | None) -> Outcome | None:
+    def composer_obstacle(
+        self, screen: Screen, composer: Composer | None
+    ) -> Outcome | None:
         """What keeps a paste from becoming a prompt of its own."""
         whose = self.cli or "the agent's CLI"
-        if composer is None and screen.height < LOWEST_PANE:
+        hidden = composer is None or not composer.empty
+        if hidden and screen.height < LOWEST_PANE:
+            size = f"{screen.width}x{screen.height}"
             return self.came(
-                Ring.DIALOG, f"the pane is too small ({screen.width}x{screen.height}) to show "
-                f"the whole composer of {whose}")
+                Ring.DIALOG,
+                f"the pane is too small ({size}) for the composer of {whose}",
+            )
         if composer is None:
-            return self.came(Ring.DIALOG, f"no composer of {whose} is on the screen")
+            return self.came(
+                Ring.DIALOG, f"no composer of {whose} is on the screen"
+            )
         if not self.cli and CHOICE.match(composer.text):
             return self.came(Ring.DIALOG, "something is to be chosen")
         if not composer.empty:
-            return self.came(Ring.DRAFT, f"there is text in the composer of {whose}")
+            return self.came(
+                Ring.DRAFT, f"there is text in the composer of {whose}"
+            )
         return None
 
     def leftover(self, screen: Screen, composer: Composer | None) -> str:
         """A line of ours that still stands in the composer, "" if there is none."""
-        if self.pasted and standing(screen, composer, self.pasted) is Standing.OURS:
+        if (
+            self.pasted
+            and standing(screen, composer, self.pasted) is Standing.OURS
+        ):
             return self.pasted
         return our_line(composer)
 
@@ -7559,8 +7935,11 @@ class TerminalDoor(Door):
                 submission.pressed(now)
 
     def standing(self, screen: Screen, line: str, fresh: bool) -> Standing:
-        """What stands in the composer. Just after the paste it may be folded into a word; of a
-        CLI without a shape it is only known whether the line is at the caret."""
+        """What stands in the composer.
+
+        Just after the paste the line may be folded into a word. Of a CLI without a
+        shape it is only known whether the line is at the caret.
+        """
         composer = composer_on(screen, self.cli, self.settings.prompts)
         if fresh and is_folded(composer):
             return Standing.OURS
@@ -7576,7 +7955,12 @@ class TmuxDoor(TerminalDoor):
         super().__init__(settings, Tmux(settings.tmux_override))
 
 
-DOORS: tuple[type[Door], ...] = (ClaudeDoor, QwenDoor, CodexDoor, TmuxDoor)  # in this order
+DOORS: tuple[type[Door], ...] = (
+    ClaudeDoor,
+    QwenDoor,
+    CodexDoor,
+    TmuxDoor,
+)  # in this order
 
 
 class Doors:
@@ -7590,8 +7974,10 @@ class Doors:
         return [door.name for door in self.doors if door.available()]
 
     def note(self) -> str:
-        """Why the agent's terminal cannot be typed into, or another door is shut; "" if nothing
-        is amiss. As names() or ring() found it last."""
+        """Why the agent's terminal cannot be typed into, or another door is shut.
+
+        "" if nothing is amiss. As names() or ring() found it last.
+        """
         return "; ".join(filter(None, (door.note() for door in self.doors)))
 
     def learn(self, meta: Mapping[str, object]) -> None:
@@ -7600,7 +7986,8 @@ class Doors:
             door.learn(meta)
 
     def ring(self, line: str) -> Outcome:
-        """Ring with this line (see doorbell_line); a nonce is added. Blocks for seconds."""
+        """Ring with this line (see doorbell_line); a nonce is added.
+        Blocks for seconds."""
         clean = "".join(c if c.isprintable() else " " for c in line).strip()[:600]
         reasons = []
         for door in self.doors:
@@ -7612,9 +7999,9 @@ class Doors:
             reasons.append(f"{door.name}: {outcome.detail}")
         reasons.append(self.note())
         why = "; ".join(filter(None, reasons))
-        return Outcome(Ring.UNAVAILABLE, "", why or "no way to reach this agent's CLI")
-
-
+        return Outcome(
+            Ring.UNAVAILABLE, "", why or "no way to reach this agent's CLI"
+        )
 # ======================================================================================
 # BELL -- when to ring an agent, and in what words.
 # Knows: messages as they come over the wire, the time it is told.  Never: the clock, any door.
