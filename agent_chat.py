@@ -2182,6 +2182,7 @@ class Listener:
 
     def __init__(self, agent: str, cursor: int, wake: Callable[[Turn], None]) -> None:
         self.agent = agent  # "" watches everything
+        self.key = agent.lower()
         self.cursor = cursor  # seq of the last message it was given
         self.wake = wake
         self.live = False
@@ -2214,7 +2215,8 @@ class LegacyListener(Listener):
 
 
 class Switchboard:
-    """All listeners, by name. Not thread-safe: it belongs to the I/O thread."""
+    """All listeners, by the key of their agent: its name in lower case. Not thread-safe: it
+    belongs to the I/O thread."""
 
     def __init__(self) -> None:
         self.watchers: list[Listener] = []
@@ -2223,11 +2225,11 @@ class Switchboard:
 
     def enter(self, listener: Listener) -> None:
         """A socket is there from now on."""
-        self.sockets.setdefault(listener.agent.lower(), []).append(listener)
+        self.sockets.setdefault(listener.key, []).append(listener)
 
     def park(self, listener: Listener) -> None:
         """A request waits for mail."""
-        self.parked.setdefault(listener.agent.lower(), []).append(listener)
+        self.parked.setdefault(listener.key, []).append(listener)
 
     def leave(self, listener: Listener) -> bool:
         """Forget a socket; False if it had been forgotten before."""
@@ -2238,33 +2240,32 @@ class Switchboard:
         self._remove(self.parked, listener)
 
     def _remove(self, rooms: dict[str, list[Listener]], listener: Listener) -> bool:
-        key = listener.agent.lower()
-        room = rooms.get(key, [])
+        room = rooms.get(listener.key, [])
         if listener not in room:
             return False
         room.remove(listener)
         if not room and room is not self.watchers:
-            del rooms[key]
+            del rooms[listener.key]
         return True
 
-    def present(self, agent: str) -> bool:
+    def present(self, key: str) -> bool:
         """Does this agent have any socket?"""
-        return agent.lower() in self.sockets
+        return key in self.sockets
 
-    def owner(self, agent: str) -> Listener | None:
+    def owner(self, key: str) -> Listener | None:
         """The newest socket that showed the agent's session, if there is one."""
-        for listener in reversed(self.sockets.get(agent.lower(), ())):
+        for listener in reversed(self.sockets.get(key, ())):
             if listener.shows_session:
                 return listener
         return None
 
-    def bells(self, agent: str) -> list[Listener]:
+    def bells(self, key: str) -> list[Listener]:
         """Who is pushed this agent's mail: the owner's newest socket alone, for two must not
         ring the same message; else, for older clients, every one."""
-        owner = self.owner(agent)
+        owner = self.owner(key)
         if owner:
             return [owner]
-        return self.sockets.get(agent.lower(), [])
+        return self.sockets.get(key, [])
 
     def legacy(self) -> list[Listener]:
         """The sockets of all older clients."""
@@ -2326,10 +2327,11 @@ class Turn:
         """Wake this listener, to read on from its cursor."""
         self.calls.append(listener)
 
-    def call_parked(self, agent: str) -> None:
+    def call_parked(self, key: str) -> None:
         """Wake the requests that wait for this agent's mail, "" for anybody's."""
-        if self.board.parked:
-            self.calls += self.board.parked.get(agent.lower(), ())
+        parked = self.board.parked
+        if parked:
+            self.calls += parked.get(key, ())
 
     def tell(self, listeners: Iterable[Listener], kind: str, data: Mapping[str, object]) -> None:
         """A small event that is not stored. Whoever is behind misses it, and knows."""
@@ -2341,9 +2343,9 @@ class Turn:
         if self.board.watchers:
             self.tell(self.board.watchers, kind, data)
 
-    def rewind(self, agent: str) -> None:
+    def rewind(self, key: str) -> None:
         """Let this agent's bells read again from the start what has not rung yet."""
-        for listener in self.board.bells(agent):
+        for listener in self.board.bells(key):
             self.moved.setdefault(listener, listener.cursor)
             listener.fall_back(0)
             self.calls.append(listener)
@@ -2635,7 +2637,10 @@ class Directory:
     def acting(self, turn: Turn, name: object, session: str) -> Agent:
         """The agent that a request acts as. Raises NotAllowed where the name wants a session
         and this is not it."""
-        agent = self.find(name)
+        return self.act_as(turn, self.find(name), session)
+
+    def act_as(self, turn: Turn, agent: Agent, session: str) -> Agent:
+        """The same for an agent that was looked up before."""
         if session:
             if self.asker(session) is not agent:
                 raise NotAllowed(
@@ -2654,9 +2659,10 @@ class Directory:
 
     def claimed(self, name: str) -> bool:
         """Its owner is connected, or expected back after a restart of the hub."""
-        if self.board.owner(name):
+        key = name.lower()
+        if self.board.owner(key):
             return True
-        return name.lower() in self.awaited and time.monotonic() < self.awaited_until
+        return key in self.awaited and time.monotonic() < self.awaited_until
 
     # -- coming and going
 
@@ -2753,12 +2759,12 @@ class Directory:
 
     def expel(self, turn: Turn, agent: Agent) -> None:
         """The sockets of whoever acted as this agent until now have to close."""
-        owner = self.board.owner(agent.name)
+        owner = self.board.owner(agent.key)
         while owner:
             self.board.leave(owner)
             owner.expelled = True
             turn.call(owner)
-            owner = self.board.owner(agent.name)
+            owner = self.board.owner(agent.key)
 
     def remove(self, turn: Turn, agent: Agent) -> None:
         """The name is free; its unread mail stays under it."""
@@ -2836,7 +2842,7 @@ class Directory:
 
 # ======================================================================================
 # GUARD -- when two agents go on too long without a human: a budget of rings, no refusal.
-# Knows: names, the depth of a chain, the time it is told.  Never: Store, Turn, the clock.
+# Knows: keys (names in lower case), depths, the time it is told.  Never: Turn, the clock.
 # ======================================================================================
 
 Pair = tuple[str, str]  # two agents, lower case, in alphabetical order
@@ -2862,7 +2868,7 @@ class Loop(NamedTuple):
 
     def pair(self) -> Pair:
         """What it is known by."""
-        return pair_of(self.one, self.other)
+        return pair_of(self.one.lower(), self.other.lower())
 
     def to_json(self) -> LoopJson:
         """The quiet pair on the wire."""
@@ -2883,9 +2889,10 @@ class Exchange:
 
 
 def pair_of(one: str, other: str) -> Pair:
-    """Two names as a pair, whoever speaks, however they are written."""
-    first, second = sorted((one.lower(), other.lower()))
-    return first, second
+    """Two keys as a pair, whoever speaks."""
+    if one < other:
+        return one, other
+    return other, one
 
 
 class Guard:
@@ -2908,8 +2915,7 @@ class Guard:
 
     def heard(self, sender: str) -> None:
         """This one has sent something, to whomever."""
-        key = sender.lower()
-        self.spoken[key] = self.spoken.get(key, 0) + 1
+        self.spoken[sender] = self.spoken.get(sender, 0) + 1
 
     def too_deep(self, depth: int) -> bool:
         """Is a chain of so many replies longer than allowed?"""
@@ -2921,16 +2927,18 @@ class Guard:
 
     def count(self, agent: str) -> int:
         """How many pairs of this agent are quiet."""
-        return len(self.by_agent.get(agent.lower(), ()))
+        return len(self.by_agent.get(agent, ()))
 
     def rings_too_often(self, sender: str, recipient: str, now: float) -> bool:
         """Count a ring, and say whether the two have used up what they may in this time."""
-        exchange = self.exchanges.setdefault(pair_of(sender, recipient), Exchange())
-        key = recipient.lower()
-        spoken = self.spoken.get(key, 0)
-        if exchange.spoke.get(key) == spoken:
+        pair = pair_of(sender, recipient)
+        exchange = self.exchanges.get(pair)
+        if exchange is None:
+            exchange = self.exchanges[pair] = Exchange()
+        spoken = self.spoken.get(recipient, 0)
+        if exchange.spoke.get(recipient) == spoken:
             return False
-        exchange.spoke[key] = spoken
+        exchange.spoke[recipient] = spoken
         oldest = now - self.pair_minutes * 60
         exchange.answered = [at for at in exchange.answered if at > oldest]
         if 0 < self.pair_limit <= len(exchange.answered):
@@ -2961,7 +2969,7 @@ class Guard:
         """The quiet pairs that one of these belongs to."""
         pairs: dict[Pair, None] = {}
         for agent in agents:
-            pairs.update(dict.fromkeys(self.by_agent.get(agent.lower(), ())))
+            pairs.update(dict.fromkeys(self.by_agent.get(agent, ())))
         return [self.loops[pair] for pair in pairs]
 
     def of_thread(self, thread: str) -> list[Loop]:
@@ -2981,9 +2989,9 @@ class Guard:
 
     def forgive(self, agent: str) -> None:
         """A human has spoken to this agent: its rings are counted anew."""
-        key = agent.lower()
-        for pair in [pair for pair in self.exchanges if key in pair]:
-            del self.exchanges[pair]
+        for pair in list(self.exchanges):
+            if agent in pair:
+                del self.exchanges[pair]
 
     def forget_old(self, now: float) -> None:
         """Drop what is too old to matter, so that memory does not grow with every name."""
@@ -3134,6 +3142,10 @@ class Hush(NamedTuple):
     reason: str = ""
 
 
+NO_HUSH = Hush()
+MUTED_HUSH = Hush(MUTED)
+
+
 def checked_choices(value: object, to: str) -> tuple[str, ...]:
     """The answers that a message offers to the human, none for nothing. Raises BadRequest
     for what is no short list of short texts, and where there is no human to choose."""
@@ -3183,22 +3195,21 @@ class Mail:
                 return self.sent_before(request, known)
         recipients = self.recipients_of(request, sender)
         parent = self.log.message(request.in_reply_to) if request.in_reply_to else None
-        message = self.new_message(
-            turn,
-            Message(
-                seq=0,
-                id="",
-                from_agent=sender,
-                to_agent=self.directory.spelling(request.to),
-                group=request.group,
-                content=request.content,
-                in_reply_to=request.in_reply_to,
-                verified=bool(session),
-                thread=thread_of(parent),
-                depth=depth_after(parent, sender),
-                client_id=request.client_id or None,
-                choices=request.choices,
-            ),
+        seq = self.log.last_seq + 1
+        message = Message(
+            seq=seq,
+            id=new_id(seq),
+            from_agent=sender,
+            to_agent=recipients[0].name if request.to else "",
+            group=request.group,
+            content=request.content,
+            in_reply_to=request.in_reply_to,
+            created_at=turn.now,
+            verified=bool(session),
+            thread=thread_of(parent),
+            depth=depth_after(parent, sender),
+            client_id=request.client_id or None,
+            choices=request.choices,
         )
         reason = self.deliver(turn, message, recipients)
         return self.sent(message, recipients, len(recipients), reason)
@@ -3206,8 +3217,9 @@ class Mail:
     def checked_sender(self, turn: Turn, name: str, session: str) -> str:
         """The sender's name as it is registered. Others may send without a registration,
         but not with a session, nor under a reserved name: NotAllowed."""
-        if self.directory.get(name):
-            return self.directory.acting(turn, name, session).name
+        agent = self.directory.get(name)
+        if agent:
+            return self.directory.act_as(turn, agent, session).name
         if session or name.lower() in RESERVED:
             raise NotAllowed(
                 f"nobody can send as {name!r}: reserved, or not registered any more"
@@ -3221,23 +3233,32 @@ class Mail:
         members = self.directory.members(request.group)
         return [agent for agent in members if agent.name != sender]
 
-    def new_message(self, turn: Turn, words: Message) -> Message:
-        """These words as the next message of the log."""
+    def notify(self, turn: Turn, agent: Agent, text: str) -> None:
+        """A message of the hub itself."""
         seq = self.log.last_seq + 1
-        tag = int.from_bytes(os.urandom(4))
-        return words._replace(seq=seq, id=message_id(seq, tag), created_at=turn.now)
+        message = Message(
+            seq=seq,
+            id=new_id(seq),
+            from_agent=SERVER_NAME,
+            to_agent=agent.name,
+            content=text,
+            created_at=turn.now,
+            verified=True,
+        )
+        self.deliver(turn, message, [agent])
 
     def deliver(self, turn: Turn, message: Message, recipients: list[Agent]) -> str:
         """Append, count, ring: who is rung is decided once, here. Returns why somebody is
         not rung, as the sender is told."""
-        self.guard.heard(message.from_agent)
-        if message.from_agent == HUMAN:
+        sender = message.from_agent.lower()
+        self.guard.heard(sender)
+        if sender == HUMAN:
             self.human_spoke(turn, message, recipients)
         reason = ""
         deliveries: list[Delivery] = []
         for agent in recipients:
             agent.unread += 1
-            hush = self.hush(turn, agent, message)
+            hush = self.hush(turn, agent, message, sender)
             if hush.quiet:
                 deliveries.append(Delivery(agent.name, quiet=hush.quiet))
             else:
@@ -3309,37 +3330,37 @@ class Mail:
         recipients = [agent for agent in agents if agent]
         reason = ""
         for receipt in self.log.receipts(message):
-            loop = self.guard.loop_of(message.from_agent, receipt.agent)
+            loop = self.guard.loop_of(message.from_agent.lower(), receipt.agent.lower())
             if receipt.quiet == LOOPING and loop:
                 reason = loop.reason
         return self.sent(message, recipients, len(names), reason)
 
     # -- the loop guard
 
-    def hush(self, turn: Turn, agent: Agent, message: Message) -> Hush:
-        """Why this recipient is not rung for the message, if so."""
-        sender = message.from_agent
-        if not agent.record.rings_for(sender):
-            return Hush(MUTED)
+    def hush(self, turn: Turn, agent: Agent, message: Message, sender: str) -> Hush:
+        """Why this recipient is not rung for the message, if so; `sender` is a key."""
+        if not agent.record.rings_for(message.from_agent):
+            return MUTED_HUSH
         if sender in (HUMAN, SERVER_NAME) or agent.key == HUMAN:
-            return Hush()
-        loop = self.guard.loop_of(sender, agent.name)
+            return NO_HUSH
+        loop = self.guard.loop_of(sender, agent.key)
         if loop is None:
-            loop = self.new_loop(turn, agent, message)
+            loop = self.new_loop(turn, agent, message, sender)
         if loop is None:
-            return Hush()
+            return NO_HUSH
         return Hush(LOOPING, loop.reason)
 
-    def new_loop(self, turn: Turn, agent: Agent, message: Message) -> Loop | None:
+    def new_loop(
+        self, turn: Turn, agent: Agent, message: Message, sender: str
+    ) -> Loop | None:
         """The pair, if this message makes it quiet. A chain counts for those who have spoken
         in it: whoever joins a long one is heard."""
-        sender = message.from_agent
         thread = ""
         if self.guard.too_deep(message.depth) and self.both_spoke(message, agent):
             thread = message.thread
-        elif not self.guard.rings_too_often(sender, agent.name, turn.clock):
+        elif not self.guard.rings_too_often(sender, agent.key, turn.clock):
             return None
-        loop = self.guard.go_quiet(sender, agent.name, thread, turn.now)
+        loop = self.guard.go_quiet(message.from_agent, agent.name, thread, turn.now)
         turn.tell_watchers("loop", {**loop.to_json(), "quiet": True})
         self.changed_pair(loop)
         return loop
@@ -3492,7 +3513,7 @@ class Mail:
         if not turn.board.leave(listener):
             return
         if listener.shows_session:
-            turn.rewind(listener.agent)
+            turn.rewind(listener.key)
         agent = self.directory.get(listener.agent)
         if agent:
             self.directory.left(turn, agent)
@@ -3596,6 +3617,11 @@ class Mail:
         mail = self.log.waiting_unseen(agent.name)
         if mail:
             turn.store.unring(agent.name, mail)
+
+
+def new_id(seq: int) -> str:
+    """The id of the message that will have this seq."""
+    return message_id(seq, int.from_bytes(os.urandom(4)))
 
 
 def is_question(message: Message) -> bool:
@@ -3867,10 +3893,7 @@ class Keeping:
             f"{unseen.number} waiting, the last is {unseen.last_id}. {agent.name} is "
             f"{self.directory.status(agent)}, last seen {agent.last_seen_at}."
         )
-        words = Message(
-            0, "", SERVER_NAME, to_agent=author.name, content=text, verified=True
-        )
-        self.mail.deliver(turn, self.mail.new_message(turn, words), [author])
+        self.mail.notify(turn, author, text)
 
     def retain(self, turn: Turn) -> None:
         """Delete old mail that everybody has read. Unread mail is kept, however old, and so
@@ -4178,7 +4201,7 @@ class Api:
         found: list[Loop] = []
         if len(names) == 2:
             one, other = names
-            loop = self.guard.loop_of(one, other)
+            loop = self.guard.loop_of(one.lower(), other.lower())
             if loop:
                 found.append(loop)
         if thread:
@@ -4775,6 +4798,7 @@ class Work(Protocol):
     api: Api
     hosts: set[str]
     fingerprint: str
+    wants_key: bool
     trouble: ChatError | None  # why nothing can be read or written now
 
     def attend(
@@ -4806,7 +4830,7 @@ class Work(Protocol):
     def take_stranger(self, connection: Connection) -> bool:
         """Is there room for another socket that has not shown the key?"""
 
-    def has_key(self, given: str) -> bool:
+    def is_key(self, given: str) -> bool:
         """Is this the hub's key?"""
 
     def head_of(
@@ -4881,12 +4905,13 @@ class Connection:
     def take_bytes(self, turn: Turn, data: bytes) -> None:
         """Bytes of a request, or of what is pipelined behind one."""
         self.received += data
-        if self.phase is Phase.IDLE:
-            self.enter(Phase.HEAD)
         if self.phase not in ASKING and len(self.received) > MAX_PIPELINED_BYTES:
             self.drop(turn)
-        else:
-            self.advance(turn)
+            return
+        begins = self.phase is Phase.IDLE
+        self.advance(turn)
+        if begins and self.phase is Phase.IDLE and self.received:
+            self.enter(Phase.HEAD)  # not the whole of it has come
 
     def advance(self, turn: Turn) -> None:
         """Take the next request out of what was received, if it is complete. One a turn:
@@ -4899,35 +4924,39 @@ class Connection:
         if self.served is turn:
             self.server.come_back(self, self.advance)
             return
-        if self.phase is not Phase.BODY:
-            self.read_head(turn)
-        if self.phase is Phase.BODY and len(self.received) >= self.head.length:
-            self.body = bytes(self.received[: self.head.length])
-            del self.received[: self.head.length]
-            self.release()
-            self.handle_request(turn)
+        if self.phase is not Phase.BODY and not self.read_head(turn):
+            return
+        length = self.head.length
+        if length > len(self.received):
+            if self.phase is not Phase.BODY:
+                self.start_body(turn)
+            return
+        self.body = bytes(self.received[:length])
+        del self.received[:length]
+        self.release()
+        self.handle_request(turn)
 
-    def read_head(self, turn: Turn) -> None:
-        """Understand the head, once it is there whole. Whoever may not speak here hears it
-        before its body is collected."""
+    def read_head(self, turn: Turn) -> bool:
+        """Understand the head, if it is there whole."""
         self.head = NO_HEAD  # nothing is asked until this is understood
         if not self.received:
-            return
+            return False
         end = self.received.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
         if end < 0:
             if len(self.received) >= MAX_HEAD_BYTES:
                 raise HttpError(431, f"headers may have at most {MAX_HEAD_BYTES} bytes")
-            return
+            return False
         self.head = parse_head(bytes(self.received[:end]))
         del self.received[: end + 4]
-        if self.head.length:
-            self.check_before_body()
-            if self.head.header("expect").lower() == "100-continue":
-                turn.say(self, b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.enter(Phase.BODY)
+        return True
 
-    def check_before_body(self) -> None:
-        """Raises for a stranger, for a missing key, and while too much is being received."""
+    def start_body(self, turn: Turn) -> None:
+        """The body is still on its way. Whoever may not speak here hears it before that is
+        collected: raises for a stranger, for a missing key, and while too much is being
+        received."""
+        if self.phase is Phase.IDLE:
+            self.enter(Phase.HEAD)
+        self.enter(Phase.BODY)
         try:
             refuse_strangers(self.head.headers, self.server.hosts)
             if not self.has_key() and not self.is_open():
@@ -4940,6 +4969,8 @@ class Connection:
             if not self.server.reserve(self.head.length):
                 raise HttpError(503, "too much is being received at once; try again soon")
             self.reserved = self.head.length
+        if self.head.header("expect").lower() == "100-continue":
+            turn.say(self, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def is_open(self) -> bool:
         """Is this an address that never wants the key, or none at all?"""
@@ -4983,8 +5014,10 @@ class Connection:
 
     def has_key(self) -> bool:
         """Was the hub's key sent, or has it none?"""
+        if not self.server.wants_key:
+            return True
         scheme, _, given = self.head.header("authorization").partition(" ")
-        return self.server.has_key(given if scheme == "Bearer" else "")
+        return scheme == "Bearer" and self.server.is_key(given)
 
     def read_body(self) -> dict[str, object]:
         """The object that was posted, {} for other requests."""
@@ -5061,8 +5094,8 @@ class Connection:
         page = cast("PageMaker", endpoint.call(self.api, turn, ask))
         self.stream = lambda archive: b"".join(map(form.show, page(archive)))
         transfer = (("Transfer-Encoding", "chunked"),)
-        self.say_head(turn, 200, form.kind, transfer)
-        turn.say(self, b"\r\n")
+        head = self.server.head_of(200, form.kind, transfer, closing=self.last_answer)
+        turn.say(self, head + b"\r\n")
         self.enter(Phase.STREAMING)  # the first piece is asked for when this has left
 
     def serve_health(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
@@ -5105,10 +5138,10 @@ class Connection:
     ) -> None:
         """Say it, whole; the next request may come."""
         self.unpark()
-        self.say_head(turn, status, kind, extra)
-        turn.say(self, b"Content-Length: %d\r\n\r\n" % len(body))
-        if self.head.method != "HEAD":
-            turn.say(self, body)
+        head = self.server.head_of(status, kind, extra, closing=self.last_answer)
+        shown = b"" if self.head.method == "HEAD" else body
+        turn.say(self, b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), shown))
+        self.server.note(status, self.head)
         self.served = turn
         self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
 
@@ -5118,13 +5151,6 @@ class Connection:
         self.handed = None
         self.last_answer = self.last_answer or isinstance(error, HttpError)
         self.answer(turn, to_json_line({"error": str(error)}), error.http_status)
-
-    def say_head(
-        self, turn: Turn, status: int, kind: str, extra: tuple[tuple[str, str], ...]
-    ) -> None:
-        """Status line and headers, all but the length."""
-        turn.say(self, self.server.head_of(status, kind, extra, closing=self.last_answer))
-        self.server.note(status, self.head)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
         """Its share of the turn came to nothing, and was undone."""
@@ -5402,7 +5428,7 @@ class WebSocket:
         if frame.get("type") == "auth":
             given = str(frame.get("key") or "")
         try:
-            if not self.server.has_key(given):
+            if not self.server.is_key(given):
                 raise NotAuthorized("wrong key")
             self.listener = self.api.listen(turn, self.ask, self.connection.wake)
             self.connection.enter(Phase.SOCKET)
@@ -5495,6 +5521,7 @@ class HubServer:
         self.listener = listener
         self.log = logging.getLogger("agent-chat")
         self.fingerprint = fingerprint()
+        self.wants_key = bool(settings.api_key)
         port = int(listener.server_address[1])
         self.url = own_url(settings.host, port)
         self.hosts = own_hosts(settings, port)
@@ -5755,10 +5782,9 @@ class HubServer:
         waiting.add(connection)
         return True
 
-    def has_key(self, given: str) -> bool:
-        """Is this the hub's key, or has it none? Compared in constant time."""
-        key = self.settings.api_key
-        return not key or hmac.compare_digest(given.encode(), key.encode())
+    def is_key(self, given: str) -> bool:
+        """Is this the hub's key? Compared in constant time."""
+        return hmac.compare_digest(given.encode(), self.settings.api_key.encode())
 
     def head_of(
         self, status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
