@@ -7536,64 +7536,108 @@ def test_no_payload_runs_in_any_field(
 # README -- what it tells people to type, to write into files and to rely on is true.
 # ======================================================================================
 
-README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
-MANUAL = re.sub(r"```.*?```", "", README, flags=re.S)  # without its blocks
+# A block of the kind `sh` is run here, in order; `shell` and `powershell` are only shown.
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+MANUAL = re.sub(r"```.*?```", "", README, flags=re.S)
 
 
 def blocks(kind: str) -> list[str]:
-    """The blocks of one info string. `sh` is run here; `shell`, `powershell` are only shown."""
+    """The blocks of one info string."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.M | re.S)
 
 
 def chapter(title: str) -> str:
-    return re.split(r"^## ", README.split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+    """The text of one chapter, without its heading."""
+    _, _, rest = README.partition(f"\n## {title}\n")
+    assert rest, f"there is no chapter {title}"
+    return re.split(r"^## ", rest, maxsplit=1, flags=re.M)[0]
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", text)
 
 
 def first_cells(title: str) -> set[str]:
     """What stands in backticks in the first cells of a chapter's tables."""
-    rows = re.findall(r"^\| (`.*?) \|", chapter(title), re.M)
-    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    found: set[str] = set()
+    for row in re.findall(r"^\| (`.*?) \|", chapter(title), re.M):
+        found.update(quoted(row))
+    return found
 
 
-@NEEDS_TMUX
-@pytest.mark.tmux
-def test_the_readmes_commands_work_in_their_order(tmp_path: Path) -> None:
+def free_port() -> str:
+    """A port that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of somebody who follows the README: the program is installed, Codex is
+    there, and the hub has a port of its own."""
     program = tmp_path / "bin" / "agent-chat"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{PYTHON}" "{PROGRAM}" "$@"\n')
     program.chmod(0o700)
-    for folder in (".agent-chat", ".codex"):  # `init` finds Codex
+    for folder in (".agent-chat", ".codex"):
         (tmp_path / folder).mkdir()
+    port = free_port()
     (tmp_path / ".agent-chat" / "config.yaml").write_text(f"port: {port}\n")
-    env = clean_environment(tmp_path, PATH=f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    script = "\n".join(["set -e", *blocks("sh")]).replace("9420", port)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    yield clean_environment(tmp_path, PATH=path, README_PORT=port)
+    subprocess.run([program, "stop"], env=clean_environment(tmp_path), capture_output=True)
+
+
+@NEEDS_TMUX
+@pytest.mark.tmux
+def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[str, str]) -> None:
+    script = "\n".join(["set -e", *blocks("sh")])
+    script = script.replace("9420", reader["README_PORT"])
     if not shutil.which("curl"):
         script = script.replace("curl ", ": ")
-    try:
-        done = subprocess.run(["sh", "-c", script], env=env, cwd=tmp_path, capture_output=True,
-                              text=True, timeout=100)
-        assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        stopped = subprocess.run([program, "stop"], env=env, capture_output=True, text=True)
-    assert len(blocks("sh")) >= 3 and "stopped" in stopped.stdout
-    assert (tmp_path / "chat.md").read_text().count("> the build is red") == 1
-    assert "build 812 is green" in done.stdout or not shutil.which("curl")
+    done = subprocess.run(["sh", "-c", script], env=reader, cwd=tmp_path, capture_output=True,
+                          text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported = (tmp_path / "chat.md").read_text()
+    assert len(blocks("sh")) >= 3 and exported.count("> the build is red") == 1
+    if shutil.which("curl"):
+        assert "build 812 is green" in done.stdout
+
+
+def test_the_readmes_command_lines_are_understood() -> None:
+    """Also those that no test runs, because they would install or wait."""
+    seen: set[str] = set()
+    lines = "\n".join([*blocks("sh"), *blocks("shell"), *quoted(MANUAL)])
+    for line in re.findall(r"(?:^|[(/ ])agent-chat ((?!agent-)[a-z][^|)\n]*)", lines, re.M):
+        name, *words = shlex.split(line, comments=True)
+        typed = list(itertools.takewhile(lambda word: word not in (">", "&&", "&"), words))
+        seen.add(name)
+        if name != "help" and typed:
+            assert agent_chat.COMMANDS[name].parse(typed).values
+    assert seen >= set(agent_chat.COMMANDS), set(agent_chat.COMMANDS) - seen
+
+
+def test_curl_never_sends_the_own_machine_to_a_proxy() -> None:
+    calls = re.findall(r"^.*\bcurl .*$", "\n".join(blocks("sh") + blocks("shell")), re.M)
+    assert len(calls) >= 4
+    for call in calls:
+        assert "curl --noproxy '*' " in call
 
 
 def test_the_readmes_configuration_is_what_init_writes() -> None:
-    import tomllib
-
     settings = agent_chat.Settings(server="http://127.0.0.1:9420")
-    shown = [json.loads(block) for block in blocks("json")]
+    shown: list[dict[str, Any]] = [json.loads(block) for block in blocks("json")]
     shown += [tomllib.loads(block) for block in blocks("toml")]
     found = {re.findall(r"'AGENT_TYPE': '(\w+)'", str(data))[0]: data for data in shown}
     assert set(found) == set(agent_chat.AGENT_CLIS)
     for name, data in found.items():
         entry = agent_chat.plugin_entry(name, settings, True)
-        installed = {"command": "agent-chat", "args": ["mcp"]}
-        entry |= {"command": ["agent-chat", "mcp"]} if name == "opencode" else installed
+        entry |= {"command": "agent-chat", "args": ["mcp"]}
+        if name == "opencode":
+            del entry["args"]
+            entry["command"] = ["agent-chat", "mcp"]
         assert data == {agent_chat.AGENT_CLIS[name].servers: {"agent-chat": entry}}
 
 
@@ -7602,33 +7646,44 @@ def test_the_readmes_settings_and_variables_are_those_of_the_program() -> None:
     assert {name for name in named if name.islower()} == set(agent_chat.FILE_KEYS)
     assert {name for name in named if name.isupper()} == set(agent_chat.ENVIRONMENT)
     assert set(re.findall(r"\bAGENT_[A-Z_]+", README)) == set(agent_chat.ENVIRONMENT)
-    for key, default in re.findall(r"^\| `([a-z_]+)` \| (\S*) \|", chapter("Configuration"), re.M):
-        value = agent_chat.load_settings({}, {})._asdict()[key]
-        text = f"{value:g}" if isinstance(value, float) else str(value or "")
-        assert text == os.path.expanduser(default), key
+    values = agent_chat.load_settings({}, {})._asdict()
+    rows = re.findall(r"^\| `([a-z_]+)` \| (\S*) \|", chapter("Configuration"), re.M)
+    for key, default in rows:
+        value = values[key] or ""
+        if isinstance(value, float):
+            value = f"{value:g}"
+        assert str(value) == os.path.expanduser(default), key
 
 
-def test_the_readmes_references_are_complete() -> None:
-    assert first_cells("REST and WebSocket") >= {" ".join(route) for route in agent_chat.BY_ADDRESS}
-    shown = {name.partition("(")[0]: set(re.findall(r"\w+", name.partition("(")[2]))
-             for name in first_cells("Tools")}
+def test_the_readmes_routes_and_tools_are_those_of_the_program() -> None:
+    routes = {" ".join(route) for route in agent_chat.BY_ADDRESS}
+    assert first_cells("REST and WebSocket") == routes
+    shown: dict[str, set[str]] = {}
+    for cell in first_cells("Tools"):
+        name, _, parameters = cell.partition("(")
+        shown[name] = set(re.findall(r"\w+", parameters))
     assert shown == {name: set(tool[1]) for name, tool in agent_chat.TOOLS.items()}
-    for name, text in re.findall(r"^\| `agent-chat (\w+)`(.*)$", chapter("Command line"), re.M):
-        told = subprocess.run([PYTHON, str(PROGRAM), name, "--help"], capture_output=True,
-                              text=True).stdout
-        assert [flag for flag in re.findall(r"--?[a-z][a-z-]*", text) if flag not in told] == []
+
+
+def test_the_readmes_keys_are_those_of_the_page() -> None:
     keys = set(re.findall(r"<kbd>(.*?)</kbd>", PAGE.read_text(encoding="utf-8")))
-    assert len(keys) > 8 and keys <= set(re.findall(r"`([^`]+)`", chapter("The dashboard")))
+    assert len(keys) > 8 and keys <= set(quoted(chapter("The dashboard")))
 
 
 def test_the_readmes_sentences_are_the_programs() -> None:
     tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
-    source = "\n".join(str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    source = "\n".join(str(node.value) for node in ast.walk(tree)
+                       if isinstance(node, ast.Constant))
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", chapter("Troubleshooting"), re.M)[1:]
-    pieces = [piece.strip() for row in rows for piece in row.replace("(fail)", "").split("…")]
-    assert len(rows) > 10 and [piece for piece in pieces if piece.strip(": ") not in source] == []
-    assert first_cells("The doorbell") == {
-        "rung", "draft", "dialog", "mode", "gone", "input-off", "unconfirmed"}
+    assert len(rows) > 10
+    for row in rows:
+        for piece in row.split("…"):
+            assert piece.strip(" :") in source, row
+
+
+def test_the_readmes_doorbell_is_the_programs() -> None:
+    outcomes = {str(word) for word in agent_chat.Ring} - {"unavailable"}
+    assert first_cells("The doorbell") == outcomes
     mail = {"from_agent": "backend-dev", "content": "API spec ready"}
     assert agent_chat.doorbell_line([mail]) in blocks("text")[0]
 
@@ -7638,17 +7693,46 @@ def test_the_readmes_door_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(blocks("python")[0], place)
     monkeypatch.setenv("MY_CLI_INBOX", str(tmp_path / "inbox"))
     door = place["FileDoor"](agent_chat.Settings())
-    assert door.available() and door.ring("a line").word == "rung" and len(place["DOORS"]) == 4
+    assert door.available() and door.ring("a line").word == "rung"
+    assert len(place["DOORS"]) == len(agent_chat.DOORS) + 1
     assert (tmp_path / "inbox").read_text() == "a line\n"
 
 
 def test_the_readmes_links_and_tests_exist() -> None:
+    headings = re.findall(r"^#+ (.*)$", MANUAL, re.M)
+    anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+               for title in headings}
     for goal in re.findall(r"\]\(([^)]+)\)", MANUAL):
-        assert goal.startswith("https://") or (HERE / goal).is_file(), goal
+        local = goal in anchors or (HERE / goal).is_file()
+        assert local or goal.startswith("https://"), goal
     tests = (HERE / "test_agent_chat.py").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", README)) - {"test_agent_chat"}
-    assert len(named) > 6 and [name for name in named if f"def {name}(" not in tests] == []
-    assert "TEST?" not in README and len(README.splitlines()) <= 500
+    assert len(named) > 6
+    for name in named:
+        assert f"def {name}(" in tests, name
+
+
+def test_the_first_screen_is_for_half_a_minute() -> None:
+    first_screen = "\n".join(README.splitlines()[:40])
+    for needed in ("(.github/film.gif)", "sh install.sh", "serve -d", "agent-chat init", "\n> "):
+        assert needed in first_screen
+    assert README.index("## Your agents") < README.index("## How it works")
+    assert README.index("## Promises") < README.index("## REST and WebSocket")
+
+
+def test_the_film_moves_and_is_light() -> None:
+    film = (HERE / ".github" / "film.gif").read_bytes()
+    frames = film.count(b"\x00\x21\xf9\x04") + film.count(b"\x21\xf9\x04") // 2
+    assert film.startswith(b"GIF89a") and b"NETSCAPE2.0" in film
+    assert frames > 15 and len(film) < 1_000_000
+
+
+def test_the_readmes_measurements_have_a_place_of_their_own() -> None:
+    begin, end = "<!-- bench -->", "<!-- /bench -->"
+    assert README.count(begin) == README.count(end) == 1
+    asked = subprocess.run([PYTHON, str(HERE / ".ci" / "bench.py"), "--help"],
+                           capture_output=True, text=True)
+    assert asked.returncode == 0 and "--readme" in asked.stdout
 
 
 # ======================================================================================

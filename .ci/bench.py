@@ -6,6 +6,8 @@
     .ci/bench.py --only send     one part: send inbox big push fanout memory start plugin bell
     .ci/bench.py --scale         how it grows: connected agents, stored messages, group sizes
     .ci/bench.py --soak 10       50 messages a second for so many minutes: does anything creep?
+    .ci/bench.py --markdown      the same rows as a Markdown table, at the end
+    .ci/bench.py --readme        ... written into the README, in the place of the last ones
 
 The machine's speed drifts by 1.6x, so nothing here is an absolute number: in the same minute
 the bench takes its own yardsticks (a fixed Python loop, the disk's sync rate, a bare http.server,
@@ -21,12 +23,14 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from load import (
@@ -66,6 +70,34 @@ class Row(NamedTuple):
     goal: str
     ratio: float
     figures: dict[str, Any]
+
+    def markdown(self) -> str:
+        """The row as one of a Markdown table."""
+        cells = (self.work, self.measured, self.goal)
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+README_PLACE = re.compile(r"(?s)(?<=<!-- bench -->\n).*(?=<!-- /bench -->)")
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """All rows as one table; what they were measured with comes first."""
+    lines = ["| work | measured | goal |", "|---|---|---|"]
+    lines += [row.markdown() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(table: str) -> None:
+    """The table in the place of the last one."""
+    with open(README, encoding="utf-8") as file:
+        text = file.read()
+    changed, count = README_PLACE.subn(lambda _: table, text)
+    if count != 1:
+        raise SystemExit("the README has no place for measurements")
+    with open(README, "w", encoding="utf-8") as file:
+        file.write(changed)
+
 
 class Plan(NamedTuple):
     """How much of everything; the other one is --quick."""
@@ -386,6 +418,8 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--huge", action="store_true", help="with --scale: also 5 M messages")
     parser.add_argument("--soak", type=float, metavar="MINUTES")
+    parser.add_argument("--markdown", action="store_true", help="the table as Markdown, too")
+    parser.add_argument("--readme", action="store_true", help="... and into the README")
     parser.add_argument("--folder", help="where the databases go: this disk is measured")
     flags = parser.parse_args()
     if not shutil.which("wrk"):
@@ -403,6 +437,10 @@ def main() -> None:
             soak(bench, flags.soak)
         for name in flags.only or ([] if flags.scale or flags.soak else parts):
             getattr(bench, "part_" + name)()
+    if flags.markdown or flags.readme:
+        print(markdown_table(bench.rows))
+    if flags.readme:
+        write_readme(markdown_table(bench.rows))
     print(json.dumps({"seconds": round(time.monotonic() - started), "yardsticks": bench.yardsticks,
                       "calib_ms_end": round(calib(), 2), "missed": [
                           row.work for row in bench.rows if row.ratio < 1],

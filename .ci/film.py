@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,10 @@ from load import Plugin, Process, free_port
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
-WIDTH, HEIGHT = 1200, 640
-PANE_COLUMNS, PANE_ROWS = 62, 16
+WIDTH, HEIGHT = 1000, 600
+LEFT = 440  # of it for the panes
+PANE_COLUMNS, PANE_ROWS = 53, 15
+PORT = 9420  # as a reader will see it, if it is free
 MOST_BYTES = 1_000_000
 LONGEST = 1.6  # seconds that a picture may stand; waiting is not worth looking at
 SHORTEST = 0.1
@@ -57,12 +60,12 @@ class Role(NamedTuple):
 
 ROLES = {
     "claude-shop-api": Role(
-        "claude-shop-api", "shop-api", "What are you working on? I am about to change GET /orders.",
-        "", "codex-shop-web needs total_count in it. I leave it as it is until you decide.",
-        "Done: total_count is in, with a test. 3f9c2ab"),
+        "claude-shop-api", "shop-api", "What are you working on? I am about to change GET /orders",
+        "", "codex-shop-web wants total_count in it. It is for you to decide.",
+        "Done, with a test: 3f9c2ab"),
     "codex-shop-web": Role(
         "codex-shop-web", "shop-web", "",
-        "The order list. Please keep `items`, and add `total_count`: I page by it.", "", ""),
+        "The order list. It needs total_count to page by", "", ""),
 }
 
 
@@ -104,7 +107,11 @@ class Composer:
     def keep(self, line: str) -> None:
         """The submitted line goes into the history."""
         color = "33" if line.startswith("[agent-chat]") else "1"
-        os.write(1, f"\r\x1b[J\x1b[{color}m> {line}\x1b[0m\r\n\r\n{self.PROMPT}".encode())
+        above = (len(line) + 2) // PANE_COLUMNS  # rows that it was wrapped over
+        up = f"\x1b[{above}A" if above else ""
+        os.write(1, f"{up}\r\x1b[J".encode())
+        self.say("> " + re.sub(r" #[0-9a-f]{4}$", "", line), color)
+        self.say("")
 
 
 def play_agent(name: str, url: str, folder: str) -> None:
@@ -115,14 +122,15 @@ def play_agent(name: str, url: str, folder: str) -> None:
     (Path(folder) / "ready").touch()
 
     def call(tool: str, **arguments: object) -> Any:
-        composer.say(f"● {tool}({', '.join(map(str, arguments.values()))})", "36")
+        about = f"{arguments['to']}: {arguments['content']}" if "to" in arguments else ""
+        composer.say(f"● {tool}({about})", "36")
         time.sleep(0.5)
         result = plugin.call("tools/call", {"name": tool, "arguments": arguments})
         return json.loads(result["content"][0]["text"])
 
     while True:
         line = composer.line()
-        composer.keep(re.sub(r" #[0-9a-f]{4}$", "", line))
+        composer.keep(line)
         time.sleep(0.4)
         if not line.startswith("[agent-chat]"):
             call("list_agents")
@@ -150,7 +158,7 @@ def play_agent(name: str, url: str, folder: str) -> None:
 
 STAGE = """<!doctype html><meta charset="utf-8"><style>
 body { margin: 0; width: @WIDTH@px; height: @HEIGHT@px; background: #12151c; display: grid;
-  grid-template: 1fr 1fr / 512px 1fr; gap: 8px; padding: 8px; box-sizing: border-box }
+  grid-template: 1fr 1fr / @LEFT@px 1fr; gap: 8px; padding: 8px; box-sizing: border-box }
 section { background: #1a1e28; border-radius: 8px; overflow: hidden; color: #c8d0e0 }
 h1 { margin: 0; padding: 6px 12px; font: 600 12px Inter, sans-serif; color: #8a93a6;
   background: #222734 }
@@ -158,10 +166,10 @@ pre { margin: 8px 12px; font: 13px/16.4px "JetBrains Mono", "DejaVu Sans Mono", 
 #page { grid-area: 1 / 2 / 3 / 3; background: #fff }
 img { display: block; width: 100% }
 </style>
-<section><h1>tmux · shop-api · Claude Code</h1><pre id="one"></pre></section>
-<section><h1>tmux · shop-web · Codex</h1><pre id="two"></pre></section>
+<section><h1>tmux: the agent in ~/src/shop-api</h1><pre id="one"></pre></section>
+<section><h1>tmux: the agent in ~/src/shop-web</h1><pre id="two"></pre></section>
 <section id="page"><h1>@URL@</h1><img id="shot"></section>"""
-PAGE_WIDTH, PAGE_HEIGHT = WIDTH - 512 - 24, HEIGHT - 16 - 27
+PAGE_WIDTH, PAGE_HEIGHT = WIDTH - LEFT - 24, HEIGHT - 16 - 27
 SHOW = """([one, two, shot]) => {
   document.getElementById('one').innerHTML = one;
   document.getElementById('two').innerHTML = two;
@@ -241,7 +249,8 @@ class Camera:
         self.page.goto(url)
         self.stage = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         self.stage.set_content(STAGE.replace("@URL@", "http://127.0.0.1:9420")
-                               .replace("@WIDTH@", str(WIDTH)).replace("@HEIGHT@", str(HEIGHT)))
+                               .replace("@WIDTH@", str(WIDTH)).replace("@LEFT@", str(LEFT))
+                               .replace("@HEIGHT@", str(HEIGHT)))
         self.panes, self.folder = panes, folder
         self.frames: list[tuple[Path, float]] = []
         self.last: tuple[str, str, bytes] = ("", "", b"")
@@ -309,10 +318,10 @@ def play(camera: Camera) -> None:
     camera.until("I go on, and hear", 0)
     camera.until("[agent-chat] Call check_messages", 1)
     camera.shoot(1.6)
-    camera.until("I page by it.", 1)
+    camera.until("total_count to page by", 1)
     camera.until("REPLY received", 0)
     camera.shoot(1.6)
-    camera.until("until you decide.", 0)
+    camera.until("for you to decide.", 0)
     camera.shoot(1.8)
     page.get_by_role("combobox", name="To", exact=True).fill("claude-shop-api")
     camera.write("Please add total_count.")
@@ -353,10 +362,16 @@ def develop(frames: list[tuple[Path, float]], output: Path) -> None:
     raw.unlink()
 
 
+def is_free(port: int) -> bool:
+    """Whether a hub could listen there."""
+    with socket.socket() as probe:
+        return bool(probe.connect_ex(("127.0.0.1", port)))
+
+
 @contextlib.contextmanager
 def theatre(home: Path) -> Iterator[tuple[Process, Panes]]:
     """A hub, and both agents in their panes, connected."""
-    port = free_port()
+    port = PORT if is_free(PORT) else free_port()
     words = [sys.executable, str(ROOT / "agent_chat.py"), "serve", "--port", str(port),
              "--db", str(home / "chat.db")]
     server = Process(words, port, str(home))
