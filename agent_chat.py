@@ -4908,9 +4908,9 @@ class Connection:
         if self.phase not in ASKING and len(self.received) > MAX_PIPELINED_BYTES:
             self.drop(turn)
             return
-        begins = self.phase is Phase.IDLE
         self.advance(turn)
-        if begins and self.phase is Phase.IDLE and self.received:
+        waits = self.phase is Phase.IDLE and self.served is not turn
+        if waits and self.received:
             self.enter(Phase.HEAD)  # not the whole of it has come
 
     def advance(self, turn: Turn) -> None:
