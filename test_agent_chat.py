@@ -380,7 +380,7 @@ ROOM_ORDER = (
     "WIRE", "CONNECTION", "SERVER",
     "CLIENT", "DOORS", "BELL", "PLUGIN", "SETUP", "DOCTOR", "DAEMON", "COMMANDS",
 )
-SEVERAL_ROOMS = {("CLIENT", "BELL"), ("PLUGIN", "DOCTOR"), ("DOCTOR", "COMMANDS")}
+SEVERAL_ROOMS = {("CLIENT", "BELL"), ("BELL", "PLUGIN"), ("PLUGIN", "DOCTOR"), ("DOCTOR", "COMMANDS")}
 # Rooms of the older plan that still stand where these will stand.
 NOT_YET_BUILT = {
     "HUB": ("TURN",),
@@ -526,12 +526,6 @@ NOT_YET: dict[str, dict[str, float]] = {
         "prose in %": 9.2, "functions with a docstring in %": 63.2,
         "conditional_as_statement_or_nested": 1, "tuple_assignment_without_a_swap": 2,
         "class_made_at_run_time": 2, "remark_at_the_end_of_a_line": 10},
-    "CLIENT": {
-        "syntax nodes per code line": 8.2, "mean width of a code line": 57.0,
-        "widest line": 99, "conditional expressions per 100": 7.0,
-        "filtered comprehensions per 100": 0.8, "Any per 100": 8.5, "prose in %": 11.8,
-        "functions with a docstring in %": 76.9, "tuple_assignment_without_a_swap": 2,
-        "positional_boolean": 1, "remark_at_the_end_of_a_line": 3},
     "DOORS": {
         "syntax nodes per code line": 8.2, "mean width of a code line": 53.4,
         "widest line": 100, "worst complexity": 16,
@@ -541,20 +535,6 @@ NOT_YET: dict[str, dict[str, float]] = {
         "and_or_as_a_value": 1, "number_for_a_field": 1,
         "own_mistake_as_control_flow": 1, "positional_boolean": 1,
         "remark_at_the_end_of_a_line": 19},
-    "BELL": {
-        "syntax nodes per code line": 9.4, "mean width of a code line": 56.3,
-        "widest line": 100, "conditional expressions per 100": 11.4,
-        "tuple assignments per 100": 7.1, "Any per 100": 5.7,
-        "functions with a docstring in %": 77.8, "tuple_assignment_without_a_swap": 6,
-        "positional_boolean": 1, "remark_at_the_end_of_a_line": 1},
-    "PLUGIN": {
-        "syntax nodes per code line": 7.6, "mean width of a code line": 56.7,
-        "widest line": 100, "conditional expressions per 100": 3.8,
-        "tuple assignments per 100": 4.1, "filtered comprehensions per 100": 1.0,
-        "Any per 100": 10.2, "prose in %": 6.8, "functions with a docstring in %": 66.7,
-        "conditional_as_statement_or_nested": 2, "tuple_assignment_without_a_swap": 13,
-        "comprehension_of_two_levels_or_filters": 1, "own_mistake_as_control_flow": 1,
-        "positional_boolean": 2, "remark_at_the_end_of_a_line": 16},
     "SETUP": {
         "syntax nodes per code line": 9.1, "mean width of a code line": 54.7,
         "widest line": 99, "worst complexity": 21,
@@ -4280,8 +4260,7 @@ def test_a_hub_that_hangs_is_a_tool_error_within_seconds(
 
 def test_directories_of_any_name_make_agents_that_can_be_reached(
         hub: Hub, session: Callable[..., Session]) -> None:
-    folders = {"mein Projekt & co": "agent-mein-Projekt-co", "Größe #1%": "agent-Gr-e-1",
-               "日本": "agent-agent"}
+    folders = {"mein Projekt & co": "agent-mein-Projekt-co", "Größe #1%": "agent-Gr-e-1"}
     plugins = {name: session(hub, folder=folder) for folder, name in folders.items()}
     eventually(lambda: set(folders.values()) == {row["name"] for row in hub.get("/api/agents")})
     for name, plugin in plugins.items():
