@@ -102,10 +102,9 @@ if TYPE_CHECKING:
     import socket
     import sqlite3
     import subprocess
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Executor, ThreadPoolExecutor
     from http.server import HTTPServer
     from selectors import SelectorKey
-    from concurrent.futures import Executor
 
     from websockets.asyncio.client import ClientConnection
 
@@ -6091,22 +6090,6 @@ Decoded = Any  # JSON from a hub, of a shape that its caller knows
 JsonObject = dict[str, Any]
 
 
-class WireMessage(TypedDict, total=False):
-    """A message as hubs of this protocol send it; older hubs leave some of it
-    out."""
-
-    id: str
-    seq: int
-    from_agent: str
-    to_agent: str
-    group: str
-    content: str
-    in_reply_to: str
-    created_at: str
-    verified: bool
-    choices: list[str]
-
-
 # Where a hub is, and the way to it. Agents run behind company proxies, hubs
 # behind reverse proxies; both are decided here, once for HTTP and for the push
 # channel.
@@ -6186,7 +6169,7 @@ def in_network(host: str, network: str) -> bool:
         return False
 
 
-class Answer(NamedTuple):
+class HubAnswer(NamedTuple):
     """What a hub answered to one call."""
 
     value: Decoded
@@ -6387,7 +6370,7 @@ class Client:
         Unreachable."""
         import http.client
         secure, host, _ = self._address
-        kind = http.client.HTTPConnection
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
         if secure:
             kind = http.client.HTTPSConnection
         try:
@@ -6417,7 +6400,7 @@ class Client:
 
     def _call(
         self, method: str, goal: str, body: bytes | None = None, wait: float = 0
-    ) -> Answer:
+    ) -> HubAnswer:
         """One call. If it breaks off it is repeated, three tries in all: every
         call may be, a send because of its client_id. A hub that takes too long
         is not asked twice."""
@@ -6430,7 +6413,7 @@ class Client:
             try:
                 with self._asked(method, goal, body, self.timeout + wait) as answer:
                     self.unread = number_in(answer.headers.get("X-Unread", ""))
-                    return Answer(self._decoded(answer), self.unread)
+                    return HubAnswer(self._decoded(answer), self.unread)
             except (OSError, HTTPException) as error:
                 lost = error
                 if isinstance(error, TimeoutError):
@@ -8403,7 +8386,6 @@ FIRST_BLOCKED_SECONDS = 1  # after a ring that could not be; doubled each time
 LONGEST_BLOCKED_SECONDS = 30
 BURST_SECONDS = 0.05  # what comes within it shares one ring
 PREVIEW_CHARACTERS = 200
-NAME_CHARACTERS = 64
 NAMES_SHOWN = 5  # senders in one line
 PREVIEW_PUNCTUATION = ".,:;_-/()?'+=%"  # nothing that a shell or a TUI could obey
 INVISIBLE = re.compile(  # letters and marks, but blank
@@ -8419,7 +8401,7 @@ class Bell:
 
     def __init__(self) -> None:
         """A bell with nothing to ring for."""
-        self.mail: dict[str, WireMessage] = {}  # unseen, by id, in order
+        self.mail: dict[str, MessageJson] = {}  # unseen, by id, in order
         self.rung: set[str] = set()  # ids of those that a ring went through for
         self.due = NEVER  # when to ring, for all of them
         self.rings = 0  # unanswered, in a row
@@ -8433,14 +8415,14 @@ class Bell:
         self.blocked = ""
         self.pause = 0.0
 
-    def add(self, message: WireMessage, now: float) -> None:
+    def add(self, message: MessageJson, now: float) -> None:
         """New mail. It rings shortly, or with what is out or blocked
         already."""
         self.mail[message["id"]] = message
         if not self.rung and not self.blocked:
             self.due = min(self.due, now + BURST_SECONDS)
 
-    def again(self, messages: Iterable[WireMessage], now: float) -> None:
+    def again(self, messages: Iterable[MessageJson], now: float) -> None:
         """Somebody asked for a new ring, or what was handed to the agent got
         lost."""
         for message in messages:
@@ -8465,7 +8447,7 @@ class Bell:
         elif not self.blocked:
             self.due = now + REPEAT_SECONDS[0]
 
-    def take(self, now: float) -> list[WireMessage]:
+    def take(self, now: float) -> list[MessageJson]:
         """What one ring should cover now; [] while there is nothing to do."""
         if now < self.due:
             return []
@@ -8501,7 +8483,7 @@ class Bell:
         self.pause = 0.0
 
 
-def doorbell_line(messages: Sequence[Mapping[str, Any]], preview: bool = True) -> str:
+def doorbell_line(messages: Sequence[Mapping[str, object]], preview: bool = True) -> str:
     """The line that tells an agent of these unread messages (wire form, at
     least one). The wording is protocol; what senders wrote is only in the
     sanitised preview."""
@@ -8526,7 +8508,7 @@ def doorbell_line(messages: Sequence[Mapping[str, Any]], preview: bool = True) -
     return f"{call}, then reply with send_message. New message from {said}"
 
 
-def senders(messages: Iterable[Mapping[str, Any]]) -> str:
+def senders(messages: Iterable[Mapping[str, object]]) -> str:
     """Who wrote these, each once, with the group that it went to; the first few
     of many."""
     names: dict[str, None] = {}
@@ -8845,7 +8827,7 @@ def check_choices(choices: Sequence[str], to: str) -> None:
             raise BadRequest(f"each choice must have 1 to {CHOICE_CHARACTERS} characters")
 
 
-class Page(NamedTuple):
+class ResultPage(NamedTuple):
     """What one result of check_messages hands over."""
 
     messages: list[JsonObject]  # as an agent gets them
@@ -8866,7 +8848,7 @@ class Page(NamedTuple):
         return result
 
 
-def page_of(rows: Sequence[WireMessage], unread: int) -> Page:
+def page_of(rows: Sequence[MessageJson], unread: int) -> ResultPage:
     """As many of these unread messages as one result holds, oldest first;
     `unread` is how many there are in all. A first message that is too long
     alone comes in parts."""
@@ -8886,10 +8868,10 @@ def page_of(rows: Sequence[WireMessage], unread: int) -> Page:
         more = (
             f"{left} more are unread: mark these with read_messages, then call "
             "check_messages again")
-    return Page(messages, [message["id"] for message in messages], left, more)
+    return ResultPage(messages, [message["id"] for message in messages], left, more)
 
 
-def part_of(row: WireMessage, number: int, left: int = 0) -> Page:
+def part_of(row: MessageJson, number: int, left: int = 0) -> ResultPage:
     """One part of a long message, from 1. BadRequest if it has fewer."""
     parts = parts_of(row["content"])
     if not 1 <= number <= len(parts):
@@ -8901,7 +8883,7 @@ def part_of(row: WireMessage, number: int, left: int = 0) -> Page:
         more = (
             f"This is part {number} of {len(parts)}; read on with check_messages "
             f"message_id={row['id']} part={number + 1}")
-    return Page([shown(row) | part], [], left, more)
+    return ResultPage([shown(row) | part], [], left, more)
 
 
 def parts_of(content: str) -> list[str]:
@@ -8920,7 +8902,7 @@ def parts_of(content: str) -> list[str]:
     return parts
 
 
-def shown(message: WireMessage) -> JsonObject:
+def shown(message: MessageJson) -> JsonObject:
     """A message as an agent gets it: who really sent it stands in fields no
     text can forge."""
     reply = message.get("in_reply_to") or ""
@@ -9403,6 +9385,7 @@ SETTLE_CALLS_SECONDS = 1  # for what an earlier call handed over to be confirmed
 GHOST_SECONDS = 5  # who registered so shortly ago and did nothing leaves no name behind
 LEAVE_SECONDS = 0.3
 CALL_THREADS = 32
+NOTE_CHARACTERS = 300
 IDS_IN_FRAME = 500  # a frame may have 64 KiB
 UNCOUNTED_PAGE = 50  # read from a hub that does not count
 KNOWN_IDS = 20_000  # messages that are remembered as pushed before
@@ -9442,6 +9425,9 @@ class Ways(Protocol):
     def names(self) -> list[str]:
         """The ways that look open."""
 
+    def note(self) -> str:
+        """Why another one is not, "" if nothing is amiss."""
+
 
 class Place(NamedTuple):
     """Where this plugin was started: asked once, for directories and homes can
@@ -9467,7 +9453,7 @@ class Handover(NamedTuple):
     told when the answer has left, and the bell rings again for what was in one
     that never did."""
 
-    messages: list[WireMessage]
+    messages: list[MessageJson]
     whole: list[str]  # ids that count as seen once it has left
     mark_read: bool
     settled: asyncio.Event
@@ -9565,6 +9551,7 @@ class Plugin:
             "host": self.place.host,
             "cwd": self.place.cwd,
             "doors": await self.open_doors(),
+            "door_note": self.ways.note()[:NOTE_CHARACTERS],
         }
         if self.instance:
             card["instance"] = self.instance
@@ -9668,7 +9655,7 @@ class Plugin:
         before = now - YOUNG_SECONDS
         return [mail for mail in self.bell.mail if self.known.get(mail, 0) < before]
 
-    async def came(self, message: WireMessage) -> None:
+    async def came(self, message: MessageJson) -> None:
         """Mail, or the repetition of mail whose ring the hub does not know
         of."""
         self.used = True
@@ -9722,14 +9709,14 @@ class Plugin:
                 "type": "rung" if outcome.word == Ring.RUNG else "blocked",
                 "outcome": outcome.word,
                 "door": outcome.door,
-                "detail": outcome.detail[:300],
+                "detail": outcome.detail[:NOTE_CHARACTERS],
                 "ids": ids[start : start + IDS_IN_FRAME],
             }
             if self.channel:
                 with contextlib.suppress(ConnectionClosed):
                     await self.channel.send(json.dumps(frame))
 
-    async def fetch(self, limit: int) -> list[WireMessage]:
+    async def fetch(self, limit: int) -> list[MessageJson]:
         """Unread messages, oldest first, of which nothing is marked; remembers
         how many there are in all. Raises ChatError."""
         ask = functools.partial(self.client.get_messages, peek=True, max_bytes=PAGE_BYTES)
@@ -9783,8 +9770,8 @@ class Plugin:
         count = self.inherited
         self.inherited = 0
         return {"notice": (
-            f"{count} of your unread messages were sent to an earlier session named "
-            f"{self.name}, not to you; ask your user before you act on them")}
+            f"{count} of the unread messages were sent to an earlier session of {self.name}; "
+            "if you do not know what one is about, ask your user before you act on it")}
 
     def to_be_read(self, request: str) -> int:
         """How many messages of the answer to this request will be read when it
@@ -9933,7 +9920,7 @@ class Plugin:
         self.handovers[request] = Handover(handed, whole, mark_read, asyncio.Event())
         return page.to_json()
 
-    async def mail(self, limit: int, wait_seconds: float) -> list[WireMessage]:
+    async def mail(self, limit: int, wait_seconds: float) -> list[MessageJson]:
         """Unread messages; if there are none, those that come while we wait.
         Waits without a thread and without a request: for the push channel, and
         asks now and then."""
@@ -9956,7 +9943,7 @@ class Plugin:
             self.waits -= 1
             self.stirred.set()
 
-    async def read_on(self, message_id: str, part: int) -> Page:
+    async def read_on(self, message_id: str, part: int) -> ResultPage:
         """A part of a message that was sent to us. Raises NotFound or
         BadRequest."""
         from urllib.parse import quote
@@ -9968,7 +9955,7 @@ class Plugin:
             raise NotFound(f"no message {message_id!r} was sent to you")
         return part_of(message, part)
 
-    def completed(self, page: Page) -> list[str]:
+    def completed(self, page: ResultPage) -> list[str]:
         """The id of a long message whose parts have all been given, with this
         one."""
         if page.whole or not page.messages:
