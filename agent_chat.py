@@ -421,6 +421,9 @@ DOORBELL = "[agent-chat]"
 LOOPING = "loop"  # a message waits without a ring: the loop guard has stepped in
 MUTED = "muted"  # a message waits without a ring: its recipient does not want to hear of it
 END = 1 << 62  # above every seq
+REFERENCE_CHARACTERS = 128  # of in_reply_to and client_id
+CHOICE_CHARACTERS = 200
+PROCESS_FIELD_CHARACTERS = 500  # type, host, cwd
 
 
 class Reach(StrEnum):
@@ -653,6 +656,143 @@ def checked_names(value: object, what: str, most: int = MAX_NAMES) -> tuple[str,
         raise BadRequest(f"there may be at most {most} {what}s, not {len(value)}")
     names = {checked_name(name, what): None for name in value}
     return tuple(names)
+
+
+def checked_choices(value: object, to: str) -> tuple[str, ...]:
+    """The answers that a message offers to the human, none for nothing. Raises BadRequest
+    for what is no short list of short texts, and where there is no human to choose."""
+    if not value:
+        return ()
+    if not isinstance(value, list) or len(value) > MAX_CHOICES:
+        raise BadRequest(f"choices must be a list of at most {MAX_CHOICES} texts")
+    if to.lower() != HUMAN:
+        raise BadRequest(f"choices are for messages to {HUMAN!r} alone")
+    choices = tuple(checked_text(one, "a choice", CHOICE_CHARACTERS) for one in value)
+    if not all(choice.strip() for choice in choices):
+        raise BadRequest("a choice must say something")
+    return choices
+
+
+def checked_ids(value: object) -> list[str]:
+    """A list of message ids, none for nothing; BadRequest for anything else."""
+    ids = value or []
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise BadRequest("message_ids must be a list of message ids")
+    if len(ids) > MAX_IDS:
+        raise BadRequest(f"there may be at most {MAX_IDS} message_ids, not {len(ids)}")
+    return ids
+
+
+class RegisterRequest(NamedTuple):
+    """What an agent says of itself."""
+
+    name: str
+    groups: tuple[str, ...]
+    type: str
+    host: str
+    cwd: str
+    doors: tuple[str, ...]
+    door_note: str
+    instance: str  # the CLI's own session, "" if it tells none
+    auto: bool  # a derived name: the hub may add a number
+    rename_from: str  # the sender's name so far, whose mail follows
+
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> RegisterRequest:
+        """Out of a request body, or BadRequest for the first value that does not fit."""
+        name = checked_name(body.get("name"))
+        if name.lower() in RESERVED:
+            raise BadRequest(f"the name {name!r} is reserved; choose another")
+        old_name = body.get("rename_from") or ""
+        if old_name:
+            old_name = checked_name(old_name, "rename_from")
+        return cls(
+            name=name,
+            groups=checked_names(body.get("groups"), "group name", MAX_GROUPS),
+            type=checked_text(body.get("type"), "type", PROCESS_FIELD_CHARACTERS),
+            host=checked_text(body.get("host"), "host", PROCESS_FIELD_CHARACTERS),
+            cwd=checked_text(body.get("cwd"), "cwd", PROCESS_FIELD_CHARACTERS),
+            doors=checked_names(body.get("doors"), "door"),
+            door_note=checked_text(body.get("door_note"), "door_note", 300),
+            instance=checked_text(body.get("instance"), "instance", 200),
+            auto=body.get("auto") is True,
+            rename_from=str(old_name),
+        )
+
+
+class SendRequest(NamedTuple):
+    """What somebody wants to say, and to whom: to an agent or to a group."""
+
+    sender: str
+    to: str
+    group: str
+    content: str
+    in_reply_to: str
+    client_id: str
+    choices: tuple[str, ...]
+
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> SendRequest:
+        """Out of a request body, or BadRequest for the first value that does not fit."""
+        sender = checked_name(body.get("from"), "from")
+        content = checked_text(body.get("content"), "content")
+        if not content.strip():
+            raise BadRequest("content is required: say something")
+        to = body.get("to") or ""
+        group = body.get("group") or ""
+        if to and group:
+            raise BadRequest("give 'to' or 'group', not both")
+        if to:
+            to = checked_name(to)
+        elif group:
+            group = checked_name(group, "group name")
+        else:
+            raise BadRequest("either 'to' or 'group' must be given")
+        return cls(
+            sender=sender,
+            to=str(to),
+            group=str(group),
+            content=content,
+            in_reply_to=checked_text(
+                body.get("in_reply_to"), "in_reply_to", REFERENCE_CHARACTERS
+            ),
+            client_id=checked_text(body.get("client_id"), "client_id", REFERENCE_CHARACTERS),
+            choices=checked_choices(body.get("choices"), str(to)),
+        )
+
+    def same_as(self, message: Message) -> bool:
+        """Was this message made of the same words to the same address?"""
+        return (
+            self.to.lower() == message.to_agent.lower()
+            and self.group.lower() == message.group.lower()
+            and self.content == message.content
+            and self.in_reply_to == message.in_reply_to
+            and self.choices == message.choices
+        )
+
+
+class Report(NamedTuple):
+    """What an agent's doorbell did."""
+
+    ids: list[str]
+    outcome: str
+    door: str
+    detail: str
+
+    @classmethod
+    def read(cls, frame: Mapping[str, object]) -> Report | None:
+        """Out of a frame of an agent's socket; None for every other frame."""
+        kind = frame.get("type")
+        ids = frame.get("ids")
+        if kind not in ("rung", "blocked") or not isinstance(ids, list):
+            return None
+        outcome = Ring.RUNG if kind == "rung" else frame.get("outcome") or Ring.UNCONFIRMED
+        return cls(
+            ids=[one for one in ids[:MAX_IDS] if isinstance(one, str)],
+            outcome=printable(str(outcome))[:32],
+            door=printable(str(frame.get("door") or ""))[:32],
+            detail=printable(str(frame.get("detail") or ""))[:300],
+        )
 
 
 def unfit_to_dash(text: str) -> str:
@@ -1620,8 +1760,7 @@ class Store(Log):
         self.failed: ChatError | None = None  # why this turn must fail: what it wrote is incomplete
         self.lately: dict[int, Message] = {}
         self._name_ids: dict[str, int] = {}
-        self._statements: list[tuple[str, Sequence[Sequence[object]]]] = []  # of this turn
-        self._kept = 0  # of them are older than the request that writes now
+        self.statements: list[tuple[str, Sequence[Sequence[object]]]] = []  # of this turn
         self._next_client: tuple[int, str] = (0, "")  # where `forget_names` goes on
         self._next_name = 0
         self._suspect = False  # nobody knows what reached the disk: the file is opened anew first
@@ -1693,15 +1832,12 @@ class Store(Log):
 
     # -- a turn: begun by the first write, ended by commit or rollback
 
-    def savepoint(self) -> None:
-        """A request begins: `undo` goes back to here."""
-        self._kept = len(self._statements)
-
-    def undo(self) -> bool:
-        """Forget what was written since `savepoint`; the rest of the turn stays. It is written
-        once more: that is rare, and a savepoint of SQL's costs each request 20 us."""
-        kept = self._statements[:self._kept]
-        if len(kept) == len(self._statements):
+    def undo(self, count: int) -> bool:
+        """Forget all but the first statements of this turn, so many; whether there were any.
+        Those are written once more: that is rare, and a savepoint of SQL's costs each request
+        20 us."""
+        kept = self.statements[:count]
+        if len(kept) == len(self.statements):
             return False
         self.rollback()
         for sql, rows in kept:
@@ -1718,9 +1854,9 @@ class Store(Log):
         if self.failed:
             raise self.failed
         try:
-            if not self._statements:
+            if not self.statements:
                 self._begin()
-            self._statements.append((sql, rows))
+            self.statements.append((sql, rows))
             return self.connection.executemany(sql, rows).rowcount
         except UnicodeError as error:
             raise store_error(error, self.path) from None
@@ -1763,9 +1899,9 @@ class Store(Log):
         try:
             if self._unindexed > INDEX_BATCH and not self.failed:
                 self.index_words()
-            if self._statements and not self.failed:
+            if self.statements and not self.failed:
                 self.connection.execute("COMMIT")
-                self._statements = []
+                self.statements = []
         except ChatError as error:
             self.failed = error
         except self.connection.Error as error:
@@ -1780,8 +1916,7 @@ class Store(Log):
     def rollback(self) -> None:
         """Forget the turn. Raises Unservable if the file has to be given up."""
         self.failed = None
-        self._statements = []
-        self._kept = 0
+        self.statements = []
         self.lately.clear()  # a seq that was rolled back is given again
         try:
             if self.connection.in_transaction:
@@ -2183,6 +2318,12 @@ class Outlet(Protocol):
         """Send what can be sent, after the commit."""
 
 
+class Recipient(Protocol):
+    """Somebody whom mail is for, as far as a turn knows it."""
+
+    key: str  # its name in lower case
+
+
 class Listener:
     """Somebody who waits for mail: an agent's socket, a dashboard, a parked request.
 
@@ -2297,6 +2438,7 @@ class TurnMark(NamedTuple):
     rings: int
     events: int
     calls: int
+    statements: int
 
 
 class Turn:
@@ -2332,19 +2474,35 @@ class Turn:
         committed."""
         self.outlets[outlet] = len(outlet.out)
 
-    def ring(self, listener: Listener, seq: int) -> None:
-        """Message `seq` concerns this listener, which is live."""
-        self.rings.append((listener, seq))
+    def push(self, key: str, seq: int) -> tuple[str | None, str | None]:
+        """Ring the sockets of an agent that are live, for this message; the others read on
+        by themselves. Returns when it was pushed and when it rang, None for not: what an
+        older client is given counts as rung."""
+        pushed = None
+        rung = None
+        for listener in self.board.bells(key):
+            if listener.live:
+                self.rings.append((listener, seq))
+                pushed = self.now
+                if not listener.shows_session:
+                    rung = self.now
+        return pushed, rung
+
+    def announce(self, seq: int, recipients: Iterable[Recipient]) -> None:
+        """Whoever looks at everything, and the requests that wait for mail of these agents,
+        are to be given this message."""
+        board = self.board
+        for listener in board.watchers:
+            if listener.live:
+                self.rings.append((listener, seq))
+        if board.parked:
+            self.calls += board.parked.get("", ())
+            for recipient in recipients:
+                self.calls += board.parked.get(recipient.key, ())
 
     def call(self, listener: Listener) -> None:
         """Wake this listener, to read on from its cursor."""
         self.calls.append(listener)
-
-    def call_parked(self, key: str) -> None:
-        """Wake the requests that wait for this agent's mail, "" for anybody's."""
-        parked = self.board.parked
-        if parked:
-            self.calls += parked.get(key, ())
 
     def tell(self, listeners: Iterable[Listener], kind: str, data: Mapping[str, object]) -> None:
         """A small event that is not stored. Whoever is behind misses it, and knows."""
@@ -2392,8 +2550,12 @@ class Turn:
 
     def savepoint(self) -> TurnMark:
         """Where somebody's share begins, for `undo`."""
-        self.store.savepoint()
-        return TurnMark(len(self.rings), len(self.events), len(self.calls))
+        return TurnMark(
+            rings=len(self.rings),
+            events=len(self.events),
+            calls=len(self.calls),
+            statements=len(self.store.statements),
+        )
 
     def undo(self, mark: TurnMark) -> bool:
         """Everything written and everybody woken since then is forgotten; what was said is
@@ -2401,7 +2563,7 @@ class Turn:
         del self.rings[mark.rings :]
         del self.events[mark.events :]
         del self.calls[mark.calls :]
-        return self.store.undo()
+        return self.store.undo(mark.statements)
 
     # -- the end
 
@@ -2437,7 +2599,6 @@ def utc_second(whole: int) -> str:
 # ======================================================================================
 
 FORMER_SESSIONS = 3  # of a name, that may have it back
-PROCESS_FIELD_CHARACTERS = 500  # type, host, cwd
 MAX_NAME_SUFFIX = 1000  # shop-2 to shop-999
 FIRST_LOOK = 64  # of these, to find the name that a process had before
 
@@ -2472,43 +2633,6 @@ class AgentJson(TypedDict):
     quiet: int
 
 
-class RegisterRequest(NamedTuple):
-    """What an agent says of itself."""
-
-    name: str
-    groups: tuple[str, ...]
-    type: str
-    host: str
-    cwd: str
-    doors: tuple[str, ...]
-    door_note: str
-    instance: str  # the CLI's own session, "" if it tells none
-    auto: bool  # a derived name: the hub may add a number
-    rename_from: str  # the sender's name so far, whose mail follows
-
-    @classmethod
-    def read(cls, body: Mapping[str, object]) -> RegisterRequest:
-        """Out of a request body, or BadRequest for the first value that does not fit."""
-        name = checked_name(body.get("name"))
-        if name.lower() in RESERVED:
-            raise BadRequest(f"the name {name!r} is reserved; choose another")
-        old_name = body.get("rename_from") or ""
-        if old_name:
-            old_name = checked_name(old_name, "rename_from")
-        return cls(
-            name=name,
-            groups=checked_names(body.get("groups"), "group name", MAX_GROUPS),
-            type=checked_text(body.get("type"), "type", PROCESS_FIELD_CHARACTERS),
-            host=checked_text(body.get("host"), "host", PROCESS_FIELD_CHARACTERS),
-            cwd=checked_text(body.get("cwd"), "cwd", PROCESS_FIELD_CHARACTERS),
-            doors=checked_names(body.get("doors"), "door"),
-            door_note=checked_text(body.get("door_note"), "door_note", 300),
-            instance=checked_text(body.get("instance"), "instance", 200),
-            auto=body.get("auto") is True,
-            rename_from=str(old_name),
-        )
-
-
 class Agent:
     """A registered agent as the hub remembers it: its row in the Store, and its presence.
 
@@ -2520,6 +2644,7 @@ class Agent:
         self.name = record.name
         self.key = record.name.lower()
         self.group_keys = lower_case(record.groups)
+        self.is_choosy = bool(record.mute or record.allow)
         self.unread = unread
         self.last_seen_at = record.last_seen_at  # newer than that of the row, between saves
         self.active = 0.0  # monotonic time of the last request, 0 = gone
@@ -2530,6 +2655,7 @@ class Agent:
         """Change fields of the row and write it."""
         self.record = self.record._replace(last_seen_at=self.last_seen_at)._replace(**changes)
         self.group_keys = lower_case(self.record.groups)
+        self.is_choosy = bool(self.record.mute or self.record.allow)
         if self.key != HUMAN:
             turn.store.save_agent(self.record)
 
@@ -2893,6 +3019,15 @@ class Loop(NamedTuple):
         }
 
 
+class Verdict(Enum):
+    """What the guard has to say to a message between two agents."""
+
+    RINGS = "nothing: it rings"
+    QUIET = "their bell is quiet already"
+    TOO_DEEP = "the chain of replies is too long, if both have spoken in it"
+    TOO_OFTEN = "they have used up their rings"
+
+
 class Exchange:
     """What the guard remembers of two agents that ring each other."""
 
@@ -2934,6 +3069,16 @@ class Guard:
         """Is a chain of so many replies longer than allowed?"""
         return 0 < self.chain_limit < depth
 
+    def weigh(self, pair: Pair, recipient: str, depth: int, now: float) -> Verdict:
+        """A message of that depth goes from one of the pair to the other, the recipient."""
+        if pair in self.loops:
+            return Verdict.QUIET
+        if self.too_deep(depth):
+            return Verdict.TOO_DEEP
+        if self.rings_too_often(pair, recipient, now):
+            return Verdict.TOO_OFTEN
+        return Verdict.RINGS
+
     def loop_of(self, one: str, other: str) -> Loop | None:
         """The quiet pair of these two, if they are one."""
         return self.loops.get(pair_of(one, other))
@@ -2942,9 +3087,8 @@ class Guard:
         """How many pairs of this agent are quiet."""
         return len(self.by_agent.get(agent, ()))
 
-    def rings_too_often(self, sender: str, recipient: str, now: float) -> bool:
+    def rings_too_often(self, pair: Pair, recipient: str, now: float) -> bool:
         """Count a ring, and say whether the two have used up what they may in this time."""
-        pair = pair_of(sender, recipient)
         exchange = self.exchanges.get(pair)
         if exchange is None:
             exchange = self.exchanges[pair] = Exchange()
@@ -3032,61 +3176,8 @@ class Guard:
 
 BACKLOG_PAGE = 100  # messages read at once for a socket that is behind
 RECIPIENTS_SHOWN = 50  # in the answer to a send
-REFERENCE_CHARACTERS = 128  # of in_reply_to and client_id
-CHOICE_CHARACTERS = 200
 RESUMED_AT_ONCE = 20  # quiet pairs in one turn; the others follow with the ticks
 RUNG_AGAIN = 100  # messages that one click offers to a door once more
-
-
-class SendRequest(NamedTuple):
-    """What somebody wants to say, and to whom: to an agent or to a group."""
-
-    sender: str
-    to: str
-    group: str
-    content: str
-    in_reply_to: str
-    client_id: str
-    choices: tuple[str, ...]
-
-    @classmethod
-    def read(cls, body: Mapping[str, object]) -> SendRequest:
-        """Out of a request body, or BadRequest for the first value that does not fit."""
-        sender = checked_name(body.get("from"), "from")
-        content = checked_text(body.get("content"), "content")
-        if not content.strip():
-            raise BadRequest("content is required: say something")
-        to = body.get("to") or ""
-        group = body.get("group") or ""
-        if to and group:
-            raise BadRequest("give 'to' or 'group', not both")
-        if to:
-            to = checked_name(to)
-        elif group:
-            group = checked_name(group, "group name")
-        else:
-            raise BadRequest("either 'to' or 'group' must be given")
-        return cls(
-            sender=sender,
-            to=str(to),
-            group=str(group),
-            content=content,
-            in_reply_to=checked_text(
-                body.get("in_reply_to"), "in_reply_to", REFERENCE_CHARACTERS
-            ),
-            client_id=checked_text(body.get("client_id"), "client_id", REFERENCE_CHARACTERS),
-            choices=checked_choices(body.get("choices"), str(to)),
-        )
-
-    def same_as(self, message: Message) -> bool:
-        """Was this message made of the same words to the same address?"""
-        return (
-            self.to.lower() == message.to_agent.lower()
-            and self.group.lower() == message.group.lower()
-            and self.content == message.content
-            and self.in_reply_to == message.in_reply_to
-            and self.choices == message.choices
-        )
 
 
 class RecipientJson(TypedDict):
@@ -3124,30 +3215,6 @@ class Page(NamedTuple):
     handed: Handed | None
 
 
-class Report(NamedTuple):
-    """What an agent's doorbell did."""
-
-    ids: list[str]
-    outcome: str
-    door: str
-    detail: str
-
-    @classmethod
-    def read(cls, frame: Mapping[str, object]) -> Report | None:
-        """Out of a frame of an agent's socket; None for every other frame."""
-        kind = frame.get("type")
-        ids = frame.get("ids")
-        if kind not in ("rung", "blocked") or not isinstance(ids, list):
-            return None
-        outcome = Ring.RUNG if kind == "rung" else frame.get("outcome") or Ring.UNCONFIRMED
-        return cls(
-            ids=[one for one in ids[:MAX_IDS] if isinstance(one, str)],
-            outcome=printable(str(outcome))[:32],
-            door=printable(str(frame.get("door") or ""))[:32],
-            detail=printable(str(frame.get("detail") or ""))[:300],
-        )
-
-
 class Hush(NamedTuple):
     """Why a message waits without a bell: not at all, muted, or the loop guard."""
 
@@ -3157,31 +3224,6 @@ class Hush(NamedTuple):
 
 NO_HUSH = Hush()
 MUTED_HUSH = Hush(MUTED)
-
-
-def checked_choices(value: object, to: str) -> tuple[str, ...]:
-    """The answers that a message offers to the human, none for nothing. Raises BadRequest
-    for what is no short list of short texts, and where there is no human to choose."""
-    if not value:
-        return ()
-    if not isinstance(value, list) or len(value) > MAX_CHOICES:
-        raise BadRequest(f"choices must be a list of at most {MAX_CHOICES} texts")
-    if to.lower() != HUMAN:
-        raise BadRequest(f"choices are for messages to {HUMAN!r} alone")
-    choices = tuple(checked_text(one, "a choice", CHOICE_CHARACTERS) for one in value)
-    if not all(choice.strip() for choice in choices):
-        raise BadRequest("a choice must say something")
-    return choices
-
-
-def checked_ids(value: object) -> list[str]:
-    """A list of message ids, none for nothing; BadRequest for anything else."""
-    ids = value or []
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-        raise BadRequest("message_ids must be a list of message ids")
-    if len(ids) > MAX_IDS:
-        raise BadRequest(f"there may be at most {MAX_IDS} message_ids, not {len(ids)}")
-    return ids
 
 
 class Mail:
@@ -3275,40 +3317,18 @@ class Mail:
             if hush.quiet:
                 deliveries.append(Delivery(agent.name, quiet=hush.quiet))
             else:
-                deliveries.append(self.push(turn, agent, message.seq))
+                pushed, rung = turn.push(agent.key, message.seq)
+                deliveries.append(Delivery(agent.name, pushed, rung))
             reason = hush.reason or reason
-            turn.call_parked(agent.key)
         turn.store.append(message, deliveries)
-        turn.call_parked("")
-        self.show_watchers(turn, message, recipients)
-        if is_question(message):
+        turn.announce(message.seq, recipients)
+        if turn.board.watchers:
+            for agent in recipients:
+                self.directory.changed[agent.key] = agent
+        if message.to_agent == HUMAN and is_question(message):
             turn.store.ask_human(message)
             turn.tell_watchers("waiting", {"id": message.id, "waiting": True})
         return reason
-
-    def push(self, turn: Turn, agent: Agent, seq: int) -> Delivery:
-        """Ring the agent's sockets that are live; the others read on by themselves."""
-        bells = self.live(turn.board.bells(agent.key))
-        if not bells:
-            return Delivery(agent.name)
-        for bell in bells:
-            turn.ring(bell, seq)
-        legacy = any(not bell.shows_session for bell in bells)
-        return Delivery(agent.name, turn.now, turn.now if legacy else None)
-
-    def live(self, listeners: Iterable[Listener]) -> list[Listener]:
-        """Those that are told what is new."""
-        return [listener for listener in listeners if listener.live]
-
-    def show_watchers(self, turn: Turn, message: Message, recipients: Iterable[Agent]) -> None:
-        """Whoever looks at everything is given the message and the new counts."""
-        watchers = turn.board.watchers
-        if not watchers:
-            return
-        for watcher in self.live(watchers):
-            turn.ring(watcher, message.seq)
-        for agent in recipients:
-            self.directory.changed[agent.key] = agent
 
     def sent(
         self, message: Message, recipients: list[Agent], count: int, reason: str
@@ -3352,34 +3372,35 @@ class Mail:
 
     def hush(self, turn: Turn, agent: Agent, message: Message, sender: str) -> Hush:
         """Why this recipient is not rung for the message, if so; `sender` is a key."""
-        if not agent.record.rings_for(message.from_agent):
+        if agent.is_choosy and not agent.record.rings_for(message.from_agent):
             return MUTED_HUSH
         if sender in (HUMAN, SERVER_NAME) or agent.key == HUMAN:
             return NO_HUSH
-        loop = self.guard.loop_of(sender, agent.key)
-        if loop is None:
-            loop = self.new_loop(turn, agent, message, sender)
-        if loop is None:
+        pair = pair_of(sender, agent.key)
+        verdict = self.guard.weigh(pair, agent.key, message.depth, turn.clock)
+        if verdict is Verdict.RINGS:
             return NO_HUSH
+        if verdict is Verdict.QUIET:
+            return Hush(LOOPING, self.guard.loops[pair].reason)
+        thread = ""
+        if verdict is Verdict.TOO_DEEP:
+            if self.both_spoke(message, agent):
+                thread = message.thread
+            elif not self.guard.rings_too_often(pair, agent.key, turn.clock):
+                return NO_HUSH
+        loop = self.new_loop(turn, agent, message, thread)
         return Hush(LOOPING, loop.reason)
 
-    def new_loop(
-        self, turn: Turn, agent: Agent, message: Message, sender: str
-    ) -> Loop | None:
-        """The pair, if this message makes it quiet. A chain counts for those who have spoken
-        in it: whoever joins a long one is heard."""
-        thread = ""
-        if self.guard.too_deep(message.depth) and self.both_spoke(message, agent):
-            thread = message.thread
-        elif not self.guard.rings_too_often(sender, agent.key, turn.clock):
-            return None
+    def new_loop(self, turn: Turn, agent: Agent, message: Message, thread: str) -> Loop:
+        """This message makes the pair quiet: it rings no more."""
         loop = self.guard.go_quiet(message.from_agent, agent.name, thread, turn.now)
         turn.tell_watchers("loop", {**loop.to_json(), "quiet": True})
         self.changed_pair(loop)
         return loop
 
     def both_spoke(self, message: Message, agent: Agent) -> bool:
-        """Have sender and recipient said something in this thread before?"""
+        """Have sender and recipient said something in this thread before? A chain counts
+        for those who have: whoever joins a long one is heard."""
         return self.log.spoke(message.thread, message.from_agent) and self.log.spoke(
             message.thread, agent.name
         )
@@ -4500,18 +4521,17 @@ class Head(NamedTuple):
     target: str
     version: str
     headers: Mapping[str, str]  # by lower-case name
-    length: int  # of the body
+    length: int = 0  # of the body
+    kind: str = ""  # its type, without parameters, in lower case
+    session: str = ""  # the secret of X-Agent-Session
+    last: bool = False  # the client wants the connection closed after this one
 
     def header(self, name: str) -> str:
         """The value of a header, "" if it is not there."""
         return self.headers.get(name, "")
 
-    def is_last(self) -> bool:
-        """Does the client want the connection closed after this one?"""
-        return self.version == "HTTP/1.0" or self.header("connection").lower() == "close"
 
-
-NO_HEAD = Head("", "", "HTTP/1.1", {}, 0)
+NO_HEAD = Head("", "", "HTTP/1.1", {})
 
 
 @functools.lru_cache(maxsize=512)  # a client repeats its head: 9 -> 0.3 us, 15 % of a small GET
@@ -4535,7 +4555,17 @@ def parse_head(head: bytes) -> Head:
         raise HttpError(400, "Content-Length must be a number")
     if int(length) > MAX_BODY_BYTES:
         raise HttpError(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
-    return Head(method, target, version, headers, int(length))
+    kind = headers.get("content-type", "").partition(";")[0]
+    return Head(
+        method,
+        target,
+        version,
+        headers,
+        length=int(length),
+        kind=kind.strip().lower(),
+        session=headers.get("x-agent-session", ""),
+        last=version == "HTTP/1.0" or headers.get("connection", "").lower() == "close",
+    )
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
@@ -4812,6 +4842,7 @@ class Work(Protocol):
     hosts: set[str]
     fingerprint: str
     wants_key: bool
+    debugging: bool  # each answer is logged
     trouble: ChatError | None  # why nothing can be read or written now
 
     def attend(
@@ -4872,6 +4903,7 @@ class Connection:
         self.head = NO_HEAD  # of the request that is, or was last, answered
         self.body = b""
         self.reserved = 0  # bytes of TOTAL_IN_BYTES that are ours
+        self.queued = 0  # bytes of TOTAL_OUT_BYTES, as the server knows
         self.served: Turn | None = None  # in which a request was taken up or answered
         self.last_answer = False  # the connection closes behind it
         self.handed: Handed | None = None  # mail that the client may not have received yet
@@ -4899,7 +4931,8 @@ class Connection:
             self.handed = None
             self.drop(turn)
             return
-        self.arrived(turn)
+        if self.handed:
+            self.arrived(turn)
         if self.websocket:
             self.websocket.receive(turn, data)
         elif not data:
@@ -4910,8 +4943,8 @@ class Connection:
     def arrived(self, turn: Turn) -> None:
         """The client comes back for more, or closes without a reset: it has read all that
         was sent, mail too."""
-        if self.handed and not self.out:
-            handed = self.handed
+        handed = self.handed
+        if handed and not self.out:
             self.handed = None
             self.api.arrived(turn, handed)
 
@@ -4946,7 +4979,8 @@ class Connection:
             return
         self.body = bytes(self.received[:length])
         del self.received[:length]
-        self.release()
+        if self.reserved:
+            self.release()
         self.handle_request(turn)
 
     def read_head(self, turn: Turn) -> bool:
@@ -5006,23 +5040,28 @@ class Connection:
         commit failed. What it raises, the server turns into an answer."""
         self.enter(Phase.ANSWERING)
         self.served = turn
-        self.last_answer = self.head.is_last()
-        turn.say(self, b"")
+        self.last_answer = self.head.last
         if self.head.method not in ("GET", "POST", "HEAD"):
             raise HttpError(405, "only GET and POST are understood")
         refuse_strangers(self.head.headers, self.server.hosts)
         endpoint, query = routed(self.head.method, self.head.target)
-        self.check_key(endpoint)
+        if endpoint.needs_key and self.server.wants_key:
+            self.check_key(endpoint)
         if self.server.trouble and endpoint.needs_key:
             raise StoreBusy(str(self.server.trouble))
-        ask = Ask(query, self.read_body(), self.head.header("x-agent-session"))
+        body: Mapping[str, object] = {}
+        if self.head.method == "POST":
+            if self.head.kind != JSON_TYPE:
+                raise HttpError(415, f"send JSON with Content-Type: {JSON_TYPE}")
+            body = parse_json(self.body)
+        ask = Ask(query, body, self.head.session)
         ANSWERS_BY[endpoint.how](self, turn, endpoint, ask)
 
     def check_key(self, endpoint: Endpoint) -> None:
         """Raises NotAuthorized where the key is missing. A page cannot send it with a
         WebSocket: its first frame shows it."""
         late = endpoint.how is Answer.SOCKET and "origin" in self.head.headers
-        if endpoint.needs_key and not late and not self.has_key():
+        if not late and not self.has_key():
             raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
 
     def has_key(self) -> bool:
@@ -5032,22 +5071,14 @@ class Connection:
         scheme, _, given = self.head.header("authorization").partition(" ")
         return scheme == "Bearer" and self.server.is_key(given)
 
-    def read_body(self) -> dict[str, object]:
-        """The object that was posted, {} for other requests."""
-        if self.head.method != "POST":
-            return {}
-        kind = self.head.header("content-type").partition(";")[0].strip().lower()
-        if kind != JSON_TYPE:
-            raise HttpError(415, f"send JSON with Content-Type: {JSON_TYPE}")
-        return parse_json(self.body)
-
     # -- the ways of answering
 
     def serve_now(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
         """In this turn."""
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
-        self.answer(turn, to_json_line(result), extra=self.unread_header(ask, None))
+        extra = self.unread_header(ask, None) if ask.session else ()
+        self.answer(turn, to_json_line(result), extra=extra)
 
     def unread_header(self, ask: Ask, unread: int | None) -> tuple[tuple[str, str], ...]:
         """How much mail waits: of the agent asked for, else of who asks."""
@@ -5064,6 +5095,7 @@ class Connection:
         assert isinstance(answered, Answered)
         seconds = ask.number("wait", 0, MAX_WAIT_SECONDS)
         if not answered.messages and seconds and not self.waiter:
+            turn.say(self, b"")
             self.waiter = self.api.park(ask, self.wake)
             self.enter(Phase.PARKED, seconds)
             return
@@ -5095,6 +5127,7 @@ class Connection:
                 return PoolAnswer(to_json_line(found.rows), (*extra, counted))
             return PoolAnswer(to_json_line(found), extra)
 
+        turn.say(self, b"")
         self.enter(Phase.POOLED)
         self.server.submit(self, made, slow=endpoint.path not in QUICK_PATHS)
 
@@ -5150,11 +5183,13 @@ class Connection:
         extra: tuple[tuple[str, str], ...] = (),
     ) -> None:
         """Say it, whole; the next request may come."""
-        self.unpark()
+        if self.waiter:
+            self.unpark()
         head = self.server.head_of(status, kind, extra, closing=self.last_answer)
         shown = b"" if self.head.method == "HEAD" else body
         turn.say(self, b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), shown))
-        self.server.note(status, self.head)
+        if self.server.debugging:
+            self.server.note(status, self.head)
         self.served = turn
         self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
 
@@ -5216,9 +5251,11 @@ class Connection:
             self.handed = None
             self.server.come_back(self, self.drop)
             return
-        if self.out or said:
+        if self.out or self.queued:
+            self.queued = len(self.out)
             self.server.queued(self)
-        self.select_events()
+        if self.out or self.events != READ:
+            self.select_events()
         if not self.out:
             self.go_on(said)
 
@@ -5484,14 +5521,18 @@ class WebSocket:
             self.listener = None
             self.close(turn, 4409, "the name belongs to another session")
             return
+        plain = bool(listener.agent)
+        live = listener.live
         items = self.api.pull(turn, listener)
         while items:
             for item in items:
-                frame = self.server.frame(item, plain=bool(listener.agent))
-                turn.say(connection, frame)
+                turn.say(connection, self.server.frame(item, plain=plain))
             if len(connection.out) > OUT_HIGH_WATER:
                 listener.live = False
                 return
+            if live:  # so that was all
+                return
+            live = listener.live
             items = self.api.pull(turn, listener)
 
 
@@ -5535,6 +5576,7 @@ class HubServer:
         self.log = logging.getLogger("agent-chat")
         self.fingerprint = fingerprint()
         self.wants_key = bool(settings.api_key)
+        self.debugging = settings.log_level == "debug"
         port = int(listener.server_address[1])
         self.url = own_url(settings.host, port)
         self.hosts = own_hosts(settings, port)
@@ -5601,11 +5643,9 @@ class HubServer:
                 break  # the others are still ready in the next turn
         if turn.clock >= self.next_sweep:
             self.sweep(turn)
-        woken = turn.woken()
-        while woken:
-            for listener in woken:
+        while turn.rings or turn.events or turn.calls:
+            for listener in turn.woken():
                 listener.wake(turn)
-            woken = turn.woken()
         self.finish(turn)
 
     def serve_one(self, turn: Turn, key: SelectorKey, events: int) -> None:
@@ -5813,9 +5853,8 @@ class HubServer:
     def note(self, status: int, head: Head) -> None:
         """A line of the log for each answer, if somebody wants it; without the query, which
         may quote people's mail."""
-        if self.settings.log_level == "debug":
-            path = printable(head.target.partition("?")[0])
-            self.log.debug("%s %s %s", status, head.method, path)
+        path = printable(head.target.partition("?")[0])
+        self.log.debug("%s %s %s", status, head.method, path)
 
     def frame(self, item: Item, *, plain: bool) -> bytes:
         """An event, or a message, which is made once a turn for all who get it."""
