@@ -5,55 +5,64 @@
 # ///
 """agent-chat: real-time messaging for AI coding agents, in one file.
 
-    python agent_chat.py serve          the hub: HTTP, WebSocket, SQLite and dashboard on one port
-    python agent_chat.py mcp            the plugin that an agent's own CLI launches over stdio
-    python agent_chat.py send bob hi    and the command line; --help lists the rest
+    python agent_chat.py serve        the hub: HTTP, WebSocket, SQLite, dashboard; one port
+    python agent_chat.py mcp          the plugin that an agent's own CLI launches over stdio
+    python agent_chat.py send bob hi  and the command line; --help lists the rest
 
 The rooms of this house, in order. Each one names only rooms above it:
 
-    SETTINGS   constants, one frozen Settings, the only reader of the environment
-    WORDS      the nouns: Message, Agent, Receipt, names, the family of errors
-    LOG        the schema, and reading it
-    STORE      the one writer of the one SQLite file
-    TURN       what happens, or is forgotten, together; who waits to hear of it
-    DIRECTORY  who is who: names, sessions, groups, presence
-    GUARD      two agents that go on too long without a human
-    MAIL       a message from its sender to everybody it is for, and how far it got
-    ARCHIVE    what was said before: history, search, threads, export, traffic
-    KEEPING    what is done once a second: notices, retention, presence
-    API        the calls of the wire contract; owns the desks above
-    WIRE       what bytes may look like: HTTP heads, addresses, JSON
-    CONNECTION one client: requests and answers, or WebSocket frames
-    SERVER     the one thread that owns all sockets, in turns
-    CLIENT     towards a hub, from the plugin and the command line
-    PROCESSES  who started us, who has a terminal's keyboard
-    SCREEN     what a terminal shows, and where in it an agent's composer stands
-    TERMINALS  terminals to look at and to type into: tmux
-    DOORS      ways to reach a running agent: its own inbox, else its terminal
-    BELL       what the doorbell says, and when it is rung
-    TOOLS      what an agent sees: nine tools, their words, what they take and give
-    HOST       the agent's CLI behind stdin and stdout, as such programs really speak
-    PLUGIN     one agent's seat at the hub: its name, its bell, its answers
-    SETUP      the agents' configuration files and hooks
-    DOCTOR     the proof that the whole chain works
-    DAEMON     the hub in the background: its pid file, its start, its end
-    CONSOLE    what people type, and what fits their terminal
-    COMMANDS   one function for each command, print, exit
+    SETTINGS    constants, one frozen Settings, the only reader of the environment
+    WORDS       the nouns: Message, AgentRecord, Receipt, names; the family of errors
+    LOG         the schema, and reading it
+    STORE       the one writer of the one SQLite file
+    TURN        what happens, or is forgotten, together; who waits to hear of it
+    DIRECTORY   who is who: names, sessions, groups, presence
+    GUARD       two agents that go on too long without a human
+    MAIL        a message from its sender to everybody it is for, and how far it got
+    ARCHIVE     what was said before: history, search, threads, export, traffic
+    KEEPING     what is done once a second: notices, retention, the index, presence
+    API         the calls of the wire contract; owns the desks above
+    WIRE        what bytes may look like: HTTP heads, addresses, JSON
+    CONNECTION  one client: requests and answers, or WebSocket frames
+    SERVER      the one thread that owns all sockets, in turns
+    CLIENT      towards a hub, from the plugin and the command line
+    PROCESSES   who started us, who has a terminal's keyboard
+    SCREEN      what a terminal shows, and where in it an agent's composer stands
+    TERMINALS   terminals to look at and to type into: tmux
+    DOORS       ways to reach a running agent: its own inbox, else its terminal
+    BELL        what the doorbell says, and when it is rung
+    TOOLS       what an agent sees: nine tools, their words, what they take and give
+    HOST        the agent's CLI behind stdin and stdout, as such programs really speak
+    PLUGIN      one agent's seat at the hub: its name, its bell, its answers
+    SETUP       the agents' configuration files and hooks
+    DOCTOR      the proof that the whole chain works
+    DAEMON      the hub in the background: its pid file, its start, its end
+    CONSOLE     what people type, and what fits their terminal
+    COMMANDS    one function for each command, print, exit
 
 How a message travels. The Store is the log, the Switchboard is only a bell:
 
-    alice: send_message                                    bob: "[agent-chat] Call check_messages"
-      PLUGIN call --> CLIENT send                                 ^ paste, look, Enter
-                        | POST /api/send                     DOORS ring
-                        v                                         ^
-      SERVER --> API send --> MAIL deliver                   PLUGIN <-- CLIENT follow
-                                | |                               ^
-              STORE append <----+ +--> TURN ring                  | WebSocket frame
-                      one transaction a turn, synced to disk, then+
+    alice: send_message                               bob: "[agent-chat] Call check_messages"
+      |                                                    ^ paste, look, Enter
+    PLUGIN call --> CLIENT send                            | DOORS ring
+                      | POST /api/send                     ^
+                      v                               PLUGIN <-- CLIENT follow
+    SERVER, CONNECTION --> API send                                ^
+                             |                                     | WebSocket frame
+                             v                                     |
+                           MAIL send, deliver --> TURN ring --> CONNECTION pump
+                             |
+                             v
+                           STORE append
 
-Reading is one path too: backlog, reconnect, dashboard and `tail` ask for everything after a
-cursor. A slow reader is an old cursor, never a growing queue. Nothing leaves the process
-before the commit of the turn it was made in, so a 200 means: on disk.
+A turn is everything that happens, or is forgotten, together. The hub's one thread takes
+what its sockets have, lets the Api work on it, commits once, synced to disk, and only then
+sends: answers and pushes alike. So a 200 means: on disk. Who has no Turn cannot write. If
+the commit fails, whoever wrote hears why, whoever read is answered anew from the file, and
+what memory holds is read anew too: it is a cache of the log, never the other way round.
+
+Reading is one path: backlog, reconnect, dashboard and `tail` ask for everything after a
+cursor. A slow reader is an old cursor, never a growing queue.
 """
 
 from __future__ import annotations
@@ -113,9 +122,11 @@ __version__ = "1.0.0"
 
 # ======================================================================================
 # SETTINGS -- what can be set, and where it came from: flag > environment > file > default.
-# Knows: os.environ (its only reader), the configuration file.  Never: sockets, the database.
+# Knows: os.environ (its only reader), the config file.  Never: sockets, the database.
 # ======================================================================================
 
+# How much one request, answer or agent may hold. What is above is refused with a sentence
+# that names the limit; an answer is cut instead, for its reader can ask on.
 MAX_BODY_BYTES = 1 << 20  # a message is a note, not a file transfer
 MAX_HEAD_BYTES = 16 << 10  # request line and headers
 MAX_FRAME_BYTES = 64 << 10  # clients only send acknowledgements and keys
@@ -126,17 +137,22 @@ MAX_IDS = 1000  # message ids in one request
 MAX_GROUPS = 64  # of one agent
 MAX_NAMES = 64  # in an agent's list of doors, of muted or of allowed senders
 MAX_CHOICES = 4  # answers that a message offers to the human
-MAX_WAIT_SECONDS = 50  # below the 60 s after which agent CLIs give a tool up
+
+# How much all clients together may hold. Without these, clients that send half a request or
+# do not read their answers would fill the memory, each within its own limit.
 MAX_CONNECTIONS = 20_000  # 3 KB each; the soft file limit may be lower and then rules
 MAX_STRANGERS = 32  # sockets that have not shown the key yet
 OUT_HIGH_WATER = 256 << 10  # bytes queued to a socket before its reader becomes a cursor
 TOTAL_IN_BYTES = 64 << 20  # half-received requests of all clients together
 TOTAL_OUT_BYTES = 96 << 20  # answers that wait for their readers, all together
+
+# How long something may last.
+MAX_WAIT_SECONDS = 50  # below the 60 s after which agent CLIs give a tool up
 REQUEST_SECONDS = 10  # a whole request, from its first byte
 IDLE_SECONDS = 75  # keep-alive connections without a request
 AUTH_SECONDS = 5  # for the first frame of a browser's socket
-PING_SECONDS = 15
-PONG_SECONDS = 10
+PING_SECONDS = 15  # between two pings of a WebSocket
+PONG_SECONDS = 10  # for the answer to a ping
 DRAIN_SECONDS = 3  # to flush answers and close frames at shutdown
 ONLINE_SECONDS = 120  # an agent without a socket is online this long after a request
 CLAIM_GRACE_SECONDS = 60  # after a hub restart names wait for owners, who pause up to 30 s
@@ -144,31 +160,44 @@ SLOW_TURN_SECONDS = 0.05  # of the I/O thread; longer ones are logged
 
 
 class Settings(NamedTuple):
-    """Everything that can be set, frozen. `load_settings` is the only maker."""
+    """Everything that can be set, frozen: made once by `load_settings`, handed to whoever
+    needs it, never changed. Hub, plugin and command line share it; a field that a part does
+    not use does it no harm."""
 
+    # Of the program as a whole.
     home: str = ""  # ~/.agent-chat
     config: str = ""  # the file that was read, "" if none
+    log_level: str = "info"
+    api_key: str = ""
+
+    # Of the hub.
     host: str = "127.0.0.1"
     port: int = 9420
     db: str = ""
-    retention: float = 30.0  # days, 0 = keep for ever
-    api_key: str = ""
     allowed_hosts: tuple[str, ...] = ()  # names a reverse proxy passes on in Host
-    log_level: str = "info"
+    retention: float = 30.0  # days, 0 = keep for ever
     unseen_minutes: float = 30.0  # then the sender is told, once; 0 = never
+
+    # Of the loop guard.
     chain_limit: int = 12  # replies without a human before the bell goes quiet; 0 = off
     pair_limit: int = 20  # rings between two agents in pair_minutes; 0 = off
     pair_minutes: float = 10.0
-    server: str = ""  # the hub, for clients
+
+    # Of clients: the plugin, the command line.
+    server: str = ""  # the address of the hub
     agent_name: str = ""
     agent_type: str = ""
     groups: tuple[str, ...] = ()
+
+    # Of the doorbell.
     preview: bool = True  # quote the message in the doorbell line
     tmux_override: str = ""  # "socket,pane"
     prompts: str = "❯›>»┃"  # an empty composer shows one of these left of the caret
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# What the configuration file may hold: what belongs to a machine. What belongs to one agent
+# comes from its environment, for several agents share the file.
 FILE_KEYS = (
     "host",
     "port",
@@ -183,6 +212,7 @@ FILE_KEYS = (
     "pair_minutes",
     "server",
 )
+# A variable that is set to nothing counts as not set.
 ENVIRONMENT = {
     "AGENT_CHAT_API_KEY": "api_key",
     "AGENT_CHAT_SERVER": "server",
@@ -193,8 +223,8 @@ ENVIRONMENT = {
     "AGENT_TYPE": "agent_type",
     "AGENT_GROUPS": "groups",
 }
-# One line of the file: `key: value`, `key: "quoted value"`, a comment, or nothing. The value
-# may not begin with a character that would mean something else in YAML.
+# One line of the file: `key: value`, `key: "quoted value"`, a comment, or nothing. The
+# value may not begin with a character that would mean something else in YAML.
 CONFIG_LINE = re.compile(
     r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
     r"(?:(?:^|\s+)#.*)?\s*"
@@ -203,9 +233,13 @@ SERVER_URL = re.compile(r"https?://[^/\s]+")
 
 
 class ChatError(Exception):
-    """Something the caller can act on. Its one argument is the sentence that says how."""
+    """Something the caller can act on. Its one argument is the sentence that says how.
 
-    http_status = 500
+    Every error that somebody is to see is one of this family. They are caught at the edges
+    alone: where a request is answered, a tool gives its result, a command ends.
+    """
+
+    http_status = 500  # what the hub answers with; a subclass says its own
 
 
 class BadConfig(ChatError):
@@ -218,7 +252,8 @@ def environ() -> Mapping[str, str]:
 
 
 def fingerprint() -> str:
-    """First 12 hex digits of sha256 over this file: tells copies of one version apart."""
+    """First 12 hex digits of sha256 over this file: tells copies of one version apart.
+    `version` and /health show it, `doctor` compares them."""
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()[:12]
 
@@ -226,11 +261,12 @@ def fingerprint() -> str:
 def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settings:
     """Settings out of flags (None = not given), environment, file and defaults.
 
-    Raises BadConfig for the first value that is not understood, with file and line if it
-    has one.
+    Called once at the start of each command. Raises BadConfig for the first value that is
+    not understood, with file and line if it has one.
     """
     home = os.path.join(os.path.expanduser("~"), ".agent-chat")
     path = config_path(flags, home)
+    # From the weakest source to the strongest: a later one writes over an earlier one.
     chosen: dict[str, Any] = {}
     if path:
         chosen.update(read_config(path))
@@ -243,6 +279,7 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
     chosen["home"] = home
     chosen["config"] = path
     settings = Settings()._replace(**chosen)
+    # Two defaults that depend on other settings.
     db = settings.db or os.path.join(home, "agent-chat.db")
     settings = settings._replace(
         db=os.path.abspath(os.path.expanduser(db)),
@@ -253,7 +290,8 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
 
 
 def config_path(flags: Mapping[str, object], home: str) -> str:
-    """The configuration file to read: the one asked for, else the user's if it is there."""
+    """The configuration file to read: the one asked for, which then has to be there, else
+    the user's if it is there, else ""."""
     asked = flags.get("config")
     if asked:
         return os.path.expanduser(str(asked))
@@ -262,7 +300,7 @@ def config_path(flags: Mapping[str, object], home: str) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises BadConfig for the first value that makes no sense."""
+    """Raises BadConfig for the first value that makes no sense, wherever it came from."""
     if settings.log_level not in LOG_LEVELS:
         levels = ", ".join(LOG_LEVELS)
         raise BadConfig(f"log_level is one of {levels}, not {settings.log_level!r}")
@@ -287,11 +325,13 @@ def check_settings(settings: Settings) -> None:
 def value_of(field: str, text: str) -> object:
     """The text of a file or of the environment as the type that the field has.
 
-    Raises ValueError where that is a number and the text is none.
+    Lists are separated by commas or spaces; of a switch only "0" is off. Raises ValueError
+    where the field is a number and the text is none.
     """
     default = Settings._field_defaults[field]
     if isinstance(default, tuple):
         return tuple(re.findall(r"[^\s,]+", text))
+    # Before int: a bool is one too.
     if isinstance(default, bool):
         return text != "0"
     if isinstance(default, int):
@@ -302,8 +342,12 @@ def value_of(field: str, text: str) -> object:
 
 
 def read_config(path: str) -> dict[str, object]:
-    """The values of the flat `key: value` file: comments and quotes are understood, nothing
-    else is. Raises BadConfig with the line that is not."""
+    """The values of the flat `key: value` file, by field.
+
+    It is the part of YAML that a flat file needs: comments and quotes are understood,
+    nothing else is. A key without a value is set to nothing, and counts as set. Raises
+    BadConfig with the line that is not understood, or if the file cannot be read.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -337,6 +381,10 @@ def read_config(path: str) -> dict[str, object]:
 # WORDS -- the nouns of the chat, and what can go wrong with them.
 # Knows: names and text.  Never: the clock, files, sockets, json.
 # ======================================================================================
+
+
+# -- what can go wrong. Raised where it is noticed, caught at the edges: the hub makes an
+# answer of it, the plugin a tool's result, the command line a sentence and an exit code.
 
 
 class BadRequest(ChatError):
@@ -376,13 +424,15 @@ class TooLarge(ChatError):
 
 
 class Unprocessable(ChatError):
-    """A client_id came again with another message."""
+    """A client_id came again with another message: the client is mixed up, and to send either
+    of the two would be a guess."""
 
     http_status = 422
 
 
 class StoreBusy(ChatError):
-    """The file cannot be used now; the same request may succeed later."""
+    """The file cannot be used now; the same request may succeed later. Clients try again by
+    themselves."""
 
     http_status = 503
 
@@ -400,7 +450,8 @@ class Damaged(ChatError):
 
 
 class Unservable(ChatError):
-    """The file cannot be served any more, and the hub has to end."""
+    """The file cannot be served any more. No request is answered with it: it ends the hub, on
+    purpose and with its sentence."""
 
     http_status = 503
 
@@ -411,51 +462,69 @@ class Unreachable(ChatError):
     http_status = 503
 
 
-HUMAN = "human"  # the person at the dashboard or the command line: an address like any other
-SERVER_NAME = "server"  # the sender of notices; nobody can write as it or to it
-RESERVED = {HUMAN, SERVER_NAME, "system", "all"}
+# -- names and addresses. A name is compared without regard to case; its agent's spelling is
+# what is shown. A key, wherever one is spoken of, is a name in lower case.
+
+# The person at the dashboard or the command line: an address like any other.
+HUMAN = "human"
+# The sender of notices; nobody can write as it or to it.
+SERVER_NAME = "server"
+RESERVED = {HUMAN, SERVER_NAME, "system", "all"}  # no agent may have these
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_CHARACTERS = 64
 EVERYBODY = "*"  # in a list of muted senders
-DOORBELL = "[agent-chat]"
-LOOPING = "loop"  # a message waits without a ring: the loop guard has stepped in
-MUTED = "muted"  # a message waits without a ring: its recipient does not want to hear of it
+DOORBELL = "[agent-chat]"  # how every line that we type into a terminal begins
+# Why a message waits without a ring: the loop guard has stepped in, or its recipient does
+# not want to hear from this sender. It is stored and unread all the same.
+LOOPING = "loop"
+MUTED = "muted"
 END = 1 << 62  # above every seq
+
+
+# -- the states that receipts, frames and rows of agents spell out. The dashboard knows the
+# same words.
 REFERENCE_CHARACTERS = 128  # of in_reply_to and client_id
 CHOICE_CHARACTERS = 200
 PROCESS_FIELD_CHARACTERS = 500  # type, host, cwd
 
 
 class Reach(StrEnum):
-    """How far a message got with one recipient, the farthest first."""
+    """How far a message got with one recipient, the farthest first. A step may be left out:
+    an agent that looks into its inbox by itself sees what never rang."""
 
-    READ = "read"
-    SEEN = "seen"
-    RUNG = "rung"
-    PUSHED = "pushed"
-    STORED = "stored"
+    READ = "read"  # the agent has done with it
+    SEEN = "seen"  # it has arrived at who asked for it
+    RUNG = "rung"  # the doorbell was confirmed in the agent's terminal
+    PUSHED = "pushed"  # written to the agent's socket
+    STORED = "stored"  # on disk, with a row for this recipient
 
 
 class Ring(StrEnum):
-    """What came of a ring, as receipts, frames and the dashboard spell it."""
+    """What came of a ring, as receipts, frames and the dashboard spell it. All but RUNG say
+    why nothing was typed, or not to the end: what somebody types must never be harmed."""
 
     RUNG = "rung"
-    DRAFT = "draft"
-    DIALOG = "dialog"
-    MODE = "mode"
-    GONE = "gone"
-    INPUT_OFF = "input-off"
-    UNCONFIRMED = "unconfirmed"
+    DRAFT = "draft"  # somebody's half-written prompt stands there
+    DIALOG = "dialog"  # a question does, which Enter would answer
+    MODE = "mode"  # somebody scrolls or selects
+    GONE = "gone"  # the agent does not run there any more
+    INPUT_OFF = "input-off"  # the pane takes no input
+    UNCONFIRMED = "unconfirmed"  # it was tried, and nobody saw that it arrived
     UNAVAILABLE = "unavailable"  # nothing was tried, so the next door may
 
 
 class Presence(StrEnum):
-    """What the others are told of an agent."""
+    """What the others are told of an agent. Only IDLE and WORKING can be declared; what was
+    declared is shown while the agent is there."""
 
     ONLINE = "online"
     IDLE = "idle"
     WORKING = "working"
     OFFLINE = "offline"
+
+
+# -- records. Each list of fields stands once, here: as it is kept, and beside it as it is on
+# the wire. Wire names are those of the protocol and stay.
 
 
 class MessageJson(TypedDict):
@@ -469,12 +538,14 @@ class MessageJson(TypedDict):
     content: str
     created_at: str
     verified: bool
-    in_reply_to: NotRequired[str]  # only where there is one, as clients expect
+    # These two stand there only where there are some, as older clients expect.
+    in_reply_to: NotRequired[str]
     choices: NotRequired[list[str]]
 
 
 class Message(NamedTuple):
-    """One message as it is stored. `seq` is the order of the world, the clock is only shown."""
+    """One message as it is stored, never changed. `seq` is the order of the world: it counts
+    up without gaps, in the order of the commits. The clock is only shown."""
 
     seq: int
     id: str
@@ -491,7 +562,7 @@ class Message(NamedTuple):
     choices: tuple[str, ...] = ()  # answers that the sender offers to the human
 
     def to_json(self) -> MessageJson:
-        """The message on the wire."""
+        """The message on the wire; thread, depth and client_id are the hub's own affair."""
         data: MessageJson = {
             "id": self.id,
             "seq": self.seq,
@@ -510,16 +581,17 @@ class Message(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """A message for one recipient, at the moment of sending."""
+    """A message for one recipient, at the moment of sending: a row of the inbox is made of
+    it, in the transaction that stores the message."""
 
     agent: str
     pushed_at: str | None = None
-    rung_at: str | None = None  # older clients: given is rung
+    rung_at: str | None = None  # set for older clients: what they are given counts as rung
     quiet: str = ""  # "", LOOPING or MUTED: stored, but no bell
 
 
 class ReceiptJson(TypedDict):
-    """A receipt on the wire."""
+    """A receipt on the wire: the Receipt, and its farthest step as `state`."""
 
     agent: str
     state: Reach
@@ -534,7 +606,8 @@ class ReceiptJson(TypedDict):
 
 
 class Receipt(NamedTuple):
-    """How far one message got with one recipient. Times are RFC 3339 or None."""
+    """How far one message got with one recipient. Times are RFC 3339, None for a step that
+    was not taken."""
 
     agent: str
     stored_at: str
@@ -575,7 +648,11 @@ class Receipt(NamedTuple):
 
 
 class AgentRecord(NamedTuple):
-    """An agent as it is stored: the one list of these fields, in the order of the columns."""
+    """An agent as it is stored: the one list of these fields, in the order in which rows of
+    older files have them as columns; new ones come at the end.
+
+    Of a session only the hash is kept: who reads the file cannot act as its agent.
+    """
 
     name: str
     status: str = ""  # declared: idle or working, "" if neither
@@ -595,7 +672,8 @@ class AgentRecord(NamedTuple):
     door_note: str = ""  # why no terminal door opens, "" if one does
 
     def rings_for(self, sender: str) -> bool:
-        """False where the agent's own lists say that this sender's mail waits silently."""
+        """False where the agent's own lists say that this sender's mail waits silently. The
+        human is always heard; notices of the hub are, unless they are muted."""
         if sender == HUMAN:
             return True
         if EVERYBODY in self.mute or sender in self.mute:
@@ -604,7 +682,8 @@ class AgentRecord(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a search through the log is after; an empty field does not narrow it."""
+    """What a search through the log is after; an empty field does not narrow it, and all that
+    are given must fit. History, search, export, dashboards and `tail` are all asked so."""
 
     limit: int
     text: str = ""  # every word of it; with * at its end the last may be a beginning
@@ -617,6 +696,11 @@ class Query(NamedTuple):
     high: int = END
     newest: bool = True  # the newest of them, newest first; else the oldest, oldest first
     most_bytes: int = MAX_PAGE_BYTES
+
+
+# -- values of a request. Each `checked_` function takes what somebody sent, whatever type it
+# has, and gives it back as what it has to be, or raises BadRequest; `what` is how the sentence
+# calls it.
 
 
 def checked_name(name: object, what: str = "agent name") -> str:
@@ -632,8 +716,8 @@ def checked_name(name: object, what: str = "agent name") -> str:
 
 
 def checked_text(value: object, what: str, most: int = MAX_BODY_BYTES) -> str:
-    """A string that can be stored, "" for none: without NUL, at most so many characters.
-    Raises BadRequest for anything else."""
+    """A string that can be stored, "" for none: without NUL, at which other programs would
+    cut it off, and of at most so many characters. Raises BadRequest for anything else."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -796,15 +880,24 @@ class Report(NamedTuple):
 
 
 def unfit_to_dash(text: str) -> str:
-    """A default agent name out of any text: 'mein Projekt & co' -> 'mein-Projekt-co'."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:48] or "agent"
+    """A default agent name out of any text: 'mein Projekt & co' -> 'mein-Projekt-co'.
+    Short enough that a number may follow it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
+    if not name:
+        return "agent"
+    return name[:48]
 
 
 def printable(text: str) -> str:
-    """The text with control, bidi and invisible characters escaped, for logs and terminals."""
+    """The text with control, bidi and invisible characters escaped, for logs and terminals:
+    what somebody was sent must not move a cursor or turn a line round."""
     if text.isprintable():
         return text
-    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    shown: list[str] = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
     return "".join(shown)
 
 
