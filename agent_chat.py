@@ -7407,7 +7407,7 @@ def guess_composer(screen: Screen, signs: str) -> Composer | None:
         right = ""
     rows_below = [right, *guess_rows_below(screen, begin)]
     before = "\n".join([*rows_above, left]).lstrip(BLANKS)
-    bare = (re.sub(rf"\s*[{BORDERS}]?$", "", row) for row in rows_below)
+    bare = (re.sub(rf"[{BLANKS}]*[{BORDERS}]?$", "", row) for row in rows_below)
     after = "\n".join(bare).rstrip(BLANKS)
     empty = not before and (
         not after or is_faint(screen, screen.y + len(rows_below) - 1)

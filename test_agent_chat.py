@@ -5,6 +5,7 @@ Same banners, same order as agent_chat.py. Names are sentences. Run: sh install.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import contextlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -21,9 +23,12 @@ import sqlite3
 import subprocess
 import symtable
 import sys
+import termios
 import threading
 import time
 import tomllib
+import tty
+import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
@@ -4592,57 +4597,1557 @@ def test_a_send_that_got_no_answer_keeps_its_id_when_it_is_said_again(hub: Hub) 
 
 
 # ======================================================================================
+# SCREENS -- what the door makes of the screens of real agents' CLIs; its other pure rules.
+# ======================================================================================
+#
+# Each screen was taken from the program and version named, in tmux, with `capture-pane -e`,
+# and cut to what lies around the caret. ␛ stands for ESC [, ⍽ for a no-break space, ⏎ joins a
+# row with the next line, ⟪─*120⟫ is a character so many times. The head of each says: CLI,
+# version: scene = what it is @ column and row of the caret, width.
+#
+#     empty    an empty composer: ring      ours     our own line, to be submitted
+#     draft    somebody's text: leave it    dialog   no composer: leave it
+#
+# A CLI's new version wants new screens here, a new CLI its screens and a row in SHAPES.
+
+SCREENS_OF_CLIS = r"""
+=== Claude Code 2.1.197: idle = empty @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  ? for shortcuts · ← for agents
+=== Claude Code 2.1.197: busy = empty @ 2,4 of 120
+✽ Flambéing…
+  ⎿ ⍽Tip: Start with small features or bug fixes, tell Claude to propose a plan, and v⏎
+erify its suggested edits
+
+⟪─*120⟫
+␛38;5;246m❯⍽␛7m␛39m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  esc to interrupt · ← for agents⟪ *69⟫● high · /effort
+=== Claude Code 2.1.197: queued, with a hint = empty @ 2,4 of 120
+
+  ❯ [agent-chat] Call check_messages for details, then reply with send_message. New me⏎
+ssage from human: "hello there
+    my friend" #ab12
+⟪─*120⟫
+␛38;5;246m❯⍽␛7m␛39mP␛0;2m␛39m␛49mress␛0m␛39m␛49m ␛2mup␛0m␛39m␛49m ␛2mto␛0m␛39m␛49m ␛2m⏎
+edit␛0m␛39m␛49m ␛2mqueued␛0m␛39m␛49m ␛2mmessages
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  esc to interrupt · ← for agents
+=== Claude Code 2.1.197: draft = draft @ 25,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽fix the bug in the pars␛7m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+=== Claude Code 2.1.197: draft, caret at its beginning = draft @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7mf␛0m␛39m␛49mix the bug in the pars
+␛38;5;244m⟪─*120⟫
+=== Claude Code 2.1.197: one letter, caret before it = draft @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7mx␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+=== Claude Code 2.1.197: three lines = draft @ 12,4 of 120
+
+⟪─*120⟫
+❯⍽line one of draft
+  line two
+  line three␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+⟪ *97⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.197: three lines, caret at the beginning = draft @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7ml␛0m␛39m␛49mine one of draft
+  line two
+  line three
+⟪─*120⟫
+⟪ *97⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.197: pasted chip = draft @ 28,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽[Pasted text #1 +39 lines]␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  paste again to expand
+=== Claude Code 2.1.197: pasted chip, caret before it = draft @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7m[␛0m␛39m␛49mPasted text #1 +39 lines]
+␛38;5;244m⟪─*120⟫
+  paste again to expand
+=== Claude Code 2.1.197: menu = draft @ 3,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽/␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+/add-dir⟪ *22⟫Add a new working directory
+/agents⟪ *23⟫Manage agent configurations
+/background⟪ *19⟫Send this session to the background and free the terminal
+/branch⟪ *23⟫Create a branch of the current conversation at this point
+=== Claude Code 2.1.197: file menu = draft @ 5,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽@sr␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
++ src/
++ src/main.py
+=== Claude Code 2.1.197: shell mode = dialog @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+!⍽␛7m␛39m␛0m␛39m␛49m
+␛38;5;211m⟪─*120⟫
+  ! for shell mode
+=== Claude Code 2.1.197: shell mode, a command = dialog @ 4,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+!⍽␛39mls␛7m␛0m␛39m␛49m
+␛38;5;211m⟪─*120⟫
+  ! for shell mode
+=== Claude Code 2.1.197: help = empty @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  ! for shell mode        double tap esc to clear input      ctrl + shift + _ to undo
+  / for commands⟪ *10⟫shift + tab to auto-accept edits   ctrl + z to suspend
+  @ for file paths        ctrl + o for verbose output        ctrl + v to paste images
+  /btw for side question  ctrl + t to toggle tasks⟪ *11⟫alt + p to switch model
+=== Claude Code 2.1.197: search = dialog @ 18,4 of 120
+
+⟪─*120⟫
+❯⍽
+⟪─*120⟫
+␛39m  ␛38;5;246msearch prompts:␛39m ␛7m␛38;5;246m ␛0m␛39m␛49m ␛38;5;246m← for agents␛3⏎
+9m
+=== Claude Code 2.1.197: search, a word = dialog @ 25,4 of 120
+
+⟪─*120⟫
+❯⍽
+⟪─*120⟫
+␛39m  ␛38;5;246mno matching prompt:␛39m ␛38;5;246mhel␛7m ␛0m␛39m␛49m ␛38;5;246m← for a⏎
+gents␛39m
+=== Claude Code 2.1.197: transcript = dialog @ 0,4 of 120
+
+
+⟪─*120⟫
+  Showing detailed transcript · ctrl+o to toggle · ctrl+e to show all⟪ *43⟫verbose
+
+=== Claude Code 2.1.197: permission = dialog @ 1,4 of 120
+   touch ~/shop/PWN
+   run it
+
+ Do you want to proceed?
+ ␛38;5;153m❯␛39m ␛38;5;246m1.␛39m ␛38;5;153mYes
+␛39m   ␛38;5;246m2.␛39m Yes, and always allow access to ␛1mc197␛0m␛39m␛49m/ from this ⏎
+project
+   3. No
+
+ Esc to cancel · Tab to amend · ctrl+e to explain
+=== Claude Code 2.1.197: our line = ours @ 15,4 of 120
+
+
+⟪─*120⟫
+❯⍽[agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+=== Claude Code 2.1.197: our line and a newline = ours @ 2,4 of 120
+
+⟪─*120⟫
+❯⍽[agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12
+  ␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+⟪ *97⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.197: five rows = empty @ 2,1 of 60
+⟪─*60⟫
+␛39m❯⍽␛7m
+␛0m␛38;5;244m␛49m⟪─*60⟫
+  ? for shortcuts · ← for agents
+=== Claude Code 2.1.197: four rows = draft @ 2,0 of 60
+❯⍽␛7m
+␛0m␛38;5;244m␛49m⟪─*60⟫
+  ? for shortcuts · ← for agents
+=== Claude Code 2.1.332: idle = empty @ 2,4 of 120
+▎ https://code.claude.com/docs/en/permission-modes
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+␛39m❯⍽␛7m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)
+=== Claude Code 2.1.332: queued, with a hint = empty @ 2,4 of 120
+* Enchanting…
+  ⎿ ⍽Tip: Use Plan Mode to prepare for a complex request before making changes. Press ⏎
+shift+tab twice to enable.
+
+⟪─*120⟫
+␛38;5;246m❯⍽␛7m␛39mP␛0;2m␛39m␛49mress␛0m␛39m␛49m ␛2mup␛0m␛39m␛49m ␛2mto␛0m␛39m␛49m ␛2m⏎
+edit␛0m␛39m␛49m ␛2mqueued␛0m␛39m␛49m ␛2mmessages
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle) · esc to interrupt
+=== Claude Code 2.1.332: draft, caret at its beginning = draft @ 2,4 of 120
+▎ https://code.claude.com/docs/en/permission-modes
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+␛39m❯⍽␛7mf␛0m␛39m␛49mix the bug in the pars
+␛38;5;244m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)
+=== Claude Code 2.1.332: three lines, caret in the second = draft @ 10,4 of 120
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+❯⍽line one of draft
+  line two␛7m␛0m␛39m␛49m
+  line three
+⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)⟪ *59⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.332: a line and an empty one = draft @ 2,4 of 120
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+❯⍽abc
+  ␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)⟪ *59⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.332: shell mode = dialog @ 2,4 of 120
+▎ https://code.claude.com/docs/en/permission-modes
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+!⍽␛7m␛39m␛0m␛39m␛49m
+␛38;5;211m⟪─*120⟫
+  ! for shell mode
+=== Claude Code 2.1.332: search = dialog @ 18,4 of 120
+
+⟪─*120⟫
+❯⍽
+⟪─*120⟫
+␛39m  ␛38;5;246msearch prompts:␛39m ␛7m␛38;5;246m ␛0m␛39m␛49m ␛38;5;220m⏵⏵ auto mode o⏎
+n␛38;5;246m (shift+tab to cycle)␛39m
+=== Claude Code 2.1.332: transcript = dialog @ 0,4 of 120
+  Debug mode enabled · logging to /tmp/rig/run/c332.debug
+
+⟪─*120⟫
+  Showing detailed transcript · ctrl+o to toggle · ctrl+e to show all⟪ *43⟫verbose
+
+=== Claude Code 2.1.332: menu = draft @ 4,4 of 120
+▎ https://code.claude.com/docs/en/permission-modes
+  1 more notice hidden (ctrl+o to expand)
+
+⟪─*120⟫
+␛39m❯⍽/m␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  ❯ /mcp⟪ *24⟫Manage MCP servers
+    /model⟪ *22⟫Switch model (currently Opus 5.5)
+    /memory⟪ *21⟫Edit CLAUDE.md files and memory settings
+    /mobile⟪ *21⟫Show QR code to download the Claude mobile app
+=== Claude Code 2.1.332: our line and a newline = ours @ 2,4 of 120
+
+⟪─*120⟫
+❯⍽[agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12
+  ␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)⟪ *59⟫ctrl+g to edit in Vim
+=== Claude Code 2.1.332: busy, our line = ours @ 15,4 of 120
+  ⎿ ⍽Tip: Start small, ask Claude for a plan, and check its edits
+
+⟪─*120⟫
+❯⍽[agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12␛7m␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+  ⏵⏵ auto mode on (shift+tab to cycle)
+=== Codex 0.169.0: idle = empty @ 2,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m ␛2mAsk Codex to do anything
+␛0m␛39m␛49m
+  stub default · ~/shop
+  ← for agents · ? for shortcuts⟪ *63⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: busy = empty @ 2,4 of 120
+
+◦ Working (2s • esc to interrupt)
+
+
+␛1m›␛0m␛39m␛49m ␛2mAsk Codex to do anything␛0m␛39m␛49m
+
+  stub default · ~/shop
+  ← for agents · ? for shortcuts⟪ *62⟫⚠ 2 warnings · f2 to view
+=== Codex 0.169.0: queued = empty @ 2,4 of 120
+
+  Worked for 3s • 13:59
+
+
+␛1m›␛0m␛39m␛49m ␛2mAsk Codex to do anything␛0m␛39m␛49m
+
+  stub default · ~/shop
+  ← for agents · ? for shortcuts⟪ *62⟫⚠ 2 warnings · f2 to view
+=== Codex 0.169.0: draft = draft @ 25,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m fix the bug in the pars
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: draft, caret at its beginning = draft @ 2,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m fix the bug in the pars
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: one letter, caret before it = draft @ 2,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m x
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: three lines = draft @ 12,4 of 120
+
+
+› line one of draft
+  line two
+  line three
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: three lines, caret at the beginning = draft @ 2,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m line one of draft
+  line two
+  line three
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: a line and an empty one = draft @ 2,4 of 120
+
+
+
+› abc
+
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: pasted chip = draft @ 29,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m ␛38;5;6m[Pasted Content 1509 chars]
+␛39m
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: pasted chip, caret before it = draft @ 2,4 of 120
+
+
+
+
+␛1m›␛0m␛39m␛49m ␛38;5;6m[Pasted Content 1509 chars]
+␛39m
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: menu = draft @ 3,4 of 120
+  /vim⟪ *11⟫toggle Vim mode for the composer
+  /experimental  toggle experimental features
+  /approve       approve one retry of a recent auto-review denial
+
+␛1m›␛0m␛39m␛49m /
+
+  stub default · ~/shop
+=== Codex 0.169.0: file menu = draft @ 5,4 of 120
+  main.py⟪ *20⟫src/⟪ *81⟫File
+↓
+  enter/tab insert · esc close · ↑/↓ select · ←/→ filter
+
+␛1m›␛0m␛39m␛49m @sr
+
+  stub default · ~/shop
+=== Codex 0.169.0: shell mode = dialog @ 2,4 of 120
+
+
+
+
+␛1m␛38;5;9m!␛0m␛39m␛49m
+
+  stub default · ~/shop
+⟪ *82⟫Shell mode · ⚠ 1 warning · f2 to view
+=== Codex 0.169.0: shell mode, a command = dialog @ 4,4 of 120
+
+
+
+
+␛1m␛38;5;9m!␛0m␛39m␛49m ls
+
+  stub default · ~/shop
+⟪ *82⟫Shell mode · ⚠ 1 warning · f2 to view
+=== Codex 0.169.0: search = dialog @ 20,4 of 120
+
+› Ask Codex to do anything
+
+  stub default · ~/shop
+␛39m  ␛2mreverse-i-search:␛0m␛39m␛49m
+=== Codex 0.169.0: search, a word = dialog @ 23,4 of 120
+› [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12
+
+  stub default · ~/shop
+␛39m  ␛2mreverse-i-search: ␛0m␛38;5;6m␛49mhel␛2m␛39m  ␛0;1m␛39m␛49menter␛0;2m␛39m␛49m ⏎
+accept · ␛0;1m␛39m␛49mesc␛0;2m␛39m␛49m cancel␛0m␛39m␛49m
+=== Codex 0.169.0: permission = dialog @ 120,4 of 120
+› 1. Yes, proceed (y)
+  2. Yes, and don't ask again for commands that start with `touch ~/shop/PWN` (p)
+  3. No, and tell Codex what to do differently (esc)
+
+  ␛2mPress ␛0;1m␛39m␛49menter␛0;2m␛39m␛49m to confirm or ␛0;1m␛39m␛49mesc␛0;2m␛39m␛49m⏎
+ to cancel
+=== Codex 0.169.0: our line = ours @ 15,4 of 120
+
+
+
+› [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Codex 0.169.0: our line and a newline = ours @ 2,4 of 120
+
+
+› [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my
+  friend" #ab12
+
+
+  stub default · ~/shop
+⟪ *95⟫⚠ 1 warning · f2 to view
+=== Gemini CLI 0.61.0: idle = empty @ 3,4 of 120
+⟪ *104⟫? for shortcuts
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your message or @path/to/file␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: busy = empty @ 3,4 of 120
+ ⠧ Thinking... (esc to cancel, 2s)⟪ *70⟫? for shortcuts
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your message or @path/to/file␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: draft = draft @ 26,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛38;5;231mfix the bug in the pars␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: draft, caret at its beginning = draft @ 3,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛38;5;231mf␛0m␛38;5;231m␛48;5;240mix the bug in the pars␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: one letter, caret before it = draft @ 3,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛38;5;231mx␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: three lines = draft @ 13,4 of 120
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ > line one of draft
+   line two
+   ␛38;5;231mline three␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: three lines, caret at the beginning = draft @ 3,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛38;5;231ml␛0m␛38;5;231m␛48;5;240mine one of draft␛39m
+   ␛38;5;231mline two␛39m
+   line three
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: a line and an empty one = draft @ 3,4 of 120
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ > abc
+   ␛7m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: pasted chip = draft @ 26,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> [Pasted Text: 40 lines]␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: pasted chip, caret before it = draft @ 3,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m[␛0m␛38;5;183m␛48;5;240mPasted Text: 40 lines]␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: menu = draft @ 4,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛38;5;231m/␛7m␛39m␛0m␛39m␛48;5;240m
+
+ clear⟪ *12⟫Clear the screen and start a new session
+ compress         Compresses the context by replacing it with a summary
+ directory        Manage workspace directories
+ footer⟪ *11⟫Configure which items appear in the footer (statusline)
+=== Gemini CLI 0.61.0: file menu = draft @ 6,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> @sr␛7m␛39m␛0m␛39m␛48;5;240m
+
+ codebase_investigator [Agent]
+ src/
+ src/main.py
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+=== Gemini CLI 0.61.0: shell mode = dialog @ 3,4 of 120
+⟪ *104⟫? for shortcuts
+⟪─*120⟫
+  shell mode enabled (esc to disable)⟪ *70⟫1 MCP server
+
+ ␛38;5;152m! ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your shell command␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: shell mode, a command = dialog @ 5,4 of 120
+
+⟪─*120⟫
+  shell mode enabled (esc to disable)⟪ *70⟫1 MCP server
+
+ ␛38;5;152m! ␛38;5;231mls␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: help = empty @ 3,4 of 120
+⟪ *104⟫? for shortcuts
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m> ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your message or @path/to/file␛39m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: search = dialog @ 7,4 of 120
+⟪ *104⟫? for shortcuts
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m(r:)  ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your message or @path/to/file␛39⏎
+m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: search, a word = dialog @ 10,4 of 120
+
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ ␛38;5;183m(r:)  ␛38;5;231mhel␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: permission = dialog @ 0,4 of 120
+│   2. Allow for this session⟪ *90⟫│
+│   3. No, suggest changes (esc)⟪ *87⟫│
+╰⟪─*118⟫╯
+
+
+=== Gemini CLI 0.61.0: theme dialog = dialog @ 0,4 of 120
+│⟪ *118⟫│
+│ (Use Enter to select, Tab to configure scope, Esc to close)⟪ *58⟫│
+│⟪ *118⟫│
+╰⟪─*118⟫╯
+
+=== Gemini CLI 0.61.0: our line = ours @ 19,4 of 120
+⟪─*120⟫
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ > [agent-chat] Call check_messages for details, then reply with send_message. New mes⏎
+sage from human: "hello there
+   ␛38;5;231mmy friend" #ab12␛7m␛39m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: our line and a newline = ours @ 3,4 of 120
+ Shift+Tab to accept edits⟪ *81⟫1 MCP server
+
+ > [agent-chat] Call check_messages for details, then reply with send_message. New mes⏎
+sage from human: "hello there
+   my friend" #ab12
+   ␛7m␛0m␛39m␛48;5;240m
+
+ workspace (/directory)⟪ *35⟫sandbox⟪ *48⟫/model
+ ~/shop⟪ *40⟫no sandbox⟪ *35⟫gemini-2.5-flash
+=== Gemini CLI 0.61.0: four rows = empty @ 3,0 of 60
+␛48;5;240m ␛38;5;183m> ␛7m␛39m ␛0m␛38;5;248m␛48;5;240m Type your message or @path/to/f⏎
+ile␛39m
+
+ workspace (/directory)     sandbox⟪ *18⟫/model
+ ~/shop⟪ *10⟫no sandbox     gemini-2.5-flash
+=== opencode 1.18.33: idle = empty @ 26,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;8mAsk anything… "What is the tech stack of ⏎
+this project?"␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: idle in a session = empty @ 5,4 of 120
+
+
+
+  ┃
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ┃  Build · stub stub
+  ╹⟪▀*115⟫
+   ~/shop⟪ *77⟫10  ctrl+p commands
+=== opencode 1.18.33: busy = empty @ 5,4 of 120
+
+
+
+  ┃
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ┃  Build · stub stub
+  ╹⟪▀*115⟫
+   ⬝⬝⬝⬝⬝⬝⬝⬝  esc again to interrupt⟪ *56⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: draft = draft @ 49,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255mfix the bug in the pars␛38;5;15m␛48;5;2⏎
+32m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: draft, caret at its beginning = draft @ 26,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255mfix the bug in the pars␛38;5;15m␛48;5;2⏎
+32m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: one letter, caret before it = draft @ 26,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255mx␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: pasted chip = draft @ 45,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛1m␛38;5;232m␛48;5;215m[Pasted ~40 lines]␛0m␛38;5⏎
+;255m␛48;5;234m ␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: pasted chip, caret before it = draft @ 26,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛1m␛38;5;232m␛48;5;215m[Pasted ~40 lines]␛0m␛38;5⏎
+;255m␛48;5;234m ␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: a line and an empty one = draft @ 26,4 of 120
+
+
+⟪ *23⟫┃
+⟪ *23⟫┃  abc
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: menu = dialog @ 27,4 of 120
+⟪ *23⟫┃ /init       guided AGENTS.md setup⟪ *38⟫┃
+⟪ *23⟫┃ /mcps       Toggle MCPs⟪ *49⟫┃
+⟪ *23⟫┃ /models     Switch model⟪ *48⟫┃
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255m/␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: file menu = dialog @ 29,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+⟪ *23⟫┃ src/⟪ *68⟫┃
+⟪ *23⟫┃ src/main.py⟪ *61⟫┃
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255m@sr␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: shell mode = dialog @ 26,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;216m┃␛38;5;15m␛48;5;234m  ␛38;5;8mRun a command… "git status"␛38;5;15m␛48;⏎
+5;232m
+⟪ *23⟫␛38;5;216m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Shell
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *79⟫esc exit shell mode
+=== opencode 1.18.33: shell mode, a command = dialog @ 28,4 of 120
+⟪ *41⟫▀▀▀▀ █▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀ ▀▀▀▀
+
+
+⟪ *23⟫┃
+⟪ *23⟫␛38;5;216m┃␛38;5;15m␛48;5;234m  ␛38;5;255mls␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;216m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Shell
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *79⟫esc exit shell mode
+=== opencode 1.18.33: permission = dialog @ 118,4 of 120
+  ┃  $ touch ~/shop/PWN
+  ┃
+  ┃
+  ┃   Allow once   Allow always   Reject⟪ *33⟫ctrl+f fullscreen  ⇆ select  enter confi⏎
+rm
+  ␛38;5;215m␛48;5;233m┃␛38;5;15m␛48;5;234m␛48;5;232m
+=== opencode 1.18.33: model dialog = dialog @ 34,4 of 120
+  ┃
+
+  ┃⟪ *31⟫Select model⟪ *37⟫esc
+  ┃  SLOW:8 work
+  ␛38;5;238m┃␛38;5;15m␛48;5;232m⟪ *27⟫␛48;5;233m    ␛38;5;8mSearch␛38;5;15m⟪ *50⟫␛48;5⏎
+;232m␛48;5;0m
+⟪ *30⟫␛48;5;233m␛48;5;0m
+     STUB-ANSWER-3 ok⟪ *13⟫OpenCode Zen
+⟪ *34⟫LongCat 2.5 Preview Free⟪ *24⟫Free
+     ▣  Build · stub · 21.4s      Space Bunny Free⟪ *32⟫Free
+⟪ *34⟫MiMo-V2.6-Flash Free⟪ *28⟫Free
+=== opencode 1.18.33: our line = ours @ 93,4 of 120
+
+
+⟪ *23⟫┃
+⟪ *23⟫┃  [agent-chat] Call check_messages for details, then reply with
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255msend_message. New message from human: "⏎
+hello there my friend" #ab12␛38;5;15m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: our line and a newline = ours @ 26,4 of 120
+
+⟪ *23⟫┃
+⟪ *23⟫┃  [agent-chat] Call check_messages for details, then reply with
+⟪ *23⟫┃  send_message. New message from human: "hello there my friend" #ab12
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+⟪ *23⟫┃  Build · stub stub
+⟪ *23⟫╹⟪▀*74⟫
+⟪ *71⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: busy, our line = ours @ 27,4 of 120
+
+
+  ┃
+  ┃  [agent-chat] Call check_messages for details, then reply with send_message. New m⏎
+essage from human: "hello
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m  ␛38;5;255mthere my friend" #ab12␛38;5;15m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ┃  Build · stub stub
+  ╹⟪▀*115⟫
+   ⬝⬝⬝⬝⬝⬝⬝⬝  esc interrupt⟪ *65⟫tab agents  ctrl+p commands
+=== opencode 1.18.33: eight rows = empty @ 5,2 of 60
+
+  ┃
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ┃  Build · stub stub
+  ╹⟪▀*55⟫
+   ~/shop⟪ *17⟫10  ctrl+p commands
+=== opencode 1.18.33: five rows = dialog @ 5,2 of 60
+
+  ┃
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ┃  Build · stub stub
+=== opencode 1.18.33: four rows = dialog @ 5,2 of 60
+
+  ┃
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+  ␛38;5;75m┃␛38;5;15m␛48;5;234m␛48;5;232m
+=== Copilot CLI 1.0.102: idle = empty @ 2,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯
+␛2m⟪─*120⟫
+ ← open sidebar · Interactive · Manual Approval · / commands · ? help · tab next tab⟪ ⏎
+*31⟫stub
+=== Copilot CLI 1.0.102: idle in a session = empty @ 2,4 of 120
+ ● STUB-ANSWER-4 ok⟪ *100⟫┃
+⟪ *119⟫┃
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯
+␛2m⟪─*120⟫
+ ← open sidebar · Interactive · Manual Approval · / commands · ? help · tab next tab⟪ ⏎
+*31⟫stub
+=== Copilot CLI 1.0.102: draft, caret at its beginning = draft @ 2,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯ fix the bug in the pars
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: one letter, caret before it = draft @ 2,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯ x
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: three lines = draft @ 12,4 of 120
+ ~/shop [⎇ master%]
+⟪─*120⟫
+❯ line one of draft
+  line two
+  line three
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: three lines, caret at the beginning = draft @ 2,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯ line one of draft
+  line two
+  line three
+⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: a line and an empty one = draft @ 2,4 of 120
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+❯ abc
+
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: pasted chip = draft @ 23,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m❯ [Paste #1 - 40 lines]
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: menu = draft @ 3,4 of 120
+┃   /app⟪ *32⟫Prefer a visual workspace? Try out the GitHub Copilot desktop app
+┃   /ask⟪ *32⟫Ask a side question or reopen a recently cached answer without adding to⏎
+ history
+┃   /autopilot⟪ *26⟫Toggle autopilot mode, or set an autopilot objective with an optio⏎
+nal AI-credit…
+⟪─*120⟫
+␛0m␛39m␛49m❯ /add-dir
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · /help show help⟪ *67⟫stub
+=== Copilot CLI 1.0.102: file menu = draft @ 5,4 of 120
+
+
+
+⟪─*120⟫
+␛0m␛39m␛49m❯ @sr
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: shell mode = dialog @ 2,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+! ␛39mExecute shell command
+␛33m⟪─*120⟫
+ ← open sidebar · Shell · Manual Approval · / commands · ? help · tab next tab · esc e⏎
+xit shell mode⟪ *15⟫stub
+=== Copilot CLI 1.0.102: shell mode, a command = dialog @ 4,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+! ␛39mls
+␛33m⟪─*120⟫
+ Shell · Manual Approval⟪ *91⟫stub
+=== Copilot CLI 1.0.102: help = empty @ 2,4 of 120
+ esc esc     clear input, interrupt, stop agents, or rewind
+ ctrl+t      toggle reasoning display
+ ctrl+x → o  open most recent link
+⟪─*120⟫
+␛0m␛39m␛49m❯
+␛2m⟪─*120⟫
+ any key close help⟪ *96⟫stub
+=== Copilot CLI 1.0.102: search = dialog @ 19,4 of 120
+
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+␛0m␛39m␛49m(reverse-i-search)`':
+␛2m⟪─*120⟫
+ ← open sidebar · Interactive · Manual Approval · / commands · ? help⟪ *46⟫stub
+=== Copilot CLI 1.0.102: permission = dialog @ 119,4 of 120
+│   2. Yes, and don't ask again for `touch` in this repo (~/shop)⟪ *42⟫│
+│   3. No, and tell Copilot what to do differently (Esc to stop)⟪ *55⟫│
+│⟪ *118⟫│
+│ ↑/↓ to navigate · enter to select · esc to cancel⟪ *68⟫│
+╰⟪─*118⟫╯
+=== Copilot CLI 1.0.102: our line = ours @ 18,4 of 120
+
+ ~/shop [⎇ master%]
+⟪─*120⟫
+❯ [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there
+  my friend" #ab12
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: our line and a newline = ours @ 2,4 of 120
+ ~/shop [⎇ master%]
+⟪─*120⟫
+❯ [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there
+  my friend" #ab12
+
+␛2m⟪─*120⟫
+ Interactive · Manual Approval · @ files · # issues⟪ *64⟫stub
+=== Copilot CLI 1.0.102: eight rows = empty @ 2,4 of 60
+ [Current]  Sessions   Issues   Pull requests   Gists
+
+ ~/shop [⎇ master%]
+⟪─*60⟫
+␛0m␛39m␛49m❯
+␛2m⟪─*60⟫
+ Interactive · Manual Approval · / commands⟪ *12⟫stub
+=== Copilot CLI 1.0.102: five rows = dialog @ 2,3 of 60
+ [Current]  Sessions   Issues   Pull requests   Gists
+ ~/shop [⎇ master%]
+⟪─*60⟫
+␛0m␛39m␛49m❯
+=== Qwen Code 0.24.4: idle = empty @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: suggestion = empty @ 2,4 of 120
+
+  ◆︎ STUB-ANSWER-2 ok
+
+⟪─*120⟫
+> ␛4m␛39mS␛0m␛38;5;103m␛49mTUB-ANSWER-3 ok
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: busy = empty @ 2,4 of 120
+  > SLOW:8 work
+
+  .. Engaging the improbability drive... (2s · esc to cancel)
+⟪─*120⟫
+> ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Enter to steer · Ctrl+Q to queue · Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: queued = empty @ 2,4 of 120
+  .. Pretty sure there's a cat walking on the keyboard somewhere... (4s · esc to cance⏎
+l)
+
+  [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human: "hello there my f…
+⟪─*120⟫
+> ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Enter to steer · Ctrl+Q to queue · Auto mode (shift + tab to cycle) ⏳ 1 queued
+=== Qwen Code 0.24.4: draft = draft @ 25,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛39mfix the bug in the pars␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: draft, caret at its beginning = draft @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39mf␛0m␛39m␛49mix the bug in the pars
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: one letter, caret before it = draft @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39mx
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: three lines = draft @ 12,4 of 120
+
+⟪─*120⟫
+> line one of draft
+  line two
+  line three␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: three lines, caret at the beginning = draft @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39ml␛0m␛39m␛49mine one of draft
+  line two
+  line three
+⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: a line and an empty one = draft @ 2,4 of 120
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> abc
+  ␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: pasted chip = draft @ 29,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛39m[Pasted Content 1509 chars]␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: pasted chip, caret before it = draft @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39m[␛0m␛39m␛49mPasted Content 1509 chars]
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: menu = draft @ 3,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛39m/␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  > model [--fast|--voice|--vision|--compaction|--image] [--pr…  Switch the model for ⏎
+this session (--fast for sugges…
+    cd <path>⟪ *52⟫Move this session to a new working directory
+    btw⟪ *58⟫Ask a quick side question without affecting the main…
+    bug <description>⟪ *44⟫submit a bug report
+=== Qwen Code 0.24.4: file menu = draft @ 5,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛38;5;183m@sr␛4m␛39m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  > src/
+    src/main.py
+=== Qwen Code 0.24.4: shell mode = dialog @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+! ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  shell mode enabled (esc to disable)
+=== Qwen Code 0.24.4: shell mode, a command = dialog @ 4,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+! ␛39mls␛4m ​
+␛0m␛38;5;103m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  shell mode enabled (esc to disable)
+=== Qwen Code 0.24.4: help = empty @ 2,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+␛38;5;153m⟪─*120⟫
+  ! for shell mode⟪ *16⟫ctrl+c to quit⟪ *14⟫ctrl+y to retry last request
+  / for commands⟪ *18⟫ctrl+j for newline ⏎        ctrl+q to queue for the next turn
+  @ for file paths⟪ *16⟫ctrl+l to clear screen      ctrl+v to paste images
+  esc esc to clear input⟪ *10⟫ctrl+o to expand details    ctrl+x for external editor
+=== Qwen Code 0.24.4: search = dialog @ 6,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+␛38;5;183m(r:) ␛38;5;153m ␛4m␛39m ␛0m␛38;5;103m␛49m Type your message or @path/to/file
+␛38;5;153m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: search, a word = dialog @ 9,4 of 120
+       risky ones are blocked. Exit: Shift+Tab or /approval-mode default.
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+␛38;5;183m(r:) ␛38;5;153m ␛39mhel␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: our line = ours @ 31,4 of 120
+  ●︎ Extensions changed on disk. Run /reload-plugins to apply updates.
+
+⟪─*120⟫
+> [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human:
+  "hello there my friend" #ab12␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+=== Qwen Code 0.24.4: our line and a newline = ours @ 2,4 of 120
+
+⟪─*120⟫
+> [agent-chat] Call check_messages for details, then reply with send_message. New mess⏎
+age from human:
+  "hello there my friend" #ab12
+  ␛4m ​
+␛0m␛38;5;153m␛49m⟪─*120⟫
+  ➜ qwen · git:(master) · stub
+  Auto mode (shift + tab to cycle)
+"""
+OUR_TEST_LINE = (
+    "[agent-chat] Call check_messages for details, then reply with send_message. "
+    'New message from human: "hello there my friend" #ab12'
+)
+SCREEN_HEAD = re.compile(r"=== (.+) ([\d.]+): (.+) = (\w+) @ (\d+),(\d+) of (\d+)")
+
+
+class RealScreen(NamedTuple):
+    """One of the screens above."""
+
+    cli: str
+    version: str
+    scene: str
+    verdict: str
+    screen: agent_chat.Screen
+
+
+def unfolded_rows(lines: list[str]) -> list[str]:
+    """The rows as tmux printed them."""
+    text = "\n".join(lines).replace("⏎\n", "").replace("␛", "\x1b[").replace("⍽", "\xa0")
+    return re.sub(r"⟪(.)\*(\d+)⟫", lambda m: m[1] * int(m[2]), text).split("\n")
+
+
+def a_screen(rows: list[str], x: int, y: int, width: int = 120) -> agent_chat.Screen:
+    """A look at these rows."""
+    plain = tuple(map(agent_chat.plain_row, rows))
+    return agent_chat.Screen("", plain, tuple(rows), x, y, width, len(rows))
+
+
+def real_screens() -> Iterator[RealScreen]:
+    """All of them."""
+    for text in SCREENS_OF_CLIS.split("\n=== ")[1:]:
+        head, *lines = f"=== {text}".rstrip("\n").split("\n")
+        match = SCREEN_HEAD.fullmatch(head)
+        assert match, head
+        cli, version, scene, verdict, *numbers = match.groups()
+        x, y, width = map(int, numbers)
+        rows = unfolded_rows(lines)
+        screen = a_screen([*rows, *[""] * (y + 1 - len(rows))], x, y, width)
+        yield RealScreen(cli, version, scene, verdict, screen)
+
+
+REAL_SCREENS = list(real_screens())
+
+
+def verdict_on(screen: agent_chat.Screen, cli: str) -> str:
+    """What the door sees there."""
+    composer = agent_chat.composer_on(screen, cli, agent_chat.Settings().prompts)
+    if composer is None:
+        return "dialog"
+    if composer.empty:
+        return "empty"
+    if agent_chat.standing(screen, composer, OUR_TEST_LINE) is agent_chat.Standing.OURS:
+        return "ours"
+    return "draft"
+
+
+@pytest.mark.parametrize(
+    "real", REAL_SCREENS, ids=[f"{r.cli} {r.version} {r.scene}" for r in REAL_SCREENS]
+)
+def test_a_real_screen_is_what_it_is(real: RealScreen) -> None:
+    assert verdict_on(real.screen, real.cli) == real.verdict
+
+
+def test_every_shape_has_screens_of_all_kinds() -> None:
+    for cli in agent_chat.SHAPES:
+        kinds = {real.verdict for real in REAL_SCREENS if real.cli == cli}
+        assert kinds == {"empty", "draft", "ours", "dialog"}, cli
+        assert sum("shell mode" in real.scene for real in REAL_SCREENS if real.cli == cli) >= 2
+
+
+def test_no_shell_mode_or_search_is_ever_an_empty_composer() -> None:
+    """Not even taken for another CLI, or for one that nobody described."""
+    for real in REAL_SCREENS:
+        if "shell mode" in real.scene or "search" in real.scene or "permission" in real.scene:
+            for cli in agent_chat.SHAPES:
+                assert verdict_on(real.screen, cli) != "empty", (real.cli, real.scene, cli)
+
+
+def test_a_screen_that_is_cut_anywhere_is_never_taken_for_empty() -> None:
+    """Half drawn, or in a pane that is too small: without its frame it is no composer."""
+    for real in REAL_SCREENS:
+        rows = list(real.screen.styled)
+        for last in range(real.screen.y + 1, len(rows)):
+            cut = a_screen([*rows[:last], *[""] * 3], real.screen.x, real.screen.y)
+            if real.verdict != "empty":
+                assert verdict_on(cut, real.cli) != "empty", (real.cli, real.scene, last)
+
+
+@pytest.mark.parametrize(
+    ("rows", "x", "y", "verdict"),
+    [
+        (["❯ "], 2, 0, "empty"),
+        (["❯"], 2, 0, "empty"),
+        (["❯\xa0"], 2, 0, "empty"),
+        (["│ > "], 4, 0, "empty"),
+        (["> \x1b[2mTry this\x1b[0m"], 2, 0, "empty"),
+        (["> \x1b[7mT\x1b[0;2mry this"], 2, 0, "empty"),
+        (["> \x1b[90mTry this"], 2, 0, "empty"),
+        (["> \x1b[38;5;8mTry this"], 2, 0, "empty"),
+        (["┃", "┃  ", "┃", "┃  Build"], 3, 1, "empty"),
+        (["> half a thought"], 16, 0, "draft"),
+        (["> half a thought"], 2, 0, "draft"),
+        (["> \x1b[38;5;231mhalf a thought"], 2, 0, "draft"),
+        (["> \x1b[7mx"], 2, 0, "draft"),
+        (["> \x1b[33mhalf\x1b[39m a thought"], 2, 0, "draft"),
+        (["> \x1b[2mhalf\x1b[22m a thought"], 2, 0, "draft"),
+        (["> \u3000"], 4, 0, "draft"),
+        (["> \u3000"], 2, 0, "draft"),
+        (["> ", "  the second line"], 2, 0, "draft"),
+        (["> one", "  "], 2, 1, "draft"),
+        (["┃  one", "┃", "┃  "], 3, 2, "draft"),
+        ([" ❯ 1. Yes", "   2. No"], 3, 0, "draft"),
+        (["$ "], 2, 0, "dialog"),
+        (["Continue? [y/N] "], 16, 0, "dialog"),
+        (["> entered", ""], 0, 1, "dialog"),
+        (["❯ ", "text"], 1, 1, "dialog"),
+    ],
+)
+def test_a_cli_without_a_shape_is_known_by_its_sign(
+    rows: list[str], x: int, y: int, verdict: str
+) -> None:
+    """The columns are those of rows in which a wide character fills two."""
+    assert verdict_on(a_screen(["", *rows, ""], x, y + 1), "") == verdict
+
+
+@pytest.mark.parametrize(
+    ("command", "cli"),
+    [
+        (["claude", "--resume"], "Claude Code"),
+        (["/opt/codex/bin/codex"], "Codex"),
+        (["node", "/usr/bin/codex"], "Codex"),
+        (["node", "--max-old-space-size=9", "/x/.bin/gemini", "-m", "x"], "Gemini CLI"),
+        (["node", "/x/node_modules/@google/gemini-cli/bundle/g.js"], "Gemini CLI"),
+        (["/x/node_modules/@github/copilot-linux-x64/copilot"], "Copilot CLI"),
+        (["node", "/x/node_modules/@qwen-code/qwen-code/cli.js"], "Qwen Code"),
+        (["opencode"], "opencode"),
+        (["/home/claude/bin/aider", "--model", "claude"], "Claude Code"),
+        (["/home/claude/bin/aider"], ""),
+        (["python3", "-q"], ""),
+        ([], ""),
+    ],
+)
+def test_a_cli_is_known_by_its_command(command: list[str], cli: str) -> None:
+    assert agent_chat.shape_of(command) == cli
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[agent-chat] Call check_messages for details. #ab12", "ours"),
+        ("[agent-chat] Call check_messages\nfor details.\n#ab\n12", "ours"),
+        ("[agent-chat] Call check_messages for details. #ab12\n\n", "ours"),
+        ("check_messages for details. #ab12", "ours"),
+        ("please [agent-chat] Call check_messages for details. #ab12", "mixed"),
+        ("[agent-chat] Call check_messages for details. #ab12 and", "mixed"),
+        ("[agent-chat] Call check_messages for details. #ab13", "other"),
+        ("[Pasted text #1]", "other"),
+    ],
+)
+def test_what_stands_in_a_composer(text: str, found: str) -> None:
+    line = "[agent-chat] Call check_messages for details. #ab12"
+    screen = a_screen([text.replace("\n", " ")], 0, 0)
+    composer = agent_chat.Composer(text, "", empty=False)
+    assert agent_chat.standing(screen, composer, line) == found
+    assert agent_chat.standing(screen, None, line) == ("hidden" if found == "other" else "shown")
+
+
+def steps_of(*seen: tuple[float, str]) -> tuple[list[str], str]:
+    """What a submission does when it sees these things at these times, and how it ends."""
+    submission = agent_chat.Submission(0.0)
+    steps = []
+    for now, standing in seen:
+        step = submission.step(agent_chat.Standing(standing), now)
+        steps.append(step.name.lower())
+        if step is agent_chat.Step.PRESS:
+            steps[-1] = submission.key().value
+            submission.pressed(now)
+        if step is agent_chat.Step.STOP:
+            return steps, submission.outcome[0].value
+    return steps, ""
+
+
+def test_a_submission_in_all_its_ways() -> None:
+    drawn = [(0.02, "ours"), (0.15, "ours")]
+    good = steps_of((0.01, "empty"), *drawn, (0.2, "empty"), (0.22, "empty"))
+    assert good == (["wait", "wait", "enter", "wait", "stop"], "rung")
+    # Half drawn once, then there again: not rung, and Enter is tried again later.
+    again = steps_of(*drawn, (0.2, "empty"), (0.22, "ours"), (1.3, "ours"), (3.5, "ours"))
+    assert again == (["wait", "enter", "wait", "wait", "enter", "return"], "")
+    never = steps_of(*drawn, (1.3, "ours"), (3.5, "ours"), (9.0, "ours"))
+    assert never == (["wait", "enter", "enter", "return", "stop"], "unconfirmed")
+    # A dialog came up just then: no Enter, and no lie.
+    assert steps_of((0.02, "hidden"), (2.1, "hidden"))[1] == "unconfirmed"
+    assert steps_of(*drawn, (0.2, "hidden"), (9.0, "hidden"))[1] == "unconfirmed"
+    assert steps_of(*drawn, (0.2, "shown"), (9.0, "shown"))[1] == "rung"
+    # Somebody types beside it.
+    assert steps_of((0.02, "mixed"), (2.1, "mixed")) == (["wait", "stop"], "draft")
+    assert steps_of(*drawn, (0.2, "other"), (0.22, "other"))[1] == "rung"
+
+
+@pytest.mark.parametrize(
+    ("tmux", "pane", "address"),
+    [
+        ("/tmp/tmux-0/default,123,0", "%3", ("/tmp/tmux-0/default", "%3", "123")),
+        ("/tmp/a, b,c/s,123,0", "%3", ("/tmp/a, b,c/s", "%3", "123")),
+        ("/tmp/s,123,0", "3", None),
+        ("/tmp/s,123,0", "", None),
+        ("", "%3", None),
+        ("nonsense", "%3", None),
+    ],
+)
+def test_the_address_of_a_pane(tmux: str, pane: str, address: tuple[str, ...] | None) -> None:
+    assert agent_chat.address_in({"TMUX": tmux, "TMUX_PANE": pane}) == address
+
+
+def test_processes_as_linux_and_macos_show_them() -> None:
+    linux = "42 (a (b) c) S 7 42 40 34816 42 4194304 1 2"
+    assert agent_chat.process_of_stat(linux) == (42, 7, 42, 40, 34816, 42, "a (b) c")
+    device = os.stat("/dev/null").st_rdev
+    row = "  501   499   501   501 null /usr/local/bin/node /opt/bin/gemini -m x"
+    assert agent_chat.process_of_ps(row) == (501, 499, 501, 0, device, 501, "node")
+    assert agent_chat.process_of_ps("  1  0  1  0 ?? /sbin/launchd -d")[4] == 0
+    assert agent_chat.process_of_ps("") is None
+    lsof = "p501\nf0\ntCHR\nD0x1\ni7\nn/dev/null\nf1\ntPIPE\nD0x2\ni8\nn->0x3\n"
+    found = agent_chat.streams_of_lsof(lsof)
+    assert (found.input.device, found.output.device) == (device, 0)
+    assert agent_chat.streams_of_lsof("p501\nf1\ntPIPE\n") is None
+
+
+def test_a_process_tells_who_it_is_and_what_it_reads() -> None:
+    with subprocess.Popen(["sleep", "9"], stdin=subprocess.PIPE, env={"A": "b=c"}) as child:
+        eventually(lambda: agent_chat.command_of(child.pid) == ["sleep", "9"])
+        process = agent_chat.find_process(child.pid)
+        assert process and (process.parent, process.name) == (os.getpid(), "sleep")
+        assert agent_chat.variables_of(child.pid) == {"A": "b=c", "": ""}
+        streams = agent_chat.standard_streams(child.pid)
+        assert streams and streams.input.device == 0
+        assert child.pid in agent_chat.children_of(os.getpid())
+        child.kill()
+    assert agent_chat.find_process(child.pid) is None
+    assert agent_chat.standard_streams(child.pid) is None
+
+
+# ======================================================================================
 # DOORS -- a stand-in for an agent's terminal program, and every way to ring it.
 # ======================================================================================
 #
-# STAND_IN_TUI is a terminal program that behaves like the TUI of a coding agent: raw mode,
-# bracketed paste, a composer with a caret behind a prompt glyph, a permission dialog. It launches
-# a child over stdin/stdout pipes as an agent CLI launches its MCP server, and obeys JSON lines on
-# a Unix socket. `Agent` below starts it in a tmux pane from an interactive bash and drives it:
+# stand_in_tui() is a terminal program that behaves like the TUI of a coding agent: raw mode,
+# bracketed paste, a composer with a caret behind a prompt glyph, a permission dialog. It
+# launches a child over stdin/stdout pipes as an agent CLI launches its MCP server, and obeys
+# JSON lines on a Unix socket. `Agent` below starts it in a tmux pane from an interactive bash
+# and drives it:
 #
-#     agent = Agent(tmux, tmp_path, [PYTHON, PROGRAM, "mcp"], env={...}, handshake=True, check=True)
+#     agent = Agent(tmux, tmp_path, [PYTHON, PROGRAM, "mcp"], env={...}, handshake=True)
 #     agent.do("set", dialog=True)            open the permission dialog; dialog=False closes it
 #     agent.do("set", draft="half a thought") put text into the composer
-#     agent.do("call", tool="send_message", arguments={...})  a tool call on the child, its result
-#     agent.do("exit") / agent.do("suspend")  back to the shell; the child lives on in both cases
+#     agent.do("call", tool="send_message", arguments={...})  a tool call on the child
+#     agent.do("edit", own_group=True)        open an editor in front, as `$EDITOR` is
+#     agent.do("exit") / agent.do("suspend")  back to the shell; the child lives on
 #     agent.submitted()                       every prompt that was submitted, in order
 #     agent.received()                        every byte that reached the terminal, as bytes
 #     agent.logged("tool")                    results of the check_messages that `check` makes
 #                                             when a doorbell line is submitted
+#
+# The stand-ins are code of this file that runs as programs of their own: `program_of` copies
+# their source out, so that each starts in 50 ms and not in the time that pytest takes.
 
-STAND_IN_TUI = r'''
-import argparse, json, os, select, signal, socket, subprocess, sys, termios, threading, time, tty
-import unicodedata
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--control", required=True)  # Unix socket: one JSON line in, one out
-parser.add_argument("--log", required=True)  # JSON lines {"kind", "value", "at"}
-parser.add_argument("--handshake", action="store_true")  # MCP initialize with the child
-parser.add_argument("--check", action="store_true")  # doorbell submitted: call check_messages
-parser.add_argument("child", nargs=argparse.REMAINDER)
-options = parser.parse_args()
+IMPORTS = """
+from __future__ import annotations
+import argparse, json, os, select, signal, socket, subprocess, sys, termios, threading, time
+import tty, unicodedata
+from typing import Any
+"""
 
 
-def cells(text):
-    return sum(0 if unicodedata.category(c)[0] == "M" else
-               2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def program_of(*parts: Any) -> str:
+    """A program made of these functions and classes; the last one is its main."""
+    import inspect
+
+    *_, main = parts
+    return "\n\n".join([IMPORTS, *map(inspect.getsource, parts), f"{main.__name__}()\n"])
 
 
-def log(kind, value):
-    with open(options.log, "a") as file:
-        file.write(json.dumps({"kind": kind, "value": value, "at": time.time()}) + "\n")
+def cells(text: str) -> int:
+    """How wide a terminal draws this."""
+    width = 0
+    for c in text:
+        if unicodedata.category(c)[0] != "M":
+            width += 1 + (unicodedata.east_asian_width(c) in "WF")
+    return width
 
 
-class Child:
+class Diary:
+    """JSON lines {"kind", "value", "at"} in a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def log(self, kind: str, value: Any) -> None:
+        """One entry."""
+        entry = {"kind": kind, "value": value, "at": time.time()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class StandInChild:
     """The MCP server: newline JSON-RPC over its pipes."""
 
-    def __init__(self, command):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, command: list[str], diary: Diary) -> None:
+        pipe = subprocess.PIPE
+        self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe)
         os.set_inheritable(self.process.stdin.fileno(), True)
-        self.answers, self.number, self.changed = {}, 0, threading.Condition()
+        self.diary = diary
+        self.answers: dict[int, Any] = {}
+        self.number = 0
+        self.changed = threading.Condition()
         threading.Thread(target=self.read, daemon=True).start()
 
-    def read(self):
+    def read(self) -> None:
+        """Collects answers until the child ends."""
         for line in self.process.stdout:
             message = json.loads(line)
             with self.changed:
@@ -4650,11 +6155,14 @@ class Child:
                     self.answers[message["id"]] = message
                 self.changed.notify_all()
 
-    def write(self, message):
-        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+    def write(self, message: dict[str, Any]) -> None:
+        """One JSON-RPC message."""
+        text = json.dumps({"jsonrpc": "2.0", **message})
+        self.process.stdin.write(text.encode() + b"\n")
         self.process.stdin.flush()
 
-    def request(self, method, params):
+    def request(self, method: str, params: dict[str, Any]) -> Any:
+        """Asks, and waits for the answer."""
         with self.changed:
             self.number += 1
             number = self.number
@@ -4662,36 +6170,56 @@ class Child:
             self.changed.wait_for(lambda: number in self.answers, 60)
             return self.answers.pop(number, None)
 
-    def shake(self):
-        about = {"name": "stand-in", "version": "1"}
-        answer = self.request("initialize", {
-            "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": about})
+    def shake(self) -> None:
+        """The handshake of MCP."""
+        hello = {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "stand-in", "version": "1"},
+        }
+        self.diary.log("handshake", self.request("initialize", hello))
         self.write({"method": "notifications/initialized"})
-        log("handshake", answer)
 
-    def call(self, tool, arguments, meta=None):
-        params = {"name": tool, "arguments": arguments}
-        return self.request("tools/call", params | ({"_meta": meta} if meta else {}))
+    def call(self, tool: str, arguments: dict[str, Any], meta: Any = None) -> Any:
+        """One call of a tool."""
+        params: dict[str, Any] = {"name": tool, "arguments": arguments}
+        if meta:
+            params["_meta"] = meta
+        return self.request("tools/call", params)
 
 
-class Tui:
-    # `look` is plain (prompt and text), box (framed) or bar (a bar on every row).
-    # `swallow` Enters are ignored; `blind` does not draw the composer; `intrude` is text a human
-    # types just when a paste arrives, `behind` just after it; `ambush` opens the dialog just then;
-    # an Enter within `burst` seconds of a paste is a newline; text of `fold` characters is folded;
-    # `tail` stands behind any text.
-    knobs = dict(prompt="\u276f ", look="plain", hint="Try \"fix the tests\"", dialog=False,
-                 draft="", home=False, swallow=0, blind=False, intrude="", behind="",
-                 ambush=False, burst=0.08, fold=9999, tail="")
+class StandInTui:
+    """The composer, the dialog, and what is drawn of them.
 
-    def __init__(self, child):
-        self.child, self.text, self.caret, self.said = child, "", 0, []
-        self.paste, self.pasted_at, self.waiting = None, 0.0, b""
-        for name, value in self.knobs.items():
-            setattr(self, name, value)
+    `look` is plain (prompt and text), box (framed), bar (a bar on every row) or rules (between
+    two). `swallow` Enters are ignored, `newlines` are taken for newlines; `blind` does not
+    draw the composer, `lag` draws it so many seconds late; `intrude` is text a human types
+    just when a paste arrives, `behind` just after it; `ambush` opens the dialog just then; an
+    Enter within `burst` seconds of a paste is a newline; text of `fold` characters is folded;
+    `tail` stands behind any text, `above` one row above the composer.
+    """
 
-    def feed(self, data):
-        log("bytes", data.hex())
+    def __init__(self, child: StandInChild, diary: Diary, check: bool) -> None:
+        self.child = child
+        self.diary = diary
+        self.checks = check
+        self.text = ""
+        self.caret = 0
+        self.said: list[str] = []
+        self.paste: str | None = None
+        self.pasted_at = 0.0
+        self.waiting = b""
+        self.history: list[tuple[float, str, int]] = []
+        self.knobs: dict[str, Any] = {
+            "prompt": "\u276f ", "look": "plain", "hint": 'Try "fix the tests"',
+            "dialog": False, "draft": "", "home": False, "swallow": 0, "newlines": 0,
+            "blind": False, "lag": 0.0, "intrude": "", "behind": "", "ambush": False,
+            "burst": 0.08, "fold": 9999, "tail": "", "above": "",
+        }  # fmt: skip
+
+    def feed(self, data: bytes) -> None:
+        """What arrived from the terminal, in pieces of any size."""
+        self.diary.log("bytes", data.hex())
         self.waiting += data
         while self.waiting:
             if self.paste is not None:
@@ -4699,56 +6227,83 @@ class Tui:
                 if end < 0:
                     return
                 self.insert(self.waiting[:end].decode(errors="replace"))
-                self.pasted_at, self.paste = time.monotonic(), None
-                self.waiting = self.waiting[end + 6:]
+                self.pasted_at = time.monotonic()
+                self.paste = None
+                self.waiting = self.waiting[end + 6 :]
             elif self.waiting.startswith(b"\x1b[200~"):
-                self.paste, self.waiting = "", self.waiting[6:]
+                self.paste = ""
+                self.waiting = self.waiting[6:]
             else:
-                size = next(n for low, n in ((0xf0, 4), (0xe0, 3), (0xc0, 2), (0, 1))
-                            if self.waiting[0] >= low)
-                self.key(self.waiting[:size].decode(errors="replace"))
-                self.waiting = self.waiting[size:]
+                self.key(self.first_character())
 
-    def insert(self, text):
-        if self.dialog:
-            return  # like the real ones: a paste does not answer a dialog
-        text = self.intrude + text + self.behind
-        self.text = self.text[:self.caret] + text + self.text[self.caret:]
+    def first_character(self) -> str:
+        """Takes one character off what waits."""
+        size = 1
+        for low, length in ((0xC0, 2), (0xE0, 3), (0xF0, 4)):
+            if self.waiting[0] >= low:
+                size = length
+        character = self.waiting[:size].decode(errors="replace")
+        self.waiting = self.waiting[size:]
+        return character
+
+    def put(self, text: str) -> None:
+        """Puts text at the caret."""
+        self.text = self.text[: self.caret] + text + self.text[self.caret :]
         self.caret += len(text)
-        self.dialog, self.ambush, self.intrude = self.dialog or self.ambush, False, ""
-        self.behind = ""
 
-    def key(self, key):
-        if self.dialog:
+    def insert(self, text: str) -> None:
+        """A paste. Like that of the real ones it does not answer a dialog."""
+        knobs = self.knobs
+        if knobs["dialog"]:
+            return
+        self.put(knobs["intrude"] + text + knobs["behind"])
+        knobs["dialog"] = knobs["ambush"]
+        knobs.update(ambush=False, intrude="", behind="")
+
+    def key(self, key: str) -> None:
+        """One key."""
+        if self.knobs["dialog"]:
             if key in "\ry1":
-                log("dialog", "approved")
-                self.dialog = False
+                self.diary.log("dialog", "approved")
+                self.knobs["dialog"] = False
         elif key == "\r":
-            if self.swallow:
-                self.swallow -= 1
-            elif time.monotonic() - self.pasted_at < self.burst:
-                self.insert("\n")
-            else:
-                self.submit()
+            self.enter()
         elif key == "\x01":
             self.caret = 0
         elif key == "\x7f":
-            self.text, self.caret = self.text[:-1], max(0, self.caret - 1)
+            self.text = self.text[:-1]
+            self.caret = max(0, self.caret - 1)
         elif key.isprintable():
-            self.text = self.text[:self.caret] + key + self.text[self.caret:]
-            self.caret += 1
+            self.put(key)
 
-    def submit(self):
-        text, self.text, self.caret = self.text, "", 0
-        log("submitted", text)
+    def enter(self) -> None:
+        """Enter, which submits unless something is in the way."""
+        if self.knobs["swallow"]:
+            self.knobs["swallow"] -= 1
+        elif self.knobs["newlines"]:
+            self.knobs["newlines"] -= 1
+            self.put("\n")
+        elif time.monotonic() - self.pasted_at < self.knobs["burst"]:
+            self.put("\n")
+        else:
+            self.submit()
+
+    def submit(self) -> None:
+        """The text becomes a prompt."""
+        text = self.text
+        self.text = ""
+        self.caret = 0
+        self.diary.log("submitted", text)
         self.said.append(text)
-        if options.check and text.startswith("[agent-chat]"):
+        if self.checks and text.startswith("[agent-chat]"):
             threading.Thread(target=self.check, daemon=True).start()
 
-    def check(self):
-        log("tool", self.child.call("check_messages", {"mark_read": True}))
+    def check(self) -> None:
+        """What a model does when it reads the doorbell line."""
+        answer = self.child.call("check_messages", {"mark_read": True})
+        self.diary.log("tool", answer)
 
-    def wrapped(self, text, width):
+    def wrapped(self, text: str, width: int) -> list[str]:
         """Rows of at most `width` cells, broken at blanks, long words anywhere."""
         rows = [""]
         for part in text.split("\n"):
@@ -4762,134 +6317,227 @@ class Tui:
             rows.append("")
         return rows[:-1]
 
-    def composer(self, columns):
+    def drawn_state(self) -> tuple[str, int]:
+        """Text and caret as they are drawn: `lag` seconds late."""
+        now = time.monotonic()
+        self.history.append((now, self.text, self.caret))
+        old = [entry for entry in self.history if entry[0] <= now - self.knobs["lag"]]
+        if not old:
+            return "", 0
+        self.history = self.history[len(old) - 1 :]
+        _, text, caret = old[-1]
+        return text, caret
+
+    def composer(self, columns: int) -> tuple[list[str], int, int]:
         """Rows to draw, and row and cell of the caret among them."""
-        frame = {"plain": "", "box": "\u2502 ", "bar": "\u2503"}[self.look]
-        margin = cells(self.prompt + frame)
-        text, before = self.text, self.text[:self.caret]
-        if len(text) >= self.fold:
+        look, prompt, hint = (self.knobs[name] for name in ("look", "prompt", "hint"))
+        frame = {"box": "\u2502 ", "bar": "\u2503"}.get(look, "")
+        margin = cells(prompt + frame)
+        text, caret = self.drawn_state()
+        before = text[:caret]
+        if len(text) >= self.knobs["fold"]:
             text = before = "[Pasted ~1 lines]"
         rows = self.wrapped(text, columns - margin - 3)
         to_caret = self.wrapped(before, columns - margin - 3)
         y, x = len(to_caret) - 1, margin + cells(to_caret[-1])
-        hint = "" if self.text else f"\x1b[2m\x1b[7m{self.hint[:1]}\x1b[27m{self.hint[1:]}\x1b[0m"
-        glyph = f"\x1b[38;2;9;8;7m{self.prompt}\x1b[39m"
-        drawn = [frame + (" " * cells(self.prompt) if n else glyph) + row
-                 for n, row in enumerate(rows)]
-        drawn[-1] += hint
-        if self.look == "plain":
-            drawn[-1] += "  " + self.tail if self.tail and self.text else ""
-            return drawn, y, x
-        if self.look == "bar":
-            return [frame, *drawn, frame, frame + "  Build  a model"], y + 1, x
+        faint = "" if text else f"\x1b[2m\x1b[7m{hint[:1]}\x1b[27m{hint[1:]}\x1b[0m"
+        glyph = f"\x1b[38;2;9;8;7m{prompt}\x1b[39m"
+        drawn = [frame + glyph + rows[0]]
+        drawn += [frame + " " * cells(prompt) + row for row in rows[1:]]
+        drawn[-1] += faint
         line = "\u2500" * (columns - 2)
-        size = columns - 2
-        drawn = [row + ("" if hint else " " * (size - cells(row.replace(glyph, self.prompt)))
-                        + "\u2502") for row in drawn]
-        return [f"\u256d{line}\u256e", *drawn, f"\u2570{line}\u256f"], y + 1, x
+        if look == "rules":
+            return [line, *drawn, line], y + 1, x
+        if look == "bar":
+            return [frame, *drawn, frame, frame + "  Build  a model"], y + 1, x
+        if look == "box":
+            if not faint:
+                drawn = [self.closed(row, glyph, columns) for row in drawn]
+            return [f"\u256d{line}\u256e", *drawn, f"\u2570{line}\u256f"], y + 1, x
+        if self.knobs["tail"] and text:
+            drawn[-1] += "  " + self.knobs["tail"]
+        return drawn, y, x
 
-    def draw(self):
+    def closed(self, row: str, glyph: str, columns: int) -> str:
+        """A row of a box with its right border."""
+        used = cells(row.replace(glyph, self.knobs["prompt"]))
+        return row + " " * (columns - 2 - used) + "\u2502"
+
+    def draw(self) -> None:
+        """The whole screen."""
         columns, lines = os.get_terminal_size()
-        said = [row for text in self.said[-3:]
-                for row in self.wrapped("\u25cf " + text, columns - 1)]
-        if self.dialog:
+        said: list[str] = []
+        for text in self.said[-3:]:
+            said += self.wrapped("\u25cf " + text, columns - 1)
+        if self.knobs["dialog"]:
             rows = ["Bash(touch x)", "Do you want to proceed?", " \u276f 1. Yes", "   2. No"]
             y, x = 2, 3
         else:
             rows, y, x = self.composer(columns)
-            if self.blind:
+            if self.knobs["blind"]:
                 rows = [""] * len(rows)
         rows += ["", "  ? for shortcuts"]
-        said = said[max(0, len(said) - (lines - len(rows) - 1)):]
-        rows, y = [*said, "", *rows], y + len(said) + 1
-        hidden = max(0, len(rows) - lines)  # a composer that is too high shows its end
+        said = said[max(0, len(said) - (lines - len(rows) - 1)) :]
+        rows = [*said, self.knobs["above"], *rows]
+        y += len(said) + 1
+        # A composer that is too high shows its end.
+        hidden = max(0, len(rows) - lines)
         screen = "\r\n".join(rows[hidden:])
         sys.stdout.write(f"\x1b[H\x1b[2J{screen}\x1b[{y - hidden + 1};{x + 1}H")
         sys.stdout.flush()
 
-    def obey(self, order):
+    def set(self, **knobs: Any) -> None:
+        """Turns knobs; a draft is put into the composer."""
+        unknown = knobs.keys() - self.knobs.keys()
+        if unknown:
+            raise KeyError(unknown)
+        self.knobs.update(knobs)
+        if "draft" in knobs:
+            self.text = knobs["draft"]
+            self.caret = 0 if self.knobs["home"] else len(self.text)
+
+
+class StandInTerminal:
+    """The terminal of the stand-in: raw while it runs, as it was before and after."""
+
+    def __init__(self) -> None:
+        self.before = termios.tcgetattr(0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+
+    def prepare(self) -> None:
+        """Takes the terminal."""
+        tty.setraw(0)
+        sys.stdout.write("\x1b[?2004h")
+
+    def restore(self) -> None:
+        """Gives it back."""
+        sys.stdout.write("\x1b[?2004l\x1b[2J\x1b[H")
+        sys.stdout.flush()
+        termios.tcsetattr(0, termios.TCSADRAIN, self.before)
+
+    def suspend(self) -> None:
+        """Ctrl-Z."""
+        self.restore()
+        os.kill(os.getpid(), signal.SIGTSTP)
+        self.prepare()
+
+    def edit(self, own_group: bool) -> None:
+        """Opens an editor in front: something that shows a prompt sign and echoes. It ends
+        with its first line. Some CLIs give it a process group of its own, others do not."""
+        self.restore()
+        command = ["sh", "-c", "printf '\u276f '; read line; :"]
+
+        def to_the_front() -> None:
+            if own_group:
+                os.setpgid(0, 0)
+                os.tcsetpgrp(0, os.getpgrp())
+
+        subprocess.run(command, preexec_fn=to_the_front)
+        os.tcsetpgrp(0, os.getpgrp())
+        self.prepare()
+
+
+class StandInControl:
+    """Orders from the test: JSON lines on a Unix socket, obeyed between two keys."""
+
+    def __init__(self, path: str, tui: StandInTui, terminal: StandInTerminal) -> None:
+        self.tui = tui
+        self.terminal = terminal
+        self.orders: list[tuple[dict[str, Any], dict[str, Any], threading.Event]] = []
+        self.woken, self.wake = os.pipe()
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(path)
+        self.server.listen(16)
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        """Takes connections."""
+        while True:
+            connection, _ = self.server.accept()
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        """One order, one answer."""
+        with connection, connection.makefile("rw") as stream:
+            order = json.loads(stream.readline())
+            result: Any = {}
+            if order["do"] == "call":
+                child = self.tui.child
+                result = child.call(order["tool"], order["arguments"], order.get("meta"))
+            else:
+                done = threading.Event()
+                self.orders.append((order, result, done))
+                os.write(self.wake, b"x")
+                done.wait(10)
+            stream.write(json.dumps(result) + "\n")
+
+    def obey_all(self) -> None:
+        """What was ordered meanwhile."""
+        while self.orders:
+            order, result, done = self.orders.pop(0)
+            if order["do"] in ("exit", "suspend", "edit"):
+                done.set()
+                # Let the answer leave first.
+                time.sleep(0.05)
+            result.update(self.obey(order))
+            self.tui.draw()
+            done.set()
+
+    def obey(self, order: dict[str, Any]) -> dict[str, Any]:
+        """One order; how things are then."""
         what = order.pop("do")
         if what == "set":
-            for name, value in order.items():
-                if name not in self.knobs:
-                    return {"error": name}
-                setattr(self, name, value)
-            if "draft" in order:
-                self.text = self.draft
-                self.caret = 0 if self.home else len(self.text)
+            self.tui.set(**order)
         elif what == "exit":
-            restore()
+            self.terminal.restore()
             os._exit(0)
         elif what == "suspend":
-            restore()
-            os.kill(os.getpid(), signal.SIGTSTP)
-            prepare()
-        return {"text": self.text, "dialog": self.dialog, "child": self.child.process.pid,
-                "pid": os.getpid()}
+            self.terminal.suspend()
+        elif what == "edit":
+            self.terminal.edit(order["own_group"])
+        return {
+            "text": self.tui.text,
+            "dialog": self.tui.knobs["dialog"],
+            "child": self.tui.child.process.pid,
+            "pid": os.getpid(),
+        }
 
 
-def prepare():
-    tty.setraw(0)
-    sys.stdout.write("\x1b[?2004h")
-
-
-def restore():
-    sys.stdout.write("\x1b[?2004l\x1b[2J\x1b[H")
-    sys.stdout.flush()
-    termios.tcsetattr(0, termios.TCSADRAIN, before)
-
-
-def answer(connection):
-    with connection, connection.makefile("rw") as stream:
-        order = json.loads(stream.readline())
-        if order["do"] == "call":
-            result = child.call(order["tool"], order["arguments"], order.get("meta"))
-        else:
-            done = threading.Event()
-            orders.append((order, box := {}, done))
-            os.write(wake, b"x")
-            done.wait(10)
-            result = box
-        stream.write(json.dumps(result) + "\n")
-
-
-def serve():
-    while True:
-        connection = server.accept()[0]
-        threading.Thread(target=answer, args=(connection,), daemon=True).start()
-
-
-before = termios.tcgetattr(0)
-server = socket.socket(socket.AF_UNIX)
-server.bind(options.control)
-server.listen(16)
-orders, (woken, wake) = [], os.pipe()
-child = Child([word for word in options.child if word != "--"])
-if options.handshake:
-    threading.Thread(target=child.shake, daemon=True).start()
-tui = Tui(child)
-prepare()
-tui.draw()
-threading.Thread(target=serve, daemon=True).start()
-while True:
-    ready = select.select([0, woken], [], [], 0.5)[0]
-    if 0 in ready:
-        data = os.read(0, 65536)
-        if not data:
-            break
-        tui.feed(data)
-    if woken in ready:
-        os.read(woken, 100)
-    while orders:
-        order, box, done = orders.pop(0)
-        if order["do"] in ("exit", "suspend"):
-            done.set()
-            time.sleep(0.05)  # let the answer leave first
-        box.update(tui.obey(order))
-        tui.draw()
-        done.set()
+def stand_in_tui() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control", required=True)
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--handshake", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("child", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    diary = Diary(options.log)
+    terminal = StandInTerminal()
+    child = StandInChild([word for word in options.child if word != "--"], diary)
+    if options.handshake:
+        threading.Thread(target=child.shake, daemon=True).start()
+    tui = StandInTui(child, diary, options.check)
+    terminal.prepare()
     tui.draw()
-'''
+    control = StandInControl(options.control, tui, terminal)
+    while True:
+        pause = 0.02 if tui.knobs["lag"] else 0.5
+        ready = select.select([0, control.woken], [], [], pause)[0]
+        if 0 in ready:
+            data = os.read(0, 65536)
+            if not data:
+                break
+            tui.feed(data)
+        if control.woken in ready:
+            os.read(control.woken, 100)
+        control.obey_all()
+        tui.draw()
+
+
+STAND_IN_TUI = program_of(
+    cells, Diary, StandInChild, StandInTui, StandInTerminal, StandInControl, stand_in_tui
+)
 
 
 def tell(path: str, **order: Any) -> dict[str, Any]:
@@ -4915,23 +6563,25 @@ class Agent:
 
     def __init__(
         self, tmux: Tmux, folder: Path, child: list[str], env: dict[str, str] | None = None,
-        handshake: bool = False, check: bool = False,
+        handshake: bool = False, check: bool = False, around: str = "{}", program: str = "tui.py",
     ) -> None:  # fmt: skip
+        """`around` is a command line that runs the stand-in, put in place of {}; `program` is
+        the name it goes by."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tmux = tmux
         self.control = str(folder / "tui")
         self.file = folder / "tui.log"
         self.file.touch()
-        program = folder / "tui.py"
-        program.write_text(STAND_IN_TUI)
-        words = [PYTHON, str(program), "--control", self.control, "--log", str(self.file)]
+        script = folder / program
+        script.write_text(STAND_IN_TUI)
+        words = [PYTHON, str(script), "--control", self.control, "--log", str(self.file)]
         words += ["--handshake"] * handshake + ["--check"] * check + ["--", *child]
         exports = [f"export {k}={shlex.quote(v)}" for k, v in (env or {}).items()]
         run = folder / "run"
         run.write_text("\n".join([*exports, "exec " + shlex.join(words), ""]))
         self.pane = tmux.pane("env PS1='❯ ' bash --norc --noprofile -i", cwd=folder)
-        self.line(f"sh {shlex.quote(str(run))}")
-        eventually(lambda: "for shortcuts" in self.screen())
+        self.line(around.format(f"sh {shlex.quote(str(run))}"))
+        eventually(lambda: "for shortcuts" in self.screen(), 20)
 
     def line(self, text: str) -> None:
         """Type a line, as a human would."""
@@ -4957,48 +6607,52 @@ class Agent:
         return b"".join(map(bytes.fromhex, self.logged("bytes")))
 
 
-# What hangs below the stand-in in the tests of the doors alone: it rings when told to.
-RINGER = r'''
-import json, os, signal, socket, subprocess, sys, threading, time
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import agent_chat
+def ringer() -> None:
+    """What hangs below the stand-in in the tests of the doors alone: it rings when told to.
+    Its arguments are the path of agent_chat.py and that of its own socket."""
+    sys.path.insert(0, os.path.dirname(sys.argv[1]))
+    import agent_chat
 
-signal.signal(signal.SIGHUP, signal.SIG_IGN)  # outlive the pane
-doors = agent_chat.Doors(agent_chat.load_settings({}, agent_chat.environ()))
+    # It outlives its pane, but not its test.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    doors = agent_chat.Doors(agent_chat.load_settings({}, agent_chat.environ()))
+
+    def obey(order: dict[str, Any]) -> dict[str, Any]:
+        """One order."""
+        what = order.pop("do")
+        if what == "ring":
+            start = time.perf_counter()
+            outcome = doors.ring(order["line"])
+            return outcome._asdict() | {"ms": (time.perf_counter() - start) * 1000}
+        if what == "names":
+            return {"names": doors.names(), "note": doors.note()}
+        if what == "learn":
+            doors.learn(order["meta"])
+        if what == "environ":
+            os.environ.update({k: v for k, v in order.items() if v is not None})
+            for name in [k for k, v in order.items() if v is None]:
+                os.environ.pop(name, "")
+        if what == "set":
+            vars(agent_chat).update(order)
+        if what == "stop":
+            os._exit(0)
+        if what == "spawn":
+            subprocess.Popen([sys.executable, sys.argv[0], sys.argv[1], order["to"]])
+        return {}
+
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[2])
+    server.listen(16)
+    server.settimeout(40)
+    while True:
+        connection, _ = server.accept()
+        with connection, connection.makefile("rw") as stream:
+            line = stream.readline()
+            if line:
+                stream.write(json.dumps(obey(json.loads(line))) + "\n")
 
 
-def obey(order):
-    what = order.pop("do")
-    if what == "ring":
-        start = time.perf_counter()
-        outcome = doors.ring(order["line"])
-        return outcome._asdict() | {"ms": (time.perf_counter() - start) * 1000}
-    if what == "names":
-        return {"names": doors.names()}
-    if what == "learn":
-        doors.learn(order["meta"])
-    if what == "environ":
-        for name, value in order.items():
-            os.environ.pop(name, "") if value is None else os.environ.update({name: value})
-    if what == "set":
-        vars(agent_chat).update(order)
-    if what == "stop":
-        os._exit(0)
-    if what == "spawn":
-        subprocess.Popen([sys.executable, sys.argv[0], sys.argv[1], order["to"]])
-    return {}
-
-
-server = socket.socket(socket.AF_UNIX)
-server.bind(sys.argv[2])
-server.listen(16)
-server.settimeout(40)  # it outlives its pane, but not its test
-while True:
-    with server.accept()[0] as connection, connection.makefile("rw") as stream:
-        line = stream.readline()
-        if line:
-            stream.write(json.dumps(obey(json.loads(line))) + "\n")
-'''
+RINGER = program_of(ringer)
 
 
 class Bell:
@@ -5054,7 +6708,7 @@ def rig(tmux: Tmux, tmp_path: Path) -> Iterator[Rig]:
 @pytest.mark.tmux
 @NEEDS_TMUX
 def test_an_idle_agent_is_rung(rig: Rig) -> None:
-    assert rig.bell.do("names") == {"names": ["tmux"]}
+    assert rig.bell.do("names")["names"] == ["tmux"]
     rig.rung()
     line = rig.agent.submitted()[0]
     assert rig.agent.received() == b"\x1b[200~" + line.encode() + b"\x1b[201~\r"
@@ -5143,6 +6797,66 @@ def test_what_happens_between_paste_and_enter_is_noticed(rig: Rig) -> None:
 
 @pytest.mark.tmux
 @NEEDS_TMUX
+def test_an_enter_that_became_a_newline_is_no_ring(rig: Rig) -> None:
+    """The line then stands one row above the caret, in an indented composer."""
+    rig.agent.do("set", newlines=1)
+    before = len(rig.agent.submitted())
+    assert rig.bell.ring() == "rung"
+    eventually(lambda: len(rig.agent.submitted()) > before)
+    assert rig.agent.submitted()[-1].endswith("\n")
+    rig.bell.do("set", SEEN_SECONDS=0.5)
+    rig.agent.do("set", newlines=99, look="box", prompt="> ")
+    outcome = rig.bell.do("ring", line=a_line("never submitted"))
+    assert (outcome["word"], outcome["detail"]) == ("unconfirmed", "Enter did not submit the line")
+    assert "never submitted" in rig.agent.do("state")["text"], "nothing was taken back"
+    rig.agent.do("set", newlines=0)
+    assert rig.bell.ring("another text") == "rung", "the next ring recognises it"
+    assert "never submitted" in rig.agent.submitted()[-1]
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_line_of_ours_is_known_by_a_ringer_that_did_not_paste_it(rig: Rig) -> None:
+    """The plugin may have been started anew since."""
+    line = a_line("left behind") + " #12ab"
+    rig.agent.do("set", draft=line)
+    assert rig.bell.ring("another text") == "rung"
+    assert rig.agent.submitted() == [line]
+    rig.agent.do("set", draft=f"please {line}")
+    rig.untouched("draft")
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_draft_that_is_not_drawn_yet_gets_no_byte(rig: Rig) -> None:
+    for seconds in (0.05, 0.12):
+        rig.agent.do("set", draft="", lag=0)
+        rig.rung()
+        rig.agent.do("set", lag=seconds)
+        rig.agent.tmux.run("send-keys", "-t", rig.agent.pane, "-l", "half a thought")
+        outcome = rig.bell.ring()
+        assert outcome == "draft", rig.agent.screen()
+        assert rig.agent.do("state")["text"] == "half a thought"
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+@pytest.mark.parametrize("own_group", (True, False))
+def test_an_editor_that_the_cli_opened_gets_no_byte(rig: Rig, own_group: bool) -> None:
+    """It shows a prompt sign, has the terminal as its input, and is not the CLI."""
+    agent = rig.agent
+    agent.do("edit", own_group=own_group)
+    eventually(lambda: agent.screen().strip() == "❯")
+    outcome = rig.bell.do("ring", line=a_line("x"))
+    assert (outcome["word"], agent.screen().strip()) == ("dialog", "❯")
+    assert outcome["detail"].startswith("sh, opened by the agent's CLI")
+    agent.line("")
+    eventually(lambda: "for shortcuts" in agent.screen())
+    rig.rung()
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
 def test_enter_is_repeated_until_the_line_has_left(rig: Rig) -> None:
     rig.agent.do("set", swallow=2)
     rig.rung()
@@ -5166,9 +6880,53 @@ def test_a_copy_mode_is_left_only_when_nothing_moves(rig: Rig) -> None:
     rig.untouched("mode")  # it moved
     eventually(lambda: rig.bell.ring() == "rung")
     assert len(agent.submitted()) == 1
-    agent.tmux.run("choose-tree", "-t", pane)
-    rig.bell.do("set", MODE_SECONDS=60)
-    rig.untouched("mode")
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_mode_that_somebody_uses_is_never_ended(rig: Rig) -> None:
+    """What a tree, a clock or a list shows cannot be seen from outside, so they stay; and so
+    does a copy mode in which something is selected or searched."""
+    agent, pane = rig.agent, rig.agent.pane
+    rig.bell.do("set", MODE_SECONDS=0)
+
+    def mode() -> str:
+        return agent.tmux.run("display", "-p", "-t", pane, "#{pane_mode}")
+
+    for command in ("choose-tree", "choose-buffer", "clock-mode"):
+        agent.tmux.run("set-buffer", "something")
+        agent.tmux.run(command, "-t", pane)
+        before = mode()
+        for _ in range(3):
+            rig.untouched("mode")
+        assert mode() == before != ""
+        assert before in rig.bell.do("ring", line=a_line("x"))["detail"]
+        agent.tmux.run("copy-mode", "-q", "-t", pane)
+    for keys in (("begin-selection",), ("search-backward", "shortcuts")):
+        agent.tmux.run("copy-mode", "-t", pane)
+        agent.tmux.run("send-keys", "-t", pane, "-X", *keys)
+        for _ in range(3):
+            rig.untouched("mode")
+        assert mode() == "copy-mode"
+        agent.tmux.run("copy-mode", "-q", "-t", pane)
+    rig.rung()
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_mode_is_not_ended_under_the_eyes_of_its_user(rig: Rig, tmp_path: Path) -> None:
+    """A client that shows the pane, and in which a key was pressed a moment ago."""
+    agent, pane = rig.agent, rig.agent.pane
+    rig.bell.do("set", MODE_SECONDS=0)
+    command = ["script", "-qc", f"env -u TMUX tmux -S {agent.tmux.socket} attach", "/dev/null"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as user:
+        eventually(lambda: agent.tmux.run("list-clients"))
+        agent.tmux.run("copy-mode", "-t", pane)
+        for _ in range(3):
+            rig.untouched("mode")
+        rig.bell.do("set", VIEWER_SECONDS=-1)
+        eventually(lambda: rig.bell.ring() == "rung")
+        user.kill()
 
 
 @pytest.mark.tmux
@@ -5243,7 +7001,7 @@ def test_a_pane_is_trusted_only_by_its_terminal(rig: Rig, tmp_path: Path) -> Non
         bell = Bell(folder)
         daemon = subprocess.Popen(bell.command, env={**env, **more}, start_new_session=True)
         try:
-            assert bell.do("names") == {"names": names}
+            assert bell.do("names")["names"] == names
             assert bell.ring() == ("rung" if names else "unavailable")
             if names:  # and not for what another server calls by the same name
                 assert len(rig.agent.submitted()) == 1
@@ -5256,6 +7014,124 @@ def test_a_pane_is_trusted_only_by_its_terminal(rig: Rig, tmp_path: Path) -> Non
         finally:
             daemon.kill()
             daemon.wait()
+
+
+# A terminal inside a terminal: what runs the agent there, and the program that is named.
+INNER_TERMINALS = [
+    pytest.param("script -qc '{}' /dev/null", "script", marks=needs("script")),
+    pytest.param("screen -c /dev/null {}", "screen", marks=needs("screen")),
+    pytest.param("vim -u NONE -c 'terminal ++curwin {}'", "vim", marks=needs("vim")),
+    pytest.param("nvim -u NONE -c 'terminal {}'", "nvim", marks=needs("nvim")),
+    pytest.param("env -u TMUX tmux -S inner -f /dev/null new '{}'", "", marks=NEEDS_TMUX),
+]
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+@pytest.mark.parametrize(("around", "program"), INNER_TERMINALS)
+def test_a_terminal_inside_the_pane_is_refused_by_name(
+    tmux: Tmux, tmp_path: Path, around: str, program: str
+) -> None:
+    """The caret of the pane may stand anywhere: in an editor's own text, in another window.
+    Of two tmux one inside the other the inner is right."""
+    bell = Bell(tmp_path)
+    env = {"HOME": str(tmp_path)}
+    agent = Agent(tmux, tmp_path / "agent", bell.command, env=env, around=around)
+    try:
+        told = bell.do("names")
+        if program:
+            assert told["names"] == []
+            assert re.search(rf"in another terminal, which \S*{program}", told["note"], re.I)
+            outcome = bell.do("ring", line=a_line("x"))
+            assert (outcome["word"], agent.received()) == ("unavailable", b"")
+            assert told["note"] in outcome["detail"]
+        else:
+            assert (told["names"], told["note"], bell.ring()) == (["tmux"], "", "rung")
+            eventually(agent.submitted)
+    finally:
+        bell.do("stop")
+        inner = ["tmux", "-S", str(tmp_path / "agent" / "inner"), "kill-server"]
+        subprocess.run(inner, capture_output=True, check=False)
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+@pytest.mark.parametrize(
+    ("around", "why"),
+    (
+        ("cat | {} | cat", "input or output goes elsewhere"),
+        ("setsid {} < /dev/null | cat", "has no terminal"),
+    ),
+)
+def test_an_agent_without_a_screen_is_not_rung_in_its_parents_pane(
+    rig: Rig, tmp_path: Path, around: str, why: str
+) -> None:
+    """An agent's shell tool starts another agent headless. It inherits TMUX and TMUX_PANE."""
+    folder = tmp_path / "headless"
+    folder.mkdir()
+    bell = Bell(folder)
+    code = f"import subprocess, sys; p = subprocess.Popen({bell.command!r}, stdin=-1); p.wait()"
+    command = around.format(shlex.join([PYTHON, "-c", code]))
+    rig.agent.tmux.run("respawn-pane", "-k", "-t", rig.agent.pane, f"HOME={tmp_path} {command}")
+    told = bell.do("names")
+    assert (told["names"], why in told["note"]) == ([], True), told
+    bell.do("stop")
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_service_between_plugin_and_window_ends_the_walk(rig: Rig, tmp_path: Path) -> None:
+    """Codex: the daemon is a child of the first window; the plugins of all are its children."""
+    folder = tmp_path / "service"
+    folder.mkdir()
+    bell = Bell(folder)
+    options = "stdin=-1, start_new_session=True"
+    code = f"import subprocess; subprocess.Popen({bell.command!r}, {options}).wait()"
+    service = [PYTHON, "-c", code]
+    starter = f"import subprocess; subprocess.Popen({service!r}, start_new_session=True).wait()"
+    run = folder / "run"
+    run.write_text(f"HOME={tmp_path} exec {shlex.join([PYTHON, '-c', starter])}")
+    rig.agent.tmux.run("respawn-pane", "-k", "-t", rig.agent.pane, f"sh {run}")
+    told = bell.do("names")
+    assert told["names"] == []
+    assert "has no terminal: it is a background service" in told["note"]
+    bell.do("stop")
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_socket_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a, b=c,1"
+    folder.mkdir()
+    tmux = Tmux(folder)
+    bell = Bell(tmp_path)
+    agent = Agent(tmux, tmp_path / "agent", bell.command, env={"HOME": str(tmp_path)})
+    try:
+        assert bell.do("names") == {"names": ["tmux"], "note": ""}
+        assert bell.ring() == "rung"
+        override = agent_chat.Tmux(f"{tmux.socket},{agent.pane}")
+        assert override.find() == "" and override.target() == agent.pane
+    finally:
+        bell.do("stop")
+        tmux.kill()
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_tmux_of_another_version_is_answered_by_the_servers_own(
+    rig: Rig, tmp_path: Path
+) -> None:
+    """The one on PATH cannot talk to the server; or there is none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "tmux").write_text("#!/bin/sh\necho server exited unexpectedly >&2\nexit 1\n")
+    (folder / "tmux").chmod(0o755)
+    rig.bell.do("environ", PATH=f"{folder}:{os.environ['PATH']}")
+    rig.rung()
+    (folder / "tmux").unlink()
+    terminal = agent_chat.Tmux(f"{tmp_path}/nobody,%0")
+    terminal.binary = str(folder / "tmux")
+    assert "there is no tmux on PATH" in terminal.find()
 
 
 @pytest.mark.tmux
@@ -5480,11 +7356,11 @@ if os.path.exists({str(tmp_path)!r} + "/refuse"):
     fake.chmod(0o755)
     bell.do("environ", PATH=f"{tmp_path}:{os.environ['PATH']}")
     bell.do("learn", meta={"threadId": "--help"})
-    assert bell.do("names") == {"names": []}
+    assert bell.do("names")["names"] == []
     thread = "0199a213-81c0-7800-8aa1-bbab2a035a53"
     bell.do("learn", meta={"threadId": thread, "progressToken": 1})
     bell.do("learn", meta={"progressToken": 2})
-    assert bell.do("names") == {"names": ["codex"]}
+    assert bell.do("names")["names"] == ["codex"]
     assert bell.ring() == "rung"
     words, key = json.loads(log.read_text())
     assert words[:4] == ["queue", "--thread", thread, "--message"] and not key
@@ -5497,6 +7373,92 @@ if os.path.exists({str(tmp_path)!r} + "/refuse"):
     assert bell.ring() == "unavailable"
 
 
+def test_codex_resumes_a_closed_thread_where_it_can(bell: Bell, tmp_path: Path) -> None:
+    """An older codex refuses the option: the line goes without it, then and from then on."""
+    fake, log = tmp_path / "codex", tmp_path / "calls"
+    refuse = "case $7 in --resume) echo unexpected argument >&2; exit 2;; esac"
+    for first, calls in ((":", ["7"] * 2), (refuse, ["7", "6", "6"])):
+        fake.write_text(f"#!/bin/sh\necho $# >> {log}\n{first}\n")
+        fake.chmod(0o755)
+        log.write_text("")
+        bell.do("environ", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        bell.do("learn", meta={"threadId": "0199a213-81c0-7800-8aa1-bbab2a035a53"})
+        assert [bell.ring(), bell.ring()] == ["rung", "rung"]
+        assert log.read_text().split() == calls
+    # It took the line and only failed to resume: that is rung, and not rung a second time.
+    fake.write_text("#!/bin/sh\necho Queued message 1; echo no daemon >&2; exit 1\n")
+    assert bell.ring() == "rung"
+
+
+def test_one_plugin_for_two_codex_threads_rings_neither(bell: Bell, tmp_path: Path) -> None:
+    (tmp_path / "codex").symlink_to("/bin/true")
+    bell.do("environ", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    bell.do("learn", meta={"threadId": "one"})
+    assert bell.do("names")["names"] == ["codex"]
+    for thread in ("two", "one"):
+        bell.do("learn", meta={"threadId": thread})
+        told = bell.do("names")
+        assert told["names"] == []
+        assert told["note"].startswith("2 Codex threads share this plugin")
+        outcome = bell.do("ring", line=a_line("x"))
+        assert (outcome["word"], told["note"] in outcome["detail"]) == ("unavailable", True)
+
+
+def test_qwen_code_is_rung_through_its_inbox(bell: Bell) -> None:
+    """Its frames have a version and an id; without them it drops them in silence."""
+    path = bell.path + "-inbox"
+    inbox = socket.socket(socket.AF_UNIX)
+    inbox.bind(path)
+    inbox.listen()
+    inbox.settimeout(8)
+    bell.do("environ", QWEN_CODE_MESSAGING_SOCKET=path, QWEN_CODE_MESSAGING_TOKEN="t0ken")
+    assert bell.do("names")["names"] == ["qwen"]
+    outcome = bell.do("ring", line=a_line("API spec ready"))
+    assert (outcome["word"], outcome["door"]) == ("rung", "qwen")
+    connection, _ = inbox.accept()
+    with connection, connection.makefile("r") as stream:
+        auth, message = map(json.loads, stream)
+    assert auth == {"msgV": 1, "type": "auth", "token": "t0ken"}
+    assert re.fullmatch("[0-9a-f-]{36}", message.pop("msgId"))
+    line = message["message"].pop("content")
+    assert re.fullmatch(re.escape(a_line("API spec ready")) + " #[0-9a-f]{4}", line)
+    assert message == {
+        "msgV": 1, "type": "user", "fromName": "agent-chat", "fromMode": "prompting",
+        "priority": "next", "message": {"role": "user"},
+    }  # fmt: skip
+    inbox.close()
+    assert bell.ring() == "unavailable"
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_cli_with_a_shape_is_rung_in_no_other_composer(tmux: Tmux, tmp_path: Path) -> None:
+    """By its command this stand-in is Claude Code, whose composer is between two rules."""
+    bell = Bell(tmp_path)
+    env = {"HOME": str(tmp_path)}
+    agent = Agent(tmux, tmp_path / "agent", bell.command, env=env, program="claude")
+    rig = Rig(agent, bell)
+    try:
+        bell.do("names")
+        agent.do("set", look="rules")
+        rig.rung()
+        agent.do("set", draft="one\n\ntwo", home=True)
+        rig.untouched("draft")
+        for look, prompt in (("plain", "❯ "), ("box", "❯ "), ("rules", "> "), ("rules", "! ")):
+            agent.do("set", draft="", look=look, prompt=prompt)
+            outcome = bell.do("ring", line=a_line("x"))
+            said = (outcome["word"], outcome["detail"])
+            assert said == ("dialog", "no composer of Claude Code is on the screen")
+        agent.do("set", look="rules", prompt="❯ ")
+        tmux.run("resize-window", "-t", agent.pane, "-x", "60", "-y", "4")
+        outcome = bell.do("ring", line=a_line("x"))
+        assert outcome["word"] == "dialog"
+        assert outcome["detail"] == "the pane is too small (60x4) for the composer of Claude Code"
+        assert len(agent.submitted()) == 1
+    finally:
+        bell.do("stop")
+
+
 @pytest.mark.tmux
 @NEEDS_TMUX
 def test_one_door_rings_and_a_closed_one_falls_through(rig: Rig) -> None:
@@ -5505,7 +7467,7 @@ def test_one_door_rings_and_a_closed_one_falls_through(rig: Rig) -> None:
     inbox.bind(path)
     inbox.listen()
     rig.bell.do("environ", CLAUDE_CODE_MESSAGING_SOCKET=path)
-    assert rig.bell.do("names") == {"names": ["claude", "tmux"]}
+    assert rig.bell.do("names")["names"] == ["claude", "tmux"]
     rig.untouched("rung")  # by its inbox, so the terminal gets no byte
     inbox.close()
     outcome = rig.bell.do("ring", line=a_line("x"))
