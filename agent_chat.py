@@ -6744,9 +6744,7 @@ class Stream(NamedTuple):
     """An open file: its identity is the same for all who share it."""
 
     identity: str
-    device: (
-        int  # number of the terminal or other device it is, 0 for pipes and files
-    )
+    device: int  # number of the terminal or other device it is, 0 for pipes and files
 
 
 class Streams(NamedTuple):
@@ -6880,7 +6878,9 @@ def variables_of(pid: int) -> Mapping[str, str]:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 pairs = os.fsdecode(file.read()).split("\0")
             return dict(pair.partition("=")[::2] for pair in pairs)
-        _, text, _ = run_bounded(["ps", "eww", "-o", "command=", "-p", str(pid)])
+        _, text, _ = run_bounded(
+            ["ps", "eww", "-o", "command=", "-p", str(pid)]
+        )
     except OSError:
         return {}
     wanted = r" (TMUX|TMUX_PANE)=(.*?)(?= [A-Za-z_]\w*=|\s*$)"
@@ -6893,7 +6893,9 @@ def command_of(pid: int) -> list[str]:
         if has_proc():
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 return os.fsdecode(file.read()).rstrip("\0").split("\0")
-        _, text, _ = run_bounded(["ps", "-ww", "-o", "command=", "-p", str(pid)])
+        _, text, _ = run_bounded(
+            ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+        )
         return text.split()
     except OSError:
         return []
@@ -7019,7 +7021,9 @@ OUR_LINE = re.compile(
     re.escape(DOORBELL) + r".*#[0-9a-f]{4}"
 )  # its blanks taken out
 UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
-ESCAPE = r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
+ESCAPE = (
+    r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
+)
 TEXT_OR_ESCAPE = re.compile(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
 
 
@@ -7517,7 +7521,9 @@ def our_line(composer: Composer | None) -> str:
 # without a screen.
 # ======================================================================================
 
-TTY_CLOCK_SECONDS = 8  # Linux tells only so exactly when a terminal was last read
+TTY_CLOCK_SECONDS = (
+    8  # Linux tells only so exactly when a terminal was last read
+)
 QUIET_SECONDS = 0.5  # without a key, until what was typed has surely been drawn
 
 
@@ -7632,9 +7638,7 @@ def why_not_its_own(cli: Process, tty: int, leader: int) -> str:
         )
     if cli.tty != tty or (cli.session and cli.session != leader):
         inner = inner_terminal(cli)
-        return (
-            f"{who} runs in another terminal, which {inner} shows inside the pane"
-        )
+        return f"{who} runs in another terminal, which {inner} shows inside the pane"
     streams = standard_streams(cli.pid)
     if not streams:
         return f"{who} is another user's: its input cannot be seen"
@@ -7695,7 +7699,9 @@ class TmuxState(NamedTuple):
         """The look that this state and these rows make."""
         height = int(self.pane_height)
         rows = [*styled, *[""] * height][:height]
-        used = self.says(self.selection_present) or self.says(self.search_present)
+        used = self.says(self.selection_present) or self.says(
+            self.search_present
+        )
         stays = self.pane_mode != "copy-mode" or used
         shared = self.says(self.pane_input_off) or self.says(
             self.pane_synchronized
@@ -7720,7 +7726,9 @@ class TmuxState(NamedTuple):
 
 TMUX_STATE = " ".join(f"#{{{name}}}" for name in TmuxState._fields)
 OTHER_VERSION = re.compile("exited unexpectedly|protocol version|lost server")
-VIEWER_SECONDS = 60  # after a key, somebody who sees a mode is taken to be at it
+VIEWER_SECONDS = (
+    60  # after a key, somebody who sees a mode is taken to be at it
+)
 
 
 class TmuxAddress(NamedTuple):
@@ -7972,7 +7980,9 @@ def server_at(path: str) -> int:
 # ======================================================================================
 
 LOCK_SECONDS = 15  # for another process that is typing into the same pane
-SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
+SETTLE_SECONDS = (
+    0.12  # some TUIs take an Enter right after a paste for a newline
+)
 SEEN_SECONDS = 2  # for the pasted line to show up, or to leave
 AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
 POLL_SECONDS = 0.02
@@ -8048,7 +8058,9 @@ class InboxDoor(Door):
         import socket
 
         if not hasattr(socket, "AF_UNIX"):
-            return self.came(Ring.UNAVAILABLE, "this system has no Unix sockets")
+            return self.came(
+                Ring.UNAVAILABLE, "this system has no Unix sockets"
+            )
         text = "".join(json.dumps(frame) + "\n" for frame in self.frames(line))
         try:
             with socket.socket(socket.AF_UNIX) as inbox:
@@ -8250,13 +8262,17 @@ class Submission:
         """Time is up. Nothing is taken back: the next ring finds what
         still stands there."""
         if standing is Standing.MIXED:
-            return self.stop(Ring.DRAFT, "somebody typed beside the pasted line")
+            return self.stop(
+                Ring.DRAFT, "somebody typed beside the pasted line"
+            )
         if self.presses and standing is Standing.SHOWN:
             return self.stop(Ring.RUNG, "")
         if self.presses and standing is Standing.OURS:
             return self.stop(Ring.UNCONFIRMED, "Enter did not submit the line")
         if self.presses:
-            return self.stop(Ring.UNCONFIRMED, "after Enter no composer was seen")
+            return self.stop(
+                Ring.UNCONFIRMED, "after Enter no composer was seen"
+            )
         return self.stop(Ring.UNCONFIRMED, "the pasted line was not drawn")
 
     def stop(self, word: Ring, detail: str) -> Step:
@@ -8278,7 +8294,9 @@ class TerminalDoor(Door):
             ""  # name of the agent's CLI in SHAPES, "" for one that has none
         )
         self.pasted = ""  # our last line; it may still stand in the composer
-        self.mode_place = ""  # where a mode of the terminal stood, and since when
+        self.mode_place = (
+            ""  # where a mode of the terminal stood, and since when
+        )
         self.mode_since = 0.0
 
     def available(self) -> bool:
@@ -8492,7 +8510,9 @@ class Doors:
     def ring(self, line: str) -> Outcome:
         """Ring with this line (see doorbell_line); a nonce is added.
         Blocks for seconds."""
-        clean = "".join(c if c.isprintable() else " " for c in line).strip()[:600]
+        clean = "".join(c if c.isprintable() else " " for c in line).strip()[
+            :600
+        ]
         reasons = []
         for door in self.doors:
             if not door.available():
