@@ -4896,8 +4896,8 @@ def page_policy(body: bytes) -> str:
 # Knows: one socket, WIRE, Api, websockets.  Never: Store, Switchboard, sqlite3, any desk.
 # ======================================================================================
 
-READ = 1  # selectors.EVENT_READ
-WRITE = 2  # selectors.EVENT_WRITE
+READABLE = 1  # selectors.EVENT_READ
+WRITABLE = 2  # selectors.EVENT_WRITE
 RECEIVE_BYTES = 64 << 10  # in one turn from one client
 RECEIVE_FRAME_BYTES = 4 << 10  # of a WebSocket, which only acknowledges
 MAX_PIPELINED_BYTES = 256 << 10  # behind a request that has no answer yet
@@ -4990,7 +4990,7 @@ class Connection:
         self.api = server.api
         self.received = bytearray()
         self.out = bytearray()
-        self.events = READ  # what the selector waits for
+        self.events = READABLE  # what the selector waits for
         self.phase = Phase.IDLE
         self.deadline = time.monotonic() + REQUEST_SECONDS
         self.head = NO_HEAD  # of the request that is, or was last, answered
@@ -5347,18 +5347,18 @@ class Connection:
         if self.out or self.queued:
             self.queued = len(self.out)
             self.server.queued(self)
-        if self.out or self.events != READ:
+        if self.out or self.events != READABLE:
             self.select_events()
         if not self.out:
             self.go_on(said)
 
     def select_events(self) -> None:
         """Who does not read is not read from either."""
-        events = READ
+        events = READABLE
         if self.out:
-            events = READ | WRITE
+            events = READABLE | WRITABLE
         if len(self.out) > OUT_HIGH_WATER:
-            events = WRITE
+            events = WRITABLE
         if events != self.events:
             self.events = events
             self.server.select(self, events)
@@ -5678,7 +5678,7 @@ class HubServer:
         self.waker.setblocking(False)
         for sock in (listener.socket, self.bell):
             sock.setblocking(False)
-            self.selector.register(sock, READ)
+            self.selector.register(sock, READABLE)
         self.limit = connection_limit()
         self.connections: set[Connection] = set()
         self.strangers: set[Connection] = set()  # have not shown the key yet
@@ -5750,9 +5750,9 @@ class HubServer:
             else:
                 self.accept(turn)
         elif connection in self.connections:
-            if events & WRITE:
+            if events & WRITABLE:
                 turn.say(connection, b"")
-            if events & READ:
+            if events & READABLE:
                 self.attend(turn, connection, connection.receive)
 
     def attend(
@@ -5983,7 +5983,7 @@ class HubServer:
         try:
             sock.setblocking(False)
             sock.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
-            self.selector.register(sock, READ, connection)
+            self.selector.register(sock, READABLE, connection)
         except OSError:  # its client has gone, or the kernel has no memory for it
             sock.close()
             return
@@ -5999,7 +5999,7 @@ class HubServer:
         for connection in [one for one in self.connections if one.deadline < turn.clock]:
             self.attend(turn, connection, connection.expire)
         if self.listener.socket not in self.selector.get_map():
-            self.selector.register(self.listener.socket, READ)  # there may be room again
+            self.selector.register(self.listener.socket, READABLE)  # there may be room again
         if self.trouble:
             self.recover(turn)
         else:
@@ -8698,13 +8698,12 @@ def plain(value: object, limit: int) -> str:
 # Never: Client, sockets, the clock, asyncio.
 # ======================================================================================
 
-PAGE_BYTES = 60_000  # of JSON in one result; hosts cut at about 25,000 tokens
+RESULT_BYTES = 60_000  # of JSON in one result; hosts cut at about 25,000 tokens
 PIECE_CHARACTERS = 9_000  # a part of a long message is made of such pieces
 PART_BYTES = 56_000
 WHOLE_NUMBER = re.compile(r"-?\d{1,9}(\.0+)?", re.A)
 AGENTS_SHOWN = 200  # by list_agents; the online ones come first
 MOST_CHOICES = 4
-CHOICE_CHARACTERS = 200
 AGENT_KEYS = (
     "name", "groups", "status", "type", "host", "cwd", "last_seen_at", "verified",
 )
@@ -9005,7 +9004,7 @@ def page_of(rows: Sequence[MessageJson], unread: int) -> ResultPage:
     `unread` is how many there are in all. A first message that is too long
     alone comes in parts."""
     messages: list[JsonObject] = []
-    room = PAGE_BYTES
+    room = RESULT_BYTES
     for row in rows:
         message = shown(row)
         room -= json_bytes(message)
@@ -9080,7 +9079,7 @@ def shown(message: MessageJson) -> JsonObject:
 def fitting(rows: Iterable[Decoded]) -> list[Decoded]:
     """The first of these rows, as many as one result holds."""
     kept = []
-    room = PAGE_BYTES
+    room = RESULT_BYTES
     for row in rows:
         room -= json_bytes(row)
         if room < 0:
@@ -9871,7 +9870,7 @@ class Plugin:
     async def fetch(self, limit: int) -> list[MessageJson]:
         """Unread messages, oldest first, of which nothing is marked; remembers
         how many there are in all. Raises ChatError."""
-        ask = functools.partial(self.client.get_messages, peek=True, max_bytes=PAGE_BYTES)
+        ask = functools.partial(self.client.get_messages, peek=True, max_bytes=RESULT_BYTES)
         rows, self.unread = await self.aside(ask, self.name, limit)
         return list(rows)
 

@@ -1183,6 +1183,15 @@ def name_of_a_room_below(room: Room, house: House) -> Iterator[Finding]:
             yield node, f"{name} of {house.defined[name]}"
 
 
+@refused_idiom
+def name_made_twice(room: Room, house: House) -> Iterator[Finding]:
+    """A name that two rooms make at their top level: the later one is what both of them use."""
+    for name in room.names:
+        makers = [other.name for other in house.rooms.values() if name in other.names]
+        if makers != [room.name]:
+            yield ast.Pass(lineno=1), f"{name} of {' and '.join(makers)}"
+
+
 # -- the tests
 
 HOUSE = House(rooms_of(SOURCE))
@@ -1262,6 +1271,7 @@ PLANTED = {
     name_behind_a_wall: ["def f(self): return self.api.store.number()", "import sqlite3",
                          "def f(self): return self.api.store", "def f(): return Store('x')"],
     name_of_a_room_below: ["def f(): return main([])"],
+    name_made_twice: ["PAGE_BYTES = 1"],
 }
 # What looks like a breach and is none.
 INNOCENT = {
