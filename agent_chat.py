@@ -34,7 +34,9 @@ The rooms of this house, in order. Each one names only rooms above it:
     TOOLS       what an agent sees: nine tools, their words, what they take and give
     HOST        the agent's CLI behind stdin and stdout, as such programs really speak
     PLUGIN      one agent's seat at the hub: its name, its bell, its answers
-    SETUP       the agents' configuration files and hooks
+    EDITING    JSON and TOML as text: one place changes, every other byte stays
+    SETUP      the agent CLIs and their configuration files
+    HOOKS      what a hook of an agent's CLI answers
     DOCTOR      the proof that the whole chain works
     DAEMON      the hub in the background: its pid file, its start, its end
     CONSOLE     what people type, and what fits their terminal
@@ -101,6 +103,7 @@ from typing import (
     Protocol,
     TextIO,
     TypedDict,
+    TypeVar,
     cast,
 )
 
@@ -10343,215 +10346,1400 @@ def run_plugin(settings: Settings, ways: Ways) -> int:
 
 
 # ======================================================================================
-# SETUP -- the configuration files of agent CLIs, and answers to their hooks.
-# Knows: JSON and TOML as text, Client, the doorbell's line.  Never: argparse, print, exit.
+# EDITING -- JSON and TOML as text: one place changes, every other byte stays as it is.
+# Knows: text alone.  Never: files, os, Client, argparse, print, the hub.
 # ======================================================================================
 
-# Configuration files belong to others. What is not ours stays byte for byte, and a file that
-# cannot be parsed is left alone.
+# Configuration files belong to others. An edit finds its place by a reader that
+# remembers where each value stands, replaces that piece of text and reads the result
+# again: what does not mean what it should is never written. Layout follows the
+# neighbours: indentation, line ends, one line or many. What was put in and is taken out
+# again leaves no trace.
+
+MAX_DEPTH = 200  # of nested JSON; deeper files are left alone
+JSON_BLANK = re.compile(r"(?:[ \t\r\n]++|//[^\r\n]*+|/\*.*?\*/)*+", re.S)
+JSON_COMMENT = re.compile(r"//[^\r\n]*|/\*.*?\*/", re.S)
+JSON_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
+JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+JSON_SCALAR = re.compile(rf"(?:{JSON_NUMBER}|true|false|null)(?![\w.])")
+LINE_END_COMMENT = re.compile(r"[ \t]*(?://[^\r\n]*|/\*[^\r\n]*?\*/(?=[ \t]*\r?\n))")
+FIRST_INDENT = re.compile(r'\n([ \t]+)["\[{/]')
+INDENT = re.compile(r"[ \t]*")
+TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+TOML_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+TOML_HEADER = re.compile(r"[ \t]*\[")
+TOML_COMMENT = re.compile(r"^[ \t]*#[^\n]*\n?", re.M)
+TOML_LAST_BLANK = re.compile(r"(\A|\n)\r?\n\Z")
+
+Json = Any  # what json.loads gives
+KeyPath = tuple[str | int, ...]  # keys of objects, numbers of elements, from the root
+
+
+class FileTrouble(ValueError):
+    """Why a file is left alone, in words that can follow its name."""
+
+
+class Splice(NamedTuple):
+    """A piece of text that replaces what stands between two places."""
+
+    start: int
+    end: int
+    text: str = ""
+
+
+# -- reading JSON
+
+
+class JsonItem(NamedTuple):
+    """A member of an object or an element of an array."""
+
+    key: str | int
+    start: int  # where its key begins, or the element
+    value: JsonNode
+
+
+class JsonNode(NamedTuple):
+    """A value, what it means, and where it stands in the text."""
+
+    start: int
+    end: int
+    data: Json
+    items: tuple[JsonItem, ...] = ()
+
+    def child(self, key: str | int) -> JsonNode | None:
+        """The value behind a key or a number, None if there is none."""
+        for item in self.items:
+            if item.key == key:
+                return item.value
+        return None
+
+
+class JsonReader:
+    """Reads JSON and remembers the places. Comments, and a comma before a closing
+    bracket, pass where the file's owner allows them; FileTrouble says what else is
+    wrong."""
+
+    def __init__(self, text: str, comments: bool) -> None:
+        self.text = text
+        self.comments = comments
+
+    def document(self) -> JsonNode:
+        """The whole text, which has to be one object."""
+        node = self.value(self.skip(0), 0)
+        end = self.skip(node.end)
+        if end != len(self.text):
+            raise self.trouble("something follows its end", end)
+        if not isinstance(node.data, dict):
+            raise FileTrouble("it is no JSON object")
+        return node
+
+    def peek(self, at: int) -> str:
+        """The character at that place, "" behind the end."""
+        return self.text[at:at + 1]
+
+    def skip(self, at: int) -> int:
+        """The next place that is neither blank nor comment."""
+        end = next_token(self.text, at)
+        if not self.comments and JSON_COMMENT.search(self.text, at, end):
+            raise FileTrouble("it has comments, and its program may not understand them")
+        return end
+
+    def value(self, at: int, depth: int) -> JsonNode:
+        """The value that begins there."""
+        if depth > MAX_DEPTH:
+            raise FileTrouble(f"it is nested deeper than {MAX_DEPTH}")
+        opening = self.peek(at)
+        if opening == "{":
+            return self.object(at, depth)
+        if opening == "[":
+            return self.array(at, depth)
+        match = JSON_STRING.match(self.text, at) or JSON_SCALAR.match(self.text, at)
+        if not match:
+            raise self.trouble("a value is expected", at)
+        return JsonNode(at, match.end(), json.loads(match[0]))
+
+    def object(self, start: int, depth: int) -> JsonNode:
+        """The object that begins there; FileTrouble if it has a key twice: which of the
+        two its program obeys is not for us to guess."""
+        items: list[JsonItem] = []
+        data: dict[str, Json] = {}
+        at = self.skip(start + 1)
+        while self.peek(at) != "}":
+            match = JSON_STRING.match(self.text, at)
+            if not match:
+                raise self.trouble("a key is expected", at)
+            key = json.loads(match[0])
+            if key in data:
+                raise self.trouble(f"the key {match[0]} stands there a second time", at)
+            colon = self.skip(match.end())
+            if self.peek(colon) != ":":
+                raise self.trouble("a colon is expected", colon)
+            value = self.value(self.skip(colon + 1), depth + 1)
+            items.append(JsonItem(key, at, value))
+            data[key] = value.data
+            at = self.after_item(value.end, "}")
+        return JsonNode(start, at + 1, data, tuple(items))
+
+    def array(self, start: int, depth: int) -> JsonNode:
+        """The array that begins there."""
+        items: list[JsonItem] = []
+        at = self.skip(start + 1)
+        while self.peek(at) != "]":
+            value = self.value(at, depth + 1)
+            items.append(JsonItem(len(items), at, value))
+            at = self.after_item(value.end, "]")
+        data = [item.value.data for item in items]
+        return JsonNode(start, at + 1, data, tuple(items))
+
+    def after_item(self, end: int, closing: str) -> int:
+        """Where the next item begins, or the closing bracket stands."""
+        at = self.skip(end)
+        if self.peek(at) == closing:
+            return at
+        if self.peek(at) != ",":
+            raise self.trouble("a comma is expected", at)
+        following = self.skip(at + 1)
+        if self.peek(following) == closing and not self.comments:
+            raise self.trouble("a comma too many", at)
+        return following
+
+    def trouble(self, what: str, at: int) -> FileTrouble:
+        """The sentence, with the line that it is about."""
+        line = self.text.count("\n", 0, at) + 1
+        return FileTrouble(f"line {line}: {what}")
+
+
+def next_token(text: str, at: int) -> int:
+    """The next place that is neither blank nor inside a comment."""
+    match = JSON_BLANK.match(text, at)
+    return match.end() if match else at
+
+
+# -- editing JSON
+
+
+class JsonText:
+    """A JSON document that is edited in place, and read again after each edit.
+    FileTrouble if it cannot be read, or an edit would not mean what it should."""
+
+    def __init__(self, text: str, *, comments: bool = False) -> None:
+        self.text = text
+        self.comments = comments
+        self.root = JsonReader(text, comments).document()
+
+    def get(self, path: KeyPath) -> Json:
+        """What stands at that path, None if there is nothing."""
+        node = self.find(path)
+        return node.data if node else None
+
+    def find(self, path: KeyPath) -> JsonNode | None:
+        """The node at that path, None if there is none."""
+        node: JsonNode | None = self.root
+        for key in path:
+            if node is None:
+                return None
+            node = node.child(key)
+        return node
+
+    def merge(self, path: KeyPath, value: object) -> None:
+        """Puts that value there. An object that is there already keeps what it has
+        besides, and its comments; a value that is the same keeps its form."""
+        old = self.find(path)
+        if old is None:
+            self.add(path, value)
+        elif isinstance(old.data, dict) and isinstance(value, Mapping):
+            for key, part in value.items():
+                self.merge((*path, key), part)
+        elif old.data != value:
+            written = self.written(value, self.indent_of_line(old.start))
+            self.splice([Splice(old.start, old.end, written)])
+
+    def add(self, path: KeyPath, value: object) -> None:
+        """Puts a new member there; objects on the way to it are made where they are
+        missing."""
+        *way, key = path
+        parent = self.find(tuple(way))
+        if parent is None:
+            self.add(tuple(way), {key: value})
+        elif not isinstance(parent.data, dict):
+            raise FileTrouble(f"{dotted(tuple(way))} is no JSON object")
+        else:
+            label = json.dumps(key, ensure_ascii=False) + ": "
+            self.insert(parent, label, value)
+            self.expect(path, value)
+
+    def append(self, path: KeyPath, value: object) -> None:
+        """Puts a last element into the array there, which is made where it is
+        missing."""
+        array = self.find(path)
+        if array is None:
+            self.add(path, [value])
+        elif not isinstance(array.data, list):
+            raise FileTrouble(f"{dotted(path)} is no JSON list")
+        else:
+            self.insert(array, "", value)
+            self.expect((*path, len(array.items)), value)
+
+    def expect(self, path: KeyPath, value: object) -> None:
+        """FileTrouble if that does not stand there now."""
+        if self.get(path) != value:
+            raise FileTrouble(f"a comment stands in the way of {dotted(path)}")
+
+    def remove(self, path: KeyPath) -> None:
+        """Takes that value out, and every container that has nothing left in it
+        then."""
+        *way, key = path
+        parent = self.find(tuple(way))
+        if parent is None or parent.child(key) is None:
+            return
+        meant = without(self.root.data, path)
+        with contextlib.suppress(FileTrouble):
+            self.cut(parent, key)
+        if self.root.data != meant:
+            raise FileTrouble(f"a comment stands in the way of {dotted(path)}")
+        rest = self.find(tuple(way))
+        if way and rest and not self.text[rest.start + 1:rest.end - 1].strip():
+            self.remove(tuple(way))
+
+    # -- pieces of text
+
+    def splice(self, pieces: Sequence[Splice]) -> None:
+        """Replaces these pieces, which stand in the order of the text, and reads it
+        again."""
+        text = self.text
+        for piece in reversed(pieces):
+            text = text[:piece.start] + piece.text + text[piece.end:]
+        self.root = JsonReader(text, self.comments).document()
+        self.text = text
+
+    def insert(self, parent: JsonNode, label: str, value: object) -> None:
+        """Puts a last item into a container, laid out as its neighbours are."""
+        indent = self.item_indent(parent)
+        item = label + self.written(value, indent)
+        if indent is not None:
+            item = self.newline() + indent + item
+        if parent.items:
+            self.splice(self.behind_last(parent, item, indent))
+        else:
+            self.splice([self.between_brackets(parent, item, indent)])
+
+    def behind_last(self, parent: JsonNode, item: str, indent: str | None) -> list[Splice]:
+        """An item behind the last one, and the comma between them. A comment at the end
+        of the last one's line stays with it."""
+        last = parent.items[-1].value.end
+        comma = next_token(self.text, last)
+        has_comma = self.text[comma] == ","
+        if indent is None and has_comma:
+            return [Splice(comma + 1, comma + 1, f" {item},")]
+        if indent is None:
+            return [Splice(last, last, ", " + item)]
+        if has_comma:
+            place = self.behind_comment(comma + 1)
+            return [Splice(place, place, item + ",")]
+        place = self.behind_comment(last)
+        return [Splice(last, last, ","), Splice(place, place, item)]
+
+    def behind_comment(self, at: int) -> int:
+        """That place, or the end of a comment that ends its line."""
+        comment = LINE_END_COMMENT.match(self.text, at)
+        return comment.end() if comment else at
+
+    def between_brackets(self, parent: JsonNode, item: str, indent: str | None) -> Splice:
+        """A first item, behind the comments that stand there instead of one."""
+        start = parent.start + 1
+        end = parent.end - 1
+        comments = list(JSON_COMMENT.finditer(self.text, start, end))
+        if comments:
+            behind = comments[-1].end()
+            return Splice(behind, behind, item)
+        if indent is not None:
+            item += self.newline() + self.indent_of_line(parent.start)
+        return Splice(start, end, item)
+
+    def cut(self, parent: JsonNode, key: str | int) -> None:
+        """Takes one item out, with the blanks before it and one comma."""
+        number = [item.key for item in parent.items].index(key)
+        item = parent.items[number]
+        gap = parent.items[number - 1].value.end if number else parent.start + 1
+        start = self.blanks_before(item.start, gap)
+        end = item.value.end
+        comma = next_token(self.text, end)
+        if self.text[comma] == ",":
+            self.splice([Splice(start, end), Splice(comma, comma + 1)])
+        elif number:
+            before = next_token(self.text, gap)
+            start = max(start, before + 1)
+            self.splice([Splice(before, before + 1), Splice(start, end)])
+        else:
+            if self.is_alone(parent, start, end):
+                end = parent.end - 1
+            self.splice([Splice(start, end)])
+
+    def blanks_before(self, item: int, gap: int) -> int:
+        """Where the blanks before an item begin, in the gap since the last value or
+        bracket; a comment there keeps the blanks that are part of it."""
+        start = len(self.text[:item].rstrip(" \t\r\n"))
+        for comment in JSON_COMMENT.finditer(self.text, gap, item):
+            start = max(start, comment.end())
+        return start
+
+    def is_alone(self, parent: JsonNode, start: int, end: int) -> bool:
+        """True if nothing else stands between the brackets, not even a comment."""
+        before = self.text[parent.start + 1:start]
+        behind = self.text[end:parent.end - 1]
+        return not (before + behind).strip()
+
+    # -- layout
+
+    def newline(self) -> str:
+        """The line end of this file."""
+        return "\r\n" if "\r\n" in self.text else "\n"
+
+    def unit(self) -> str:
+        """One step of indentation, "" if the whole document stands in one line."""
+        found = FIRST_INDENT.search(self.text)
+        if found:
+            return found[1]
+        return "" if self.root.items else "  "
+
+    def indent_of_line(self, at: int) -> str:
+        """The blanks that begin the line of that place."""
+        start = self.text.rfind("\n", 0, at) + 1
+        blanks = INDENT.match(self.text, start)
+        return blanks[0] if blanks else ""
+
+    def item_indent(self, parent: JsonNode) -> str | None:
+        """What begins the line of a new item; None where items stand in one line."""
+        if parent.items:
+            first = parent.items[0].start
+            if "\n" in self.text[parent.start:first]:
+                return self.indent_of_line(first)
+            return None
+        unit = self.unit()
+        if not unit and "\n" not in self.text[parent.start:parent.end]:
+            return None
+        return self.indent_of_line(parent.start) + (unit or "  ")
+
+    def written(self, value: object, indent: str | None) -> str:
+        """The value as JSON, in the layout of this file."""
+        unit = self.unit()
+        if indent is None or not unit:
+            return json.dumps(value, ensure_ascii=False)
+        lines = json.dumps(value, indent=unit, ensure_ascii=False).split("\n")
+        return (self.newline() + indent).join(lines)
+
+
+def without(data: Json, path: KeyPath) -> Json:
+    """A copy of the data that lacks what stands at that path."""
+    key, *rest = path
+    copy = data.copy()
+    if rest:
+        copy[key] = without(data[key], tuple(rest))
+    else:
+        del copy[key]
+    return copy
+
+
+def dotted(path: KeyPath) -> str:
+    """A path as people write it."""
+    if not path:
+        return "the whole"
+    return ".".join(map(str, path))
+
+
+# -- TOML: new tables go to the end, old ones of ours are cut out, the rest is not looked at
+
+
+def toml_data(text: str) -> dict[str, Json]:
+    """What a TOML text means; FileTrouble if it cannot be read."""
+    import tomllib
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FileTrouble(str(error)) from None
+
+
+def toml_sections(text: str) -> list[str]:
+    """The text cut before each line that begins with a bracket; joined, it is the text
+    again. (A bracket in a string of many lines cuts too; who edits compares meanings
+    afterwards.)"""
+    sections = [""]
+    for line in TOML_LINE.findall(text):
+        if TOML_HEADER.match(line):
+            sections.append("")
+        sections[-1] += line
+    return sections
+
+
+def toml_without(text: str, is_ours: Callable[[str], bool]) -> str:
+    """The text without the sections that are ours. Comments in them may be others' and
+    stay; the blank line before the last section goes with it."""
+    kept = ""
+    ours = False
+    for section in toml_sections(text):
+        ours = is_ours(section)
+        if ours:
+            kept += "".join(TOML_COMMENT.findall(section))
+        else:
+            kept += section
+    return TOML_LAST_BLANK.sub(r"\1", kept) if ours else kept
+
+
+def toml_with(text: str, lines: Sequence[str]) -> str:
+    """The text with these lines behind a blank one at its end, in its own line ends."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    start = text
+    if start and not start.endswith("\n"):
+        start += newline
+    if start:
+        start += newline
+    return start + "".join(line + newline for line in lines)
+
+
+def toml_lines(header: str, values: Mapping[str, Json]) -> list[str]:
+    """A table: its header, then `key = value`; what is in an inner table gets dotted
+    keys."""
+    lines = [header]
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            lines.append(f"{toml_key(key)} = {toml_value(value)}")
+            continue
+        for inner, content in value.items():
+            lines.append(f"{toml_key(key)}.{toml_key(inner)} = {toml_value(content)}")
+    return lines
+
+
+def toml_key(key: str) -> str:
+    """The key, in quotes where it needs them."""
+    if TOML_BARE_KEY.fullmatch(key):
+        return key
+    return toml_value(key)
+
+
+def toml_value(value: object) -> str:
+    """Strings, numbers, booleans and lists of them, which TOML writes nearly as JSON
+    does."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# -- YAML: only written, never read
+
+
+def yaml_lines(value: object, indent: str = "") -> list[str]:
+    """Objects, and lists of objects, as blocks; everything else as JSON, which YAML
+    includes."""
+    lines: list[str] = []
+    if isinstance(value, list):
+        for part in value:
+            first, *rest = yaml_lines(part, indent + "  ")
+            lines += [f"{indent}- {first.lstrip()}", *rest]
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            if is_yaml_block(part):
+                lines += [f"{indent}{key}:", *yaml_lines(part, indent + "  ")]
+            else:
+                lines.append(f"{indent}{key}: {json.dumps(part, ensure_ascii=False)}")
+    return lines
+
+
+def is_yaml_block(value: object) -> bool:
+    """True for an object and for a list of objects."""
+    if isinstance(value, list):
+        return any(isinstance(part, Mapping) for part in value)
+    return isinstance(value, Mapping)
+
+
+# ======================================================================================
+# SETUP -- the agent CLIs: where each keeps MCP servers and hooks, and how ours get there.
+# Knows: files, EDITING, settings.  Never: argparse, print, exit, Client, the hub.
+# ======================================================================================
+
+# One row of AGENT_CLIS says all there is to know about a CLI; a new one is a row. The
+# place that the CLI reads is the place that is written and checked: each row has the
+# variables that its CLI obeys. A file that is not understood is left alone.
+
+ENTRY_NAME = "agent-chat"  # of our entry in a table of MCP servers
+OWN_PROGRAMS = ("agent-chat", "agent_chat.py")
+STARTERS = ("python", "pypy", "uv")
+FILE_NAME = re.compile(r"[\\/]")  # what parts it from its directory
 BACKUP_SUFFIX = ".agent-chat-backup"
-OWN_HOOK = re.compile(r"agent[-_]chat\S* hook \w+$")
-OWN_TABLE = r"\s*\[\s*mcp_servers\s*\.\s*[\"']?agent-chat[\"']?\s*"
-JSON_TOKEN = re.compile(r'\s*(?:"(?:\\.|[^"\\])*"|[][{},:]|[^][{},:"\s]+)')
-HOOK_SECONDS = 2  # for a hub that accepts and then says nothing; the agent waits for us
+STRANGER_KEYS = ("command", "cmd", "url", "httpUrl", "serverUrl", "transport")
+PLACE_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+OWN_VARIABLES = {"AGENT_CHAT_SERVER", "AGENT_CHAT_API_KEY", "AGENT_TYPE"}  # in our entry
+PYTHON_FLAGS = ("-E", "-P")  # a project's PYTHON* variables and modules stay out
+PROBE_SECONDS = 10  # for a Python that only says what it can import
+PROBE = ("from importlib.util import find_spec; "
+         "raise SystemExit(not (find_spec('mcp') and find_spec('websockets')))")
+SERVERS = ("mcpServers",)
+HOOKS = ("hooks",)
+
+
+class FileTable(NamedTuple):
+    """A file, and the table in it that is meant. The file begins with `~`, or with a
+    variable as in a shell, `${NAME:-default}`, or it lies in the project."""
+
+    file: str
+    table: tuple[str, ...]
+
+
+class EntryKeys(NamedTuple):
+    """What a CLI calls the parts of an entry. No `arguments`: the command is one
+    list."""
+
+    command: str = "command"
+    arguments: str = "args"
+    variables: str = "env"
+
+
+class ToolSight(StrEnum):
+    """Whether the model sees our tools from the start, in words that doctor says."""
+
+    SHOWN = "its model sees the tools"
+    ASKED_BY_TOOL = "its model sees the tools, because each of them asks for it"
+    ASKED_BY_ENTRY = "its model sees the tools, because the entry asks for it"
+    DEFERRED = "tools deferred: its model finds them by searching"
+    UNKNOWN = "not known whether its tools are deferred"
+
+
+class Moment(StrEnum):
+    """When a hook is called."""
+
+    PROMPT = "a prompt was submitted"
+    TOOL = "a tool was used"
+    END = "the turn is ending"
+
+
+class Reply(NamedTuple):
+    """Where a CLI's hook protocol wants a line: as context, or as the reason to go
+    on."""
+
+    context: tuple[str, ...] = ("hookSpecificOutput", "additionalContext")
+    reason: tuple[str, ...] = ("reason",)
+    verdict: tuple[str, str] = ("decision", "block")  # beside the reason; ("", "") = none
+
+
+class HookRow(NamedTuple):
+    """The hooks of a CLI: which file, which events, in which form."""
+
+    user: tuple[FileTable, ...]
+    project: tuple[FileTable, ...]
+    events: Mapping[Moment, str]
+    reply: Reply = Reply()
+    grouped: bool = True  # each event has groups of hooks; else the hooks themselves
+    typed: bool = True  # a hook says {"type": "command"}
+    version: int = 0  # what the file has to say of itself; 0 = nothing
 
 
 class AgentCli(NamedTuple):
-    """Where an agent CLI keeps what; files are relative to the project or to the home."""
+    """All there is to know about one agent CLI."""
 
-    project_file: str
-    user_file: str
-    servers: str  # the table of MCP servers in that file
-    hooks_file: str = ""
-    events: tuple[str, ...] = ()  # prompt submitted, tool used, turn ended
+    programs: tuple[str, ...]  # its names on the PATH
+    home: str  # where it is, it is installed; as in FileTable
+    user: tuple[FileTable, ...]  # the first that exists, else the last
+    project: tuple[FileTable, ...] = ()
+    keys: EntryKeys = EntryKeys()
+    more: Mapping[str, object] = {}  # what its entry has besides
+    project_more: Mapping[str, object] | None = None  # where a project's differs
+    alone: bool = True  # no other CLI reads its files: they can name its kind
+    comments: bool = False  # it reads JSON with comments
+    nested: str = ""  # the table in the table, in which its newer versions keep servers
+    named_list: bool = False  # its servers are a list, each has its name inside
+    written: bool = True  # else init only prints the block
+    tools: ToolSight = ToolSight.UNKNOWN
+    hooks: HookRow | None = None
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """The names of its hooks, none if it has none."""
+        return tuple(self.hooks.events.values()) if self.hooks else ()
 
 
-EVENTS = ("UserPromptSubmit", "PostToolUse", "Stop")
-TURN_ENDS = {"Stop": "block", "AfterAgent": "deny"}  # and the word that prolongs the turn
-CODEX, GEMINI = ".codex/config.toml", ".gemini/settings.json"
+CLAUDE_EVENTS = {Moment.PROMPT: "UserPromptSubmit", Moment.TOOL: "PostToolUse",
+                 Moment.END: "Stop"}
+CLAUDE_HOME = "${CLAUDE_CONFIG_DIR:-~/.claude}"
+CODEX_HOME = "${CODEX_HOME:-~/.codex}"
+GEMINI_HOME = "${GEMINI_CLI_HOME:-~}/.gemini"
+COPILOT_HOME = "${COPILOT_HOME:-~/.copilot}"
+CONFIG_HOME = "${XDG_CONFIG_HOME:-~/.config}"
+QWEN_HOME = "${QWEN_HOME:-~/.qwen}"
+KIMI_HOME = "${KIMI_CODE_HOME:-~/.kimi-code}"
+GROK_HOME = "${GROK_HOME:-~/.grok}"
+CLINE_HOME = "${CLINE_DIR:-~/.cline}"
+DROID_HOME = "${FACTORY_HOME_OVERRIDE:-~}/.factory"
+OPENCODE_KEYS = EntryKeys("command", "", "environment")
+STDIO = {"type": "stdio"}
+
 AGENT_CLIS = {
-    "claude": AgentCli(".mcp.json", ".claude.json", "mcpServers", ".claude/settings.json", EVENTS),
-    "codex": AgentCli(CODEX, CODEX, "mcp_servers", ".codex/hooks.json", EVENTS),
-    "gemini": AgentCli(GEMINI, GEMINI, "mcpServers", GEMINI,
-                       ("BeforeAgent", "AfterTool", "AfterAgent")),
-    "opencode": AgentCli("opencode.json", ".config/opencode/opencode.json", "mcp"),
+    "claude": AgentCli(
+        ("claude",), CLAUDE_HOME,
+        user=(FileTable(CLAUDE_HOME + "/.config.json", SERVERS),
+              FileTable("${CLAUDE_CONFIG_DIR:-~}/.claude.json", SERVERS)),
+        project=(FileTable(".mcp.json", SERVERS),),
+        alone=False,
+        tools=ToolSight.ASKED_BY_TOOL,
+        hooks=HookRow((FileTable(CLAUDE_HOME + "/settings.json", HOOKS),),
+                      (FileTable(".claude/settings.json", HOOKS),), CLAUDE_EVENTS)),
+    "codex": AgentCli(
+        ("codex",), CODEX_HOME,
+        user=(FileTable(CODEX_HOME + "/config.toml", ("mcp_servers",)),),
+        project=(FileTable(".codex/config.toml", ("mcp_servers",)),),
+        # it hands on what is named, and asks before each tool call
+        more={"env_vars": ["TMUX", "TMUX_PANE", "AGENT_CHAT_API_KEY", "AGENT_CHAT_TMUX"],
+              "tool_timeout_sec": MAX_WAIT_SECONDS + 10,
+              "default_tools_approval_mode": "approve"},
+        alone=False,
+        tools=ToolSight.DEFERRED,
+        hooks=HookRow((FileTable(CODEX_HOME + "/hooks.json", HOOKS),),
+                      (FileTable(".codex/hooks.json", HOOKS),), CLAUDE_EVENTS)),
+    "gemini": AgentCli(
+        ("gemini",), GEMINI_HOME + "/settings.json",
+        user=(FileTable(GEMINI_HOME + "/settings.json", SERVERS),),
+        project=(FileTable(".gemini/settings.json", SERVERS),),
+        comments=True,
+        tools=ToolSight.SHOWN,
+        hooks=HookRow((FileTable(GEMINI_HOME + "/settings.json", HOOKS),),
+                      (FileTable(".gemini/settings.json", HOOKS),),
+                      {Moment.PROMPT: "BeforeAgent", Moment.TOOL: "AfterTool",
+                       Moment.END: "AfterAgent"},
+                      Reply(verdict=("decision", "deny")))),
+    "opencode": AgentCli(
+        ("opencode",), CONFIG_HOME + "/opencode",
+        user=(FileTable("${OPENCODE_CONFIG}", ("mcp",)),
+              FileTable(CONFIG_HOME + "/opencode/opencode.jsonc", ("mcp",)),
+              FileTable(CONFIG_HOME + "/opencode/opencode.json", ("mcp",))),
+        project=(FileTable("opencode.jsonc", ("mcp",)),
+                 FileTable("opencode.json", ("mcp",))),
+        keys=OPENCODE_KEYS,
+        more={"type": "local"},
+        comments=True,
+        nested="servers",
+        tools=ToolSight.SHOWN),
+    "copilot": AgentCli(
+        ("copilot",), COPILOT_HOME,
+        user=(FileTable(COPILOT_HOME + "/mcp-config.json", SERVERS),),
+        project=(FileTable(".mcp.json", SERVERS), FileTable(".github/mcp.json", SERVERS),
+                 FileTable(".mcp.json", SERVERS)),
+        more={"type": "local", "tools": ["*"], "deferTools": "never"},
+        project_more={"deferTools": "never"},
+        alone=False,
+        tools=ToolSight.ASKED_BY_ENTRY,
+        hooks=HookRow((FileTable(COPILOT_HOME + "/hooks/agent-chat.json", HOOKS),),
+                      (FileTable(".github/hooks/agent-chat.json", HOOKS),),
+                      {Moment.TOOL: "PostToolUse", Moment.END: "Stop"},
+                      Reply(context=("additionalContext",)),
+                      grouped=False, version=1)),
+    "cursor": AgentCli(
+        ("cursor-agent",), "~/.cursor",
+        user=(FileTable("~/.cursor/mcp.json", SERVERS),),
+        project=(FileTable(".cursor/mcp.json", SERVERS),),
+        alone=False,
+        hooks=HookRow((FileTable("~/.cursor/hooks.json", HOOKS),),
+                      (FileTable(".cursor/hooks.json", HOOKS),),
+                      {Moment.TOOL: "postToolUse", Moment.END: "stop"},
+                      Reply(("additional_context",), ("followup_message",), ("", "")),
+                      grouped=False, typed=False, version=1)),
+    "qwen": AgentCli(
+        ("qwen",), QWEN_HOME,
+        user=(FileTable(QWEN_HOME + "/settings.json", SERVERS),),
+        project=(FileTable(".qwen/settings.json", SERVERS),),
+        more={"alwaysLoadTools": True},
+        comments=True,
+        tools=ToolSight.ASKED_BY_ENTRY,
+        hooks=HookRow((FileTable(QWEN_HOME + "/settings.json", HOOKS),),
+                      (FileTable(".qwen/settings.json", HOOKS),), CLAUDE_EVENTS)),
+    "kimi": AgentCli(
+        ("kimi",), KIMI_HOME,
+        user=(FileTable(KIMI_HOME + "/mcp.json", SERVERS),),
+        project=(FileTable(".kimi-code/mcp.json", SERVERS),),
+        hooks=HookRow((FileTable(KIMI_HOME + "/config.toml", HOOKS),), (),
+                      {Moment.PROMPT: "UserPromptSubmit", Moment.END: "Stop"},
+                      Reply(("hookSpecificOutput", "message"),
+                            ("hookSpecificOutput", "permissionDecisionReason"),
+                            ("permissionDecision", "deny")))),
+    "grok": AgentCli(
+        ("grok",), GROK_HOME,
+        user=(FileTable(GROK_HOME + "/config.toml", ("mcp_servers",)),),
+        project=(FileTable(".grok/config.toml", ("mcp_servers",)),)),
+    "pi": AgentCli(
+        ("pi",), "${PI_CODING_AGENT_DIR:-~/.pi/agent}",
+        user=(FileTable("${PI_CODING_AGENT_DIR:-~/.pi/agent}/mcp.json", SERVERS),),
+        project=(FileTable(".pi/mcp.json", SERVERS),),
+        more={"exposure": "direct"},
+        tools=ToolSight.ASKED_BY_ENTRY),
+    "antigravity": AgentCli(
+        ("agy",), "~/.gemini/config",
+        user=(FileTable("~/.gemini/config/mcp_config.json", SERVERS),),
+        project=(FileTable(".agents/mcp_config.json", SERVERS),)),
+    "droid": AgentCli(
+        ("droid",), DROID_HOME,
+        user=(FileTable(DROID_HOME + "/mcp.json", SERVERS),),
+        project=(FileTable(".factory/mcp.json", SERVERS),),
+        more=STDIO,
+        tools=ToolSight.DEFERRED,
+        # hooks.json, if it is there, makes it overlook the hooks in settings.json
+        hooks=HookRow((FileTable(DROID_HOME + "/hooks.json", ()),
+                       FileTable(DROID_HOME + "/settings.json", HOOKS)),
+                      (FileTable(".factory/hooks.json", ()),
+                       FileTable(".factory/settings.json", HOOKS)), CLAUDE_EVENTS)),
+    "kilo": AgentCli(
+        ("kilo",), CONFIG_HOME + "/kilo",
+        user=(FileTable("${KILO_CONFIG}", ("mcp",)),
+              FileTable(CONFIG_HOME + "/kilo/kilo.jsonc", ("mcp",)),
+              FileTable(CONFIG_HOME + "/kilo/kilo.json", ("mcp",))),
+        project=(FileTable("kilo.jsonc", ("mcp",)), FileTable("kilo.json", ("mcp",))),
+        keys=OPENCODE_KEYS,
+        more={"type": "local"},
+        comments=True),
+    "cline": AgentCli(
+        ("cline",), CLINE_HOME,
+        user=(FileTable(CLINE_HOME + "/data/settings/cline_mcp_settings.json", SERVERS),)),
+    "kiro": AgentCli(
+        ("kiro-cli",), "~/.kiro",
+        user=(FileTable("~/.kiro/settings/mcp.json", SERVERS),),
+        project=(FileTable(".kiro/settings/mcp.json", SERVERS),)),
+    "auggie": AgentCli(
+        ("auggie",), "~/.augment",
+        user=(FileTable("~/.augment/settings.json", SERVERS),),
+        project=(FileTable(".augment/settings.json", SERVERS),),
+        more=STDIO),
+    "amp": AgentCli(
+        ("amp",), CONFIG_HOME + "/amp",
+        user=(FileTable("${AMP_SETTINGS_FILE}", ("amp.mcpServers",)),
+              FileTable(CONFIG_HOME + "/amp/settings.json", ("amp.mcpServers",))),
+        project=(FileTable(".amp/settings.json", ("amp.mcpServers",)),),
+        comments=True),
+    "goose": AgentCli(
+        ("goose",), CONFIG_HOME + "/goose",
+        user=(FileTable(CONFIG_HOME + "/goose/config.yaml", ("extensions",)),),
+        keys=EntryKeys("cmd", "args", "envs"),
+        more={"type": "stdio", "name": ENTRY_NAME, "enabled": True, "timeout": 300},
+        written=False),
+    "crush": AgentCli(
+        ("crush",), CONFIG_HOME + "/crush",
+        user=(FileTable(CONFIG_HOME + "/crush/crush.json", ("mcp",)),),
+        more=STDIO,
+        written=False),
+    "vibe": AgentCli(
+        ("vibe",), "${VIBE_HOME:-~/.vibe}",
+        user=(FileTable("${VIBE_HOME:-~/.vibe}/config.toml", ("mcp_servers",)),),
+        more={"transport": "stdio"},
+        named_list=True,
+        written=False),
+    "continue": AgentCli(
+        ("cn",), "~/.continue",
+        user=(FileTable("~/.continue/config.yaml", SERVERS),),
+        named_list=True,
+        written=False),
+    "zed": AgentCli(
+        ("zed",), CONFIG_HOME + "/zed",
+        user=(FileTable(CONFIG_HOME + "/zed/settings.json", ("context_servers",)),),
+        written=False),
+    "vscode": AgentCli(
+        ("code",), "~/.vscode",
+        user=(FileTable(".vscode/mcp.json", ("servers",)),),
+        more=STDIO,
+        written=False),
 }
 
 
+# -- where a file stands
+
+
+def located(file: str, base: str) -> str:
+    """The path that a row means, "" where it needs a variable that is not set."""
+    variable = PLACE_VARIABLE.match(file)
+    if not variable:
+        return os.path.realpath(os.path.join(base, os.path.expanduser(file)))
+    root = environ().get(variable[1]) or os.path.expanduser(variable[2] or "")
+    if not root:
+        return ""
+    return os.path.realpath(os.path.join(base, root + file[variable.end():]))
+
+
+def chosen_place(places: Sequence[FileTable], base: str) -> tuple[str, FileTable] | None:
+    """Path and row of the file to write: one that a variable names, else the first that
+    is there, else the last of the row. None if there is no row."""
+    found = None
+    for place in places:
+        path = located(place.file, base)
+        if not path:
+            continue
+        found = (path, place)
+        if PLACE_VARIABLE.fullmatch(place.file) or os.path.exists(path):
+            break
+    return found
+
+
+def existing_places(places: Sequence[FileTable], base: str) -> dict[str, FileTable]:
+    """All files of a row that are there: what init wrote may lie in any of them."""
+    found = {}
+    for place in places:
+        path = located(place.file, base)
+        if path and os.path.exists(path):
+            found[path] = place
+    return found
+
+
+def installed_clis() -> list[str]:
+    """The agent CLIs that this user has, by their programs or their files; without
+    those whose files init does not write."""
+    import shutil
+    names = []
+    for name, cli in AGENT_CLIS.items():
+        here = os.path.exists(located(cli.home, "/")) or existing_places(cli.user, "/")
+        if cli.written and (here or any(map(shutil.which, cli.programs))):
+            names.append(name)
+    return names
+
+
+# -- our entry
+
+
+def own_command(portable: bool) -> list[str]:
+    """How to start this program again; `portable` = for a file that others may get.
+    Neither variables nor modules of the project it is started in come into a plain
+    copy."""
+    here = os.path.abspath(__file__)
+    home = os.path.expanduser("~")
+    if here.startswith(os.path.join(home, ".local", "share", "agent-chat", "")):
+        launcher = os.path.join(home, ".local", "bin", "agent-chat")
+        return ["agent-chat"] if portable else [launcher]
+    if "environments-v" in sys.prefix:  # where `uv run` keeps its throw-away environments
+        return ["uv", "run", "--script", here]
+    flags = () if needs_python_variables() else PYTHON_FLAGS
+    return [sys.executable, *flags, here]
+
+
+@functools.cache
+def needs_python_variables() -> bool:
+    """True if this Python finds the plugin's packages only by way of PYTHONPATH or its
+    like."""
+    import subprocess
+    if not any(environ().get(name) for name in ("PYTHONPATH", "PYTHONHOME")):
+        return False
+    for flags in (PYTHON_FLAGS, ()):
+        try:
+            done = subprocess.run(
+                [sys.executable, *flags, "-c", PROBE],
+                timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL, capture_output=True)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        if done.returncode == 0:
+            return not flags
+    return False
+
+
+def is_own_program(words: Sequence[str], verb: str) -> bool:
+    """True if a command line starts agent-chat with that verb, by itself or by a
+    Python."""
+    for place, word in enumerate(words[:-1]):
+        name = FILE_NAME.split(word)[-1]
+        if name in OWN_PROGRAMS and words[place + 1] == verb:
+            starter = FILE_NAME.split(words[0])[-1]
+            return place == 0 or starter.startswith(STARTERS)
+    return False
+
+
+def is_own_entry(entry: object) -> bool:
+    """True if an entry in a table of MCP servers starts our plugin."""
+    if not isinstance(entry, Mapping):
+        return False
+    command = entry.get("command", entry.get("cmd", ""))
+    words = [command] if isinstance(command, str) else list(command)
+    arguments = entry.get("args")
+    if isinstance(arguments, list):
+        words += arguments
+    return is_own_program([str(word) for word in words], "mcp")
+
+
+def refuse_stranger(entry: object) -> None:
+    """FileTrouble if that entry under our name is somebody else's server."""
+    if entry is None or is_own_entry(entry):
+        return
+    if not isinstance(entry, Mapping) or any(key in entry for key in STRANGER_KEYS):
+        raise FileTrouble(f"it has another server by the name of {ENTRY_NAME}")
+
+
+def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Json]:
+    """Our entry in that CLI's table of MCP servers. The key is never in it, only its
+    variable; the kind of the agent only where no other CLI reads the file."""
+    cli = AGENT_CLIS[name]
+    keys = cli.keys
+    command = [*own_command(portable), "mcp"]
+    variables = {"AGENT_CHAT_SERVER": settings.server}
+    if cli.alone:
+        variables["AGENT_TYPE"] = name
+    if name == "gemini" and environ().get("AGENT_CHAT_API_KEY"):
+        variables["AGENT_CHAT_API_KEY"] = "$AGENT_CHAT_API_KEY"  # Gemini may hide keys else
+    entry: dict[str, Json] = {}
+    if cli.named_list:
+        entry["name"] = ENTRY_NAME
+    if keys.arguments:
+        entry |= {keys.command: command[0], keys.arguments: command[1:]}
+    else:
+        entry |= {"type": cli.more["type"], keys.command: command}
+    entry[keys.variables] = variables
+    more = cli.more
+    if portable and cli.project_more is not None:
+        more = cli.project_more
+    entry.update(more)
+    return entry
+
+
+def merged_entry(old: object, ours: Mapping[str, Json], cli_name: str) -> dict[str, Json]:
+    """Our entry over an older one; settings and variables that a person added are kept.
+    A kind that an earlier init pinned goes where the file is read by several CLIs."""
+    merged: dict[str, Json] = dict(old) if isinstance(old, Mapping) else {}
+    for key, value in ours.items():
+        before = merged.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            value = before | value
+        merged[key] = value
+    variables = AGENT_CLIS[cli_name].keys.variables
+    if is_pinned(merged.get(variables), ours[variables], cli_name):
+        merged[variables] = without(merged[variables], ("AGENT_TYPE",))
+    return merged
+
+
+def is_pinned(variables: object, ours: Mapping[str, str], cli_name: str) -> bool:
+    """True if the kind stands among the variables only because an earlier init wrote
+    it."""
+    return (isinstance(variables, Mapping) and "AGENT_TYPE" not in ours
+            and variables.get("AGENT_TYPE") == cli_name)
+
+
+def entry_as_found(cli_name: str, ours: Mapping[str, Json],
+                   found: object) -> Mapping[str, Json]:
+    """Our entry with the variables of one in a file, if all of them are such as init
+    writes."""
+    key = AGENT_CLIS[cli_name].keys.variables
+    variables = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(variables, Mapping) and OWN_VARIABLES.issuperset(variables):
+        return {**ours, key: dict(variables)}
+    return ours
+
+
+def printed_block(name: str, settings: Settings) -> str:
+    """The block that a person can put into that CLI's file by hand."""
+    cli = AGENT_CLIS[name]
+    place = cli.user[-1]
+    content: Json = plugin_entry(name, settings, portable=False)
+    content = [content] if cli.named_list else {ENTRY_NAME: content}
+    if place.file.endswith(".toml"):
+        header = f"[{place.table[0]}.{ENTRY_NAME}]"
+        if cli.named_list:
+            header = f"[[{place.table[0]}]]"
+        entry = content[0] if cli.named_list else content[ENTRY_NAME]
+        return "\n".join(toml_lines(header, entry))
+    for key in reversed(place.table):
+        content = {key: content}
+    if place.file.endswith(".yaml"):
+        return "\n".join(yaml_lines(content))
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+# -- what init does to one file
+
+
+class Change(Protocol):
+    """What init wants in a file, and how it is taken out again: text to text."""
+
+    def put(self, text: str) -> str:
+        """The text with ours; the same text if it has it already."""
+
+    def remove(self, text: str) -> str:
+        """The text without anything of ours; the same text if it has nothing."""
+
+    def as_found(self, text: str) -> Change:
+        """The same with the variables that the text has, if init could have written
+        them."""
+
+
+class JsonServer(NamedTuple):
+    """Our entry in a JSON table of MCP servers."""
+
+    name: str
+    table: tuple[str, ...]
+    entry: Mapping[str, Json]
+
+    def put(self, text: str) -> str:
+        """The text with our entry, over an older one of ours."""
+        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        path = (*self.server_table(document), ENTRY_NAME)
+        refuse_stranger(document.get(path))
+        document.merge(path, self.entry)
+        variables = AGENT_CLIS[self.name].keys.variables
+        if is_pinned(document.get((*path, variables)), self.entry[variables], self.name):
+            document.remove((*path, variables, "AGENT_TYPE"))
+        return document.text
+
+    def remove(self, text: str) -> str:
+        """The text without our entry, wherever this CLI's versions keep it."""
+        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        for table in (self.table, (*self.table, AGENT_CLIS[self.name].nested)):
+            path = (*table, ENTRY_NAME)
+            if is_own_entry(document.get(path)):
+                document.remove(path)
+        return document.text
+
+    def as_found(self, text: str) -> JsonServer:
+        """The same with the variables that stand in the text."""
+        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        found = document.get((*self.server_table(document), ENTRY_NAME))
+        return self._replace(entry=entry_as_found(self.name, self.entry, found))
+
+    def server_table(self, document: JsonText) -> tuple[str, ...]:
+        """The table of servers: a newer version's where the file has one."""
+        nested = AGENT_CLIS[self.name].nested
+        inner = (*self.table, nested)
+        found = document.get(inner) if nested else None
+        if isinstance(found, dict) and not set(STRANGER_KEYS) & set(found):
+            return inner
+        return self.table
+
+
+class TomlServer(NamedTuple):
+    """Our entry among the tables of a TOML file."""
+
+    name: str
+    table: tuple[str, ...]
+    entry: Mapping[str, Json]
+
+    def put(self, text: str) -> str:
+        """The text with our table at its end, over an older one of ours."""
+        data = toml_data(text)
+        servers = data.setdefault(self.table[0], {})
+        old = servers.get(ENTRY_NAME)
+        refuse_stranger(old)
+        merged = merged_entry(old, self.entry, self.name)
+        if merged == old:
+            return text
+        rest = toml_without(text, self.is_plain_table)
+        own = dict(merged)
+        for key, value in merged.items():
+            if isinstance(value, dict) and key != AGENT_CLIS[self.name].keys.variables:
+                del own[key]  # it has a table of its own
+        edited = toml_with(rest, toml_lines(f"[{self.table[0]}.{ENTRY_NAME}]", own))
+        servers[ENTRY_NAME] = merged
+        return self.checked(edited, data)
+
+    def remove(self, text: str) -> str:
+        """The text without our tables."""
+        data = toml_data(text)
+        servers = data.setdefault(self.table[0], {})
+        if not is_own_entry(servers.get(ENTRY_NAME)):
+            return text
+        del servers[ENTRY_NAME]
+        return self.checked(toml_without(text, self.is_any_table), data)
+
+    def as_found(self, text: str) -> TomlServer:
+        """The same with the variables that stand in the text."""
+        found = toml_data(text).get(self.table[0], {}).get(ENTRY_NAME)
+        return self._replace(entry=entry_as_found(self.name, self.entry, found))
+
+    def checked(self, edited: str, meant: Mapping[str, Json]) -> str:
+        """The edited text; FileTrouble if it does not mean what it should."""
+        if {self.table[0]: {}} | toml_data(edited) != meant:
+            raise FileTrouble(f"it has {ENTRY_NAME} in an unusual form")
+        return edited
+
+    def is_plain_table(self, section: str) -> bool:
+        """True for the section of our entry, or of its variables."""
+        return self.is_any_table(section, r"(\.\s*env\s*)?\]")
+
+    def is_any_table(self, section: str, ending: str = r"[.\]]") -> bool:
+        """True for every section of our entry."""
+        name = rf"\s*\[\s*{self.table[0]}\s*\.\s*[\"']?{ENTRY_NAME}[\"']?\s*"
+        return bool(re.match(name + ending, section))
+
+
+class JsonHooks(NamedTuple):
+    """Our hooks in a JSON file."""
+
+    name: str
+    row: HookRow
+    table: tuple[str, ...]
+    command: str
+
+    def put(self, text: str) -> str:
+        """The text with one hook of ours for each event. One that is there gets the
+        command of today; who moved it into a group of their own finds it there."""
+        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        if self.row.version and document.get(("version",)) is None:
+            document.merge(("version",), self.row.version)
+        for event in self.row.events.values():
+            path = (*self.table, event)
+            present = self.own_hooks(document, path)
+            if present:
+                document.merge((*present[0], "command"), self.command)
+            else:
+                document.append(path, self.new_hook())
+        return document.text
+
+    def remove(self, text: str) -> str:
+        """The text without our hooks, and without groups that held nothing else."""
+        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        for event in self.row.events.values():
+            for path in reversed(self.own_hooks(document, (*self.table, event))):
+                group = path[:-2]
+                if self.row.grouped and len(document.get((*group, "hooks"))) == 1:
+                    path = group
+                document.remove(path)
+        return document.text
+
+    def as_found(self, _text: str) -> JsonHooks:
+        """A hook has no variables."""
+        return self
+
+    def new_hook(self) -> dict[str, Json]:
+        """What is added to the list of an event."""
+        hook: dict[str, Json] = {"command": self.command}
+        if self.row.typed:
+            hook = {"type": "command"} | hook
+        return {"hooks": [hook]} if self.row.grouped else hook
+
+    def own_hooks(self, document: JsonText, event: KeyPath) -> list[KeyPath]:
+        """The paths of our hooks behind an event."""
+        groups = document.get(event)
+        found: list[KeyPath] = []
+        if groups is None:
+            return found
+        if not isinstance(groups, list):
+            raise FileTrouble(f"{dotted(event)} is no JSON list")
+        for number, group in enumerate(groups):
+            path = (*event, number)
+            if not self.row.grouped:
+                found += [path] if is_own_hook(group) else []
+                continue
+            hooks = group.get("hooks") if isinstance(group, dict) else None
+            for place, hook in enumerate(hooks if isinstance(hooks, list) else ()):
+                found += [(*path, "hooks", place)] if is_own_hook(hook) else []
+        return found
+
+
+class TomlHooks(NamedTuple):
+    """Our hooks in a TOML file: an array of tables, one for each event."""
+
+    row: HookRow
+    table: tuple[str, ...]
+    command: str
+
+    def put(self, text: str) -> str:
+        """The text with a table for each event at its end."""
+        fresh = []
+        for event in self.row.events.values():
+            fresh.append({"event": event, "command": self.command})
+        present = self.hooks(text)
+        if all(hook in present for hook in fresh):
+            return text
+        edited = self.remove(text)
+        for hook in fresh:
+            edited = toml_with(edited, toml_lines(f"[[{self.table[0]}]]", hook))
+        return self.checked(edited, text, fresh)
+
+    def remove(self, text: str) -> str:
+        """The text without our tables."""
+        if not any(map(is_own_hook, self.hooks(text))):
+            return text
+        return self.checked(toml_without(text, self.is_own_section), text, [])
+
+    def as_found(self, _text: str) -> TomlHooks:
+        """A hook has no variables."""
+        return self
+
+    def hooks(self, text: str) -> list[Json]:
+        """All hooks in the text; FileTrouble if they are something else."""
+        hooks = toml_data(text).get(self.table[0], [])
+        if not isinstance(hooks, list):
+            raise FileTrouble(f"{self.table[0]} is no list of tables")
+        return hooks
+
+    def is_own_section(self, section: str) -> bool:
+        """True for a section that is one hook of ours."""
+        if not section.lstrip().startswith(f"[[{self.table[0]}]]"):
+            return False
+        return is_own_hook(toml_data(section)[self.table[0]][0])
+
+    def checked(self, edited: str, before: str, ours: Sequence[Json]) -> str:
+        """The edited text; FileTrouble if it does not mean what it should."""
+        meant = toml_data(before)
+        hooks = [hook for hook in self.hooks(before) if not is_own_hook(hook)]
+        meant[self.table[0]] = [*hooks, *ours]
+        if {self.table[0]: []} | toml_data(edited) != meant:
+            raise FileTrouble("it has hooks in an unusual form")
+        return edited
+
+
+def is_own_hook(hook: object) -> bool:
+    """True if a hook starts our handler."""
+    import shlex
+    if not isinstance(hook, Mapping) or not isinstance(hook.get("command"), str):
+        return False
+    try:
+        return is_own_program(shlex.split(hook["command"]), "hook")
+    except ValueError:  # quotes that do not close
+        return False
+
+
+# -- what init does to all files
+
+
 class Edit(NamedTuple):
-    """One file as it is and as it would be; None = no such file. `trouble`: left alone, why."""
+    """One file as it is and as it would be; None = no such file."""
 
     path: str
     before: str | None
     after: str | None
-    trouble: str = ""
+    trouble: str = ""  # why it is left alone, a sentence
     backup: bool = False  # `before` is others' work: keep it until `init --undo`
+    block: str = ""  # what a person can put into a file that is left alone
 
 
-def json_put(text: str, key: str, name: str, value: Any) -> str:
-    """The JSON text with that value (None: without it) as `name` in its table `key`. All that
-    stands before and after the one place that changes is kept as it is written."""
-    data = json.loads(text)
-    table = data.setdefault(key, {})
-    if (table.get(name) or None) == value:
-        return text
-    table[name] = value
-    if value is None:
-        del table[name]
-    if not table:
-        del data[key]
-    indent = re.search(r'\n([ \t]+)"', text)
-    unit = indent[1] if indent else "  " if text.strip() == "{}" else None  # None: all in one line
-    fresh = json.dumps(data, indent=unit, ensure_ascii=False)
-    fresh = fresh.replace("\n", "\r\n") if "\r\n" in text else fresh
+class Scope(NamedTuple):
+    """What `init` was asked for."""
 
-    @functools.cache
-    def meaning(token: str) -> str:
-        return token.strip() if token.strip() in "[]{},:" else repr(json.loads(token))
+    names: tuple[str, ...]
+    project: str  # its directory, "" = the user's own files
+    hooks: bool
+    undo: bool
 
-    old, new = JSON_TOKEN.findall(text), JSON_TOKEN.findall(fresh)
-    said = [[meaning(token) for token in tokens] for tokens in (old, new)]
-    head = len(os.path.commonprefix(said))
-    tail = len(os.path.commonprefix([tokens[head:][::-1] for tokens in said]))
-    rest = old[-tail:]
-    if rest[0].strip() in "]}":  # its table may have been empty, or is so now
-        rest[0] = new[-tail]
-    return "".join(old[:head] + new[head:-tail] + rest) + text[len("".join(old)):]
+    def base(self) -> str:
+        """What relative places are relative to."""
+        return os.path.abspath(self.project or os.path.expanduser("~"))
 
-
-def json_edited(text: str, cli: AgentCli, entry: Mapping[str, Any] | None,
-                hook: Mapping[str, Any] | None) -> str:
-    """The settings with our entry and hook (None = as it is), or without ours if both are None."""
-    data = json.loads(text)
-    if entry or not hook:
-        old = data.get(cli.servers, {}).get("agent-chat")
-        text = json_put(text, cli.servers, "agent-chat", entry and merged_entry(old, entry))
-    for event in cli.events if hook or not entry else ():
-        groups = data.get("hooks", {}).get(event, [])
-        if {"hooks": [hook]} not in groups:  # else it stays where it is
-            groups = [group for group in groups if not all(
-                OWN_HOOK.search(each.get("command", "")) for each in group["hooks"])]
-            groups += [{"hooks": [hook]}] if hook else []
-        text = json_put(text, "hooks", event, groups or None)
-    return text
-
-
-def toml_edited(text: str, entry: Mapping[str, Any] | None) -> str:
-    """The TOML text with our table at its end, or without our tables."""
-    import tomllib
-    data = tomllib.loads(text)
-    servers = data.setdefault("mcp_servers", {})
-    old = servers.pop("agent-chat", {})
-    merged = merged_entry(old, entry) if entry else {}
-    if merged == old:
-        return text
-    table = OWN_TABLE + (r"(\.\s*env\s*)?\]" if entry else r"[.\]]")
-    edited, inside = "", False
-    for line in text.splitlines(keepends=True):
-        start = line.lstrip()[:1]
-        inside = bool(re.match(table, line)) if start == "[" else inside
-        if not inside or start in ("#", ""):  # comments may be others'
-            edited += line
-    if entry:
-        servers["agent-chat"] = merged
-        ours = {key: value for key, value in merged.items() if not isinstance(value, dict)}
-        ours |= {f"env.{key}": value for key, value in merged["env"].items()}
-        edited += "" if edited.endswith("\n") or not edited else "\n"
-        edited += ("\n" if edited else "") + "[mcp_servers.agent-chat]\n" + "".join(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in ours.items())
-    if {"mcp_servers": {}} | tomllib.loads(edited) != data:
-        raise ValueError("it has agent-chat in an unusual form")
-    return edited
-
-
-def merged_entry(old: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Our entry over an older one; settings and variables that a person added are kept."""
-    old = old if isinstance(old, dict) else {}
-    return {**old, **{key: {**old.get(key, {}), **value} if isinstance(value, dict) else value
-                      for key, value in ours.items()}}
-
-
-def own_command(portable: bool) -> list[str]:
-    """How to start this program again; `portable` = for a file that others may get."""
-    here, home = os.path.abspath(__file__), os.path.expanduser("~")
-    if here.startswith(os.path.join(home, ".local", "share", "agent-chat", "")):
-        return ["agent-chat" if portable else os.path.join(home, ".local", "bin", "agent-chat")]
-    if "environments-v" in sys.prefix:  # where `uv run` keeps its throw-away environments
-        return ["uv", "run", "--script", here]
-    return [sys.executable, here]
-
-
-def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Any]:
-    """Our entry in that CLI's table of MCP servers. The key is never in it, only its variable."""
-    command = [*own_command(portable), "mcp"]
-    variables = {"AGENT_CHAT_SERVER": settings.server, "AGENT_TYPE": name}
-    if name == "opencode":
-        return {"type": "local", "command": command, "environment": variables}
-    if name == "gemini" and environ().get("AGENT_CHAT_API_KEY"):
-        variables["AGENT_CHAT_API_KEY"] = "$AGENT_CHAT_API_KEY"  # Gemini may hide keys else
-    entry: dict[str, Any] = {"command": command[0], "args": command[1:], "env": variables}
-    if name == "codex":  # hands on what is named, and asks before each tool call
-        entry |= {"env_vars": ["TMUX", "TMUX_PANE", "AGENT_CHAT_API_KEY", "AGENT_CHAT_TMUX"],
-                  "tool_timeout_sec": MAX_WAIT_SECONDS + 10,
-                  "default_tools_approval_mode": "approve"}
-    return entry
-
-
-def installed_clis() -> list[str]:
-    """The agent CLIs that this user has, by their program or their files."""
-    import shutil
-    return [name for name, cli in AGENT_CLIS.items() if shutil.which(name) or any(
-        os.path.exists(os.path.expanduser(f"~/{path}")) for path in (cli.user_file, f".{name}"))]
+    def places(self, user: Sequence[FileTable],
+               project: Sequence[FileTable]) -> dict[str, FileTable]:
+        """The files that are meant: one to write into, or all in which ours may lie."""
+        places = project if self.project else user
+        chosen = chosen_place(places, self.base())
+        found = existing_places(places, self.base()) if self.undo else {}
+        if chosen and not found:
+            path, place = chosen
+            found[path] = place
+        return found
 
 
 def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
                   settings: Settings) -> list[Edit]:
-    """What `init` would do for these CLIs, in a project or (project "") for the user."""
-    import shlex
-    base, edits = os.path.abspath(project or os.path.expanduser("~")), []
-    for name in names:
-        cli = AGENT_CLIS[name]
-        first = cli.project_file if project else cli.user_file
-        entry = None if undo else plugin_entry(name, settings, bool(project))
-        command = shlex.join([*own_command(bool(project)), "hook", name])
-        hook = {"type": "command", "command": command} if hooks and not undo else None
-        for file in sorted({first, cli.hooks_file} - {""}) if hooks or undo else [first]:
-            edits.append(planned_edit(os.path.realpath(os.path.join(base, file)), cli,
-                                      entry if file == first else None,
-                                      hook if file == cli.hooks_file else None))
+    """What `init` would do for these CLIs, in a project or (project "") for the user:
+    one edit for each file, whatever number of CLIs reads it."""
+    scope = Scope(tuple(names), project, hooks, undo)
+    edits = []
+    for path, changes in planned_changes(scope, settings).items():
+        edits.append(planned_edit(path, changes, scope, settings))
     return edits
 
 
-def planned_edit(path: str, cli: AgentCli, entry: Mapping[str, Any] | None,
-                 hook: Mapping[str, Any] | None) -> Edit:
-    """The edit of one file, or why it is left alone. Neither entry nor hook: what undoes it."""
-    toml, before = path.endswith(".toml"), None
+def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]:
+    """The changes of each file."""
+    import shlex
+    changes: dict[str, list[Change]] = {}
+    for name in scope.names:
+        cli = AGENT_CLIS[name]
+        if not cli.written and scope.undo:
+            continue
+        if not cli.written:
+            raise BadRequest(f"init does not write {name}'s file; see: init --print {name}")
+        entry = plugin_entry(name, settings, bool(scope.project))
+        for path, place in scope.places(cli.user, cli.project).items():
+            server = TomlServer if path.endswith(".toml") else JsonServer
+            changes.setdefault(path, []).append(server(name, place.table, entry))
+        if cli.hooks is None or not (scope.hooks or scope.undo):
+            continue
+        command = shlex.join([*own_command(bool(scope.project)), "hook", name])
+        for path, place in scope.places(cli.hooks.user, cli.hooks.project).items():
+            hooks = hook_change(name, cli.hooks, path, place, command)
+            changes.setdefault(path, []).append(hooks)
+    return changes
 
-    def edited(text: str, *ours: Mapping[str, Any] | None) -> str:
-        return toml_edited(text, ours[0]) if toml else json_edited(text, cli, *ours)
 
-    def content(text: str) -> Any:
-        """What two texts are compared by: layout and empty tables do not count."""
-        return text.split() if toml else {k: v for k, v in json.loads(text).items() if v != {}}
+def hook_change(name: str, row: HookRow, path: str, place: FileTable,
+                command: str) -> Change:
+    """Our hooks in the form that the file has."""
+    if path.endswith(".toml"):
+        return TomlHooks(row, place.table, command)
+    return JsonHooks(name, row, place.table, command)
 
+
+def planned_edit(path: str, changes: Sequence[Change], scope: Scope,
+                 settings: Settings) -> Edit:
+    """The edit of one file, or why it is left alone and what a person could put into
+    it."""
+    before = None
     try:
-        before, backup = read_file(path), read_file(path + BACKUP_SUFFIX)
-        text = before or ("" if toml else "{}\n")
-        rest = edited(text, None, None)  # without anything of ours
-        foreign, alone = rest == text, rest.strip() in ("", "{}")
-        if entry or hook:
-            if before is None and os.path.exists(path + "c"):
-                raise ValueError(f"there is a {os.path.basename(path)}c, which may have comments")
-            keep = before is not None and (foreign or backup is None and not alone)
-            return Edit(path, before, edited(text, entry, hook), "", keep)
-        if foreign:
-            return Edit(path, before, before)
-        if backup and content(edited(backup, None, None)) == content(rest):
-            return Edit(path, before, backup)  # nobody but us changed anything since
-        return Edit(path, before, None if alone and backup is None else rest)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        why = error if isinstance(error, OSError | ValueError) else "it has an unusual form"
-        return Edit(path, before, before, f"{path} is left alone: {why}; see the README")
+        before = read_file(path)
+        if scope.undo:
+            after = undone_text(path, before, changes)
+            return Edit(path, before, after)
+        after = with_all(changes, started_text(before, path))
+        return Edit(path, before, after, backup=wants_backup(path, before, changes))
+    except (OSError, ValueError) as error:
+        trouble = f"{path} is left alone: {error}; see the README"
+        block = "" if scope.undo else "\n".join(
+            printed_block(name, settings) for name in scope.names
+            if path in planned_changes(scope._replace(names=(name,)), settings))
+        return Edit(path, before, before, trouble, block=block)
+
+
+def started_text(text: str | None, path: str) -> str:
+    """The text, or what a new file begins as where there is none or nothing in it."""
+    if text and text.strip():
+        return text
+    return "" if path.endswith(".toml") else "{}\n"
+
+
+def with_all(changes: Iterable[Change], text: str) -> str:
+    """The text with all that is wanted in it."""
+    for change in changes:
+        text = change.put(text)
+    return text
+
+
+def without_all(changes: Iterable[Change], text: str) -> str:
+    """The text without anything of ours."""
+    for change in changes:
+        text = change.remove(text)
+    return text
+
+
+def wants_backup(path: str, before: str | None, changes: Sequence[Change]) -> bool:
+    """True if the file as it is should be kept: others wrote it, and what is kept of it
+    (if anything) is older than the last undo."""
+    if before is None:
+        return False
+    if not before.strip() or without_all(changes, before) == before:
+        return True
+    kept = os.path.exists(path + BACKUP_SUFFIX)
+    return not kept and without_all(changes, before).strip() not in ("", "{}")
+
+
+def undone_text(path: str, before: str | None, changes: Sequence[Change]) -> str | None:
+    """The file without ours. If nobody else changed it since, it is what it was before
+    init, byte for byte. It goes only if every byte of it is what init writes into a new
+    one."""
+    if not before or not any(program in before for program in OWN_PROGRAMS):
+        return before
+    rest = without_all(changes, before)
+    if rest == before:
+        return before
+    backup = read_file(path + BACKUP_SUFFIX)
+    if backup is None:
+        return None if is_new_file(path, before, changes) else rest
+    start = started_text(backup, path)
+    if without_all(changes, start) != start:
+        return rest  # ours was in there, too
+    again = without_all(changes, with_all(changes, start))
+    return backup if again.split() == rest.split() else rest
+
+
+def is_new_file(path: str, text: str, changes: Sequence[Change]) -> bool:
+    """True if init makes this text out of nothing, by all of these changes or by
+    one."""
+    changes = [change.as_found(text) for change in changes]
+    for some in (changes, *([change] for change in changes)):
+        if with_all(some, started_text(None, path)) == text:
+            return True
+    return False
 
 
 def read_file(path: str) -> str | None:
@@ -10564,20 +11752,49 @@ def read_file(path: str) -> str | None:
 
 
 def write_file(path: str, text: str, mode: int) -> None:
-    """The text under that name in one step: a reader sees the old file or the new one. `mode` is
-    for a new file; an old one keeps its own."""
-    draft, old = f"{path}.{os.getpid()}", os.path.exists(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """The text under that name in one step: a reader sees the old file or the new one.
+    `mode` is for a new file; an old one keeps its own, and its owner. What root writes
+    for the first time belongs to the owner of the directory."""
+    folder = os.path.dirname(path)
+    make_folder(folder)
+    old = os.stat(path) if os.path.exists(path) else None
+    owner = old or os.stat(folder)
+    draft = f"{path}.{os.getpid()}"
     number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if old else mode)
-    with open(number, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    if old:
-        os.chmod(draft, os.stat(path).st_mode & 0o777)
-    os.replace(draft, path)
+    try:
+        with open(number, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        give_to(draft, owner)
+        if old:
+            os.chmod(draft, old.st_mode & 0o7777)
+        os.replace(draft, path)
+    except OSError:
+        os.unlink(draft)
+        raise
+
+
+def make_folder(folder: str) -> None:
+    """The directory and those above it; what root makes belongs to the owner of what is
+    there."""
+    above = os.path.dirname(folder)
+    if os.path.isdir(folder) or above == folder:
+        return
+    make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+        give_to(folder, os.stat(above))
+
+
+def give_to(path: str, owner: os.stat_result) -> None:
+    """Makes it belong to that owner, where we may and it does not yet."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return
+    os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def apply_edit(edit: Edit) -> None:
-    """Carries one edit out, and keeps a backup of what others wrote until it is undone."""
+    """Carries one edit out, and keeps a backup of what others wrote until it is
+    undone."""
     if read_file(edit.path) != edit.before:
         raise Conflict(f"{edit.path} was changed meanwhile; run init again")
     backup = edit.path + BACKUP_SUFFIX
@@ -10591,54 +11808,215 @@ def apply_edit(edit: Edit) -> None:
         write_file(edit.path, edit.after, 0o644)
 
 
-def hook_answer(cli: str, event: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    """What that CLI's hook protocol wants to read after this event; None is silence. It is the
-    doorbell line for mail that no hook spoke of yet. The end of a turn is held up once at most."""
-    import socket
-    name = str(event.get("hook_event_name", ""))
-    if event.get("stop_hook_active") or "agent-chat" in str(event.get("tool_name")):
+# ======================================================================================
+# HOOKS -- what a hook of an agent's CLI answers: the doorbell's line, at the turn's edges.
+# Knows: Client, the doorbell's line, processes.  Never: argparse, print, exit, a terminal.
+# ======================================================================================
+
+# The agent waits while its hook runs. So a hook has one deadline for everything, and
+# whatever goes wrong is silence.
+
+HOOK_SECONDS = 2
+MAX_EVENT_BYTES = 8 << 20  # an event quotes what a tool returned
+MAX_ANCESTORS = 8  # a CLI starts its hooks itself, or through a shell or two
+Result = TypeVar("Result")
+
+
+def hook_output(cli: str, stdin: int, settings: Settings) -> str:
+    """What a hook prints: the answer to the event on that file descriptor as JSON, ""
+    for silence. All of it, the reading too, takes HOOK_SECONDS at most."""
+    deadline = time.monotonic() + HOOK_SECONDS
+    text = within(deadline, lambda: read_all(stdin))
+    if not text:
+        return ""
+    try:
+        event = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(event, dict):
+        return ""
+    answer = hook_answer(cli, event, settings, deadline)
+    return json.dumps(answer) if answer else ""
+
+
+def read_all(descriptor: int) -> bytes:
+    """Everything until the end of that file; "" if it is too much."""
+    text = b""
+    while piece := os.read(descriptor, 1 << 16):
+        text += piece
+        if len(text) > MAX_EVENT_BYTES:
+            return b""
+    return text
+
+
+def within(deadline: float, work: Callable[[], Result]) -> Result | None:
+    """What that work returns, None if it fails or is late. Late work goes on in a
+    thread that nobody waits for, so it must not change anything."""
+    import threading
+    results: list[Result] = []
+
+    def run() -> None:
+        with contextlib.suppress(ChatError, OSError, ValueError):
+            results.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    return results[0] if results else None
+
+
+def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
+                deadline: float | None = None) -> dict[str, object] | None:
+    """What that CLI's hook protocol wants to read after this event; None is silence. It
+    is the doorbell line for mail that no hook spoke of yet. The end of a turn is held
+    up once at most. A hook that another CLI runs, because it reads this one's files, is
+    silent."""
+    row = AGENT_CLIS[cli].hooks
+    moment = moment_of(row, event)
+    if row is None or moment is None or calling_cli(os.getppid()) not in ("", cli):
         return None
+    if deadline is None:
+        deadline = time.monotonic() + HOOK_SECONDS
+    mail = within(deadline, lambda: unheard_mail(cli, event, settings))
+    if not mail:
+        return None
+    remember(mail, settings)
+    # A prompt that is our own line: the bell rang in the terminal just now.
+    if str(event.get("prompt", "")).lstrip().startswith(DOORBELL):
+        return None
+    line = doorbell_line(mail.fresh, settings.preview)
+    return reply(row.reply, str(event["hook_event_name"]), moment, line)
+
+
+def moment_of(row: HookRow | None, event: Mapping[str, object]) -> Moment | None:
+    """Which moment an event is; None for those at which nothing is to be said: a turn
+    that was held up already or was broken off, and a tool of ours, whose result says it
+    all."""
+    if row is None or event.get("stop_hook_active"):
+        return None
+    if event.get("status") in ("aborted", "error"):
+        return None
+    tool = str(event.get("tool_name")).replace("_", "-")
+    if ENTRY_NAME in tool:
+        return None
+    for moment, name in row.events.items():
+        if event.get("hook_event_name") == name:
+            return moment
+    return None
+
+
+def reply(form: Reply, event_name: str, moment: Moment, line: str) -> dict[str, object]:
+    """The answer in that CLI's form: its keys, the line where the last one is."""
+    at_end = moment is Moment.END
+    *outer, key = form.reason if at_end else form.context
+    answer: dict[str, object] = {}
+    verdict, word = form.verdict
+    if at_end and verdict:
+        answer[verdict] = word
+    answer[key] = line
+    if outer:
+        answer = {"hookEventName": event_name} | answer
+    for name in reversed(outer):
+        answer = {name: answer}
+    return answer
+
+
+def calling_cli(pid: int) -> str:
+    """The agent CLI that runs this hook: the nearest one from that process upwards; ""
+    if none is known."""
+    for _ in range(MAX_ANCESTORS):
+        process = find_process(pid)
+        if process is None:
+            return ""
+        programs = {os.path.basename(word) for word in command_of(pid)[:2]}
+        for name, cli in AGENT_CLIS.items():
+            if programs.intersection(cli.programs):
+                return name
+        pid = process.parent
+    return ""
+
+
+class UnheardMail(NamedTuple):
+    """Mail of one agent that waits, and how much of it no hook spoke of yet."""
+
+    agent: str
+    waiting: list[dict[str, Json]]
+    fresh: list[dict[str, Json]]
+
+
+def unheard_mail(cli: str, event: Mapping[str, object],
+                 settings: Settings) -> UnheardMail | None:
+    """The mail that a hook could speak of, None if there is none, or if it cannot be
+    told whose hook it is."""
     client = Client(settings.server, settings.api_key, timeout=HOOK_SECONDS)
-    here = (socket.gethostname(), os.path.realpath(str(event.get("cwd") or ".")))
-    agents = [settings.agent_name] if settings.agent_name else [
-        row["name"] for row in client.get("/api/agents") if row["type"].startswith(cli)
-        and (row["host"], row["cwd"]) == here and row["status"] != "offline"]
-    if len(agents) != 1:  # a hook cannot prove which one it speaks for
+    agent = settings.agent_name or agent_here(client, cli, event)
+    if not agent:
         return None
-    mail = unheard_mail(client, agents[0], settings)
-    if not mail or str(event.get("prompt", "")).lstrip().startswith(DOORBELL):
-        return None  # or the bell rang in the terminal just now
-    line = doorbell_line(mail, settings.preview)
-    if name in TURN_ENDS:
-        return {"decision": TURN_ENDS[name], "reason": line}
-    return {"hookSpecificOutput": {"hookEventName": name, "additionalContext": line}}
+    latest = client.get("/api/messages/history", agent=agent, limit=50)
+    waiting = []
+    for message in reversed(latest):
+        if any(is_waiting(receipt, agent) for receipt in message["receipts"]):
+            waiting.append(message)
+    heard = (read_file(heard_file(agent, settings)) or "").split()
+    fresh = [message for message in waiting if message["id"] not in heard]
+    return UnheardMail(agent, waiting, fresh) if fresh else None
 
 
-def unheard_mail(client: Client, name: str, settings: Settings) -> list[dict[str, Any]]:
-    """Unseen mail that no hook spoke of, less what a loop guard or a mute list keeps quiet. A
-    file per agent has the ids of what was handed over."""
-    path = os.path.join(settings.home, "heard", checked_name(name).lower())
-    heard = (read_file(path) or "").split()
-    latest = client.get("/api/messages/history", agent=name, limit=50)
-    mail = [message for message in reversed(latest) for receipt in message["receipts"]
-            if receipt["agent"].lower() == name.lower()
-            and not (receipt["seen_at"] or receipt["read_at"] or receipt["quiet"])]
-    new = [message for message in mail if message["id"] not in heard]
-    if new:
-        write_file(path, "\n".join(message["id"] for message in mail), 0o600)
-    return new
+def agent_here(client: Client, cli: str, event: Mapping[str, object]) -> str:
+    """The one agent of that CLI that runs in the event's directory, "" if there are
+    several: a hook cannot prove which one it speaks for."""
+    import socket
+    place = str(event.get("cwd") or first_root(event) or ".")
+    here = (socket.gethostname(), os.path.realpath(place))
+    names = []
+    for row in client.get("/api/agents"):
+        ours = row["type"].startswith(cli) and row["status"] != "offline"
+        if ours and (row["host"], row["cwd"]) == here:
+            names.append(str(row["name"]))
+    return names[0] if len(names) == 1 else ""
+
+
+def first_root(event: Mapping[str, object]) -> object:
+    """The directory of an event that has a list of them instead of one; None if it has
+    none."""
+    roots = event.get("workspace_roots")
+    return roots[0] if isinstance(roots, list) and roots else None
+
+
+def is_waiting(receipt: Mapping[str, Json], agent: str) -> bool:
+    """True if a message waits for this agent, and no loop guard or mute list keeps it
+    quiet."""
+    if receipt["agent"].lower() != agent.lower():
+        return False
+    return not (receipt["seen_at"] or receipt["read_at"] or receipt["quiet"])
+
+
+def heard_file(agent: str, settings: Settings) -> str:
+    """The file that has the ids of what hooks told this agent."""
+    return os.path.join(settings.home, "heard", checked_name(agent).lower())
+
+
+def remember(mail: UnheardMail, settings: Settings) -> None:
+    """Notes that hooks spoke of all this mail."""
+    ids = [str(message["id"]) for message in mail.waiting]
+    write_file(heard_file(mail.agent, settings), "\n".join(ids), 0o600)
 
 
 # ======================================================================================
 # DOCTOR -- what has to be right on this machine, and the proof that a bell rings.
-# Knows: Client, the tmux door, planned edits, subprocess.  Never: argparse, print, exit.
+# Knows: Client, the tmux door, SETUP's places, subprocess.  Never: argparse, print, exit.
 # ======================================================================================
 
 RING_SECONDS = 10  # in a pane where nobody types
+VERSION_SECONDS = 4  # for all CLIs together to say their versions
+HUB_START_SECONDS = 15  # for the throw-away hub
+PACKAGE_LEVELS = 4  # directories above a program in which its package.json may lie
+VERSION = re.compile(r"\d+\.\d+[\w.+-]*")
 
 
 class Check(NamedTuple):
-    """One line of `doctor`. `state` is ok, note (fine, but know it) or fail (do `advice`)."""
+    """One line of `doctor`. `state` is ok, note (fine, but know it) or fail (do
+    `advice`)."""
 
     name: str
     state: str
@@ -10648,10 +12026,24 @@ class Check(NamedTuple):
 
 
 def doctor_checks(settings: Settings) -> Iterator[Check]:
-    """Everything that has to be right on this machine, then the whole chain, stage by stage."""
+    """Everything that has to be right on this machine, then the whole chain, stage by
+    stage."""
+    yield from program_checks(settings)
+    yield from cli_checks(settings)
+    yield door_check(settings)
+    client = Client(settings.server, settings.api_key)
+    answered = False
+    for check in hub_checks(settings, client):
+        answered = check.state != "fail"
+        yield check
+    if answered:
+        yield from chain_checks(settings)
+
+
+def program_checks(settings: Settings) -> Iterator[Check]:
+    """This file, its packages, its configuration."""
     from importlib import import_module, metadata
-    own = f"{__version__} ({fingerprint()})"
-    yield Check("program", "ok", f"{own}, Python {sys.version.split()[0]}")
+    yield Check("program", "ok", f"{own_version()}, Python {sys.version.split()[0]}")
     for name, part in (("websockets", "asyncio.client"), ("mcp", "server.stdio")):
         try:
             import_module(f"{name}.{part}")
@@ -10660,44 +12052,199 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
             yield Check(name, "fail", f"not installed ({error})", "sh install.sh")
     if settings.config and settings.api_key and os.name == "posix":
         shared = os.stat(settings.config).st_mode & 0o077
-        yield Check("config", "fail" if shared else "ok", settings.config,
-                    f"others can read the key in it: chmod 600 {settings.config}")
-    edits = [edit for project in (os.getcwd(), "")
-             for edit in planned_edits(AGENT_CLIS, project, False, True, settings)]
-    yield from (Check("agents", "note", edit.trouble) for edit in edits if edit.trouble)
-    known = ", ".join(edit.path for edit in edits if edit.after != edit.before)
-    yield Check("agents", "ok" if known else "note", known or "no agent CLI knows agent-chat yet",
-                "agent-chat init")
-    doors = ", ".join(Doors(settings).names())
+        state = "fail" if shared else "ok"
+        advice = f"others can read the key in it: chmod 600 {settings.config}"
+        yield Check("config", state, settings.config, advice)
+
+
+def own_version() -> str:
+    """Version and fingerprint, as hubs give theirs."""
+    return f"{__version__} ({fingerprint()})"
+
+
+# -- agent CLIs
+
+
+class KnownEntry(NamedTuple):
+    """Our entry in a file of a CLI; or why the file cannot be read."""
+
+    path: str
+    entry: Mapping[str, Json]
+    trouble: str = ""
+
+
+def cli_checks(settings: Settings) -> Iterator[Check]:
+    """Each agent CLI that is here: its version, whether it knows agent-chat, and
+    whether its model sees the tools."""
+    names = installed_clis()
+    versions = cli_versions(names)
+    known = 0
+    for name in names:
+        entries = known_entries(name)
+        for entry in entries:
+            if entry.trouble:
+                detail = f"{entry.path} is left alone: {entry.trouble}"
+                yield Check("agents", "note", detail, "see the README")
+        usable = [entry for entry in entries if entry.entry]
+        known += len(usable)
+        yield cli_check(name, versions.get(name, ""), usable, settings)
+    if not known:
+        yield Check("agents", "note", "no agent CLI knows agent-chat yet",
+                    "agent-chat init")
+
+
+def cli_check(name: str, version: str, entries: Sequence[KnownEntry],
+              settings: Settings) -> Check:
+    """What is to be said of one CLI that is here."""
+    title = f"{name} {version}".rstrip()
+    if not entries:
+        return Check("agents", "note", f"{title} does not know agent-chat",
+                     f"agent-chat init {name}")
+    places = ", ".join(entry.path for entry in entries)
+    cli = AGENT_CLIS[name]
+    lacking = missing_keys(name, entries[0], settings)
+    if lacking:
+        detail = f"{title} knows agent-chat ({places}), but lacks {', '.join(lacking)}"
+        return Check("agents", "note", detail, f"agent-chat init {name}")
+    return Check("agents", "ok", f"{title} knows agent-chat ({places}); {cli.tools}")
+
+
+def missing_keys(name: str, known: KnownEntry, settings: Settings) -> list[str]:
+    """What today's init writes for that CLI and the entry does not have: it is of an
+    earlier time, or by hand."""
+    in_home = known.path in existing_places(AGENT_CLIS[name].user, os.path.expanduser("~"))
+    wanted = plugin_entry(name, settings, portable=not in_home)
+    return [key for key in wanted if key not in known.entry]
+
+
+def known_entries(name: str) -> list[KnownEntry]:
+    """Our entries in the files that this CLI reads here: the project's and the
+    user's."""
+    cli = AGENT_CLIS[name]
+    places = existing_places(cli.project, os.getcwd())
+    places |= existing_places(cli.user, os.path.expanduser("~"))
+    found = []
+    for path, place in places.items():
+        try:
+            entry = entry_in(path, place, cli)
+        except (OSError, ValueError) as error:
+            found.append(KnownEntry(path, {}, str(error)))
+            continue
+        if is_own_entry(entry):
+            found.append(KnownEntry(path, entry))
+    return found
+
+
+def entry_in(path: str, place: FileTable, cli: AgentCli) -> Json:
+    """What stands under our name in the table of MCP servers of that file."""
+    text = started_text(read_file(path), path)
+    if path.endswith(".toml"):
+        return toml_data(text).get(place.table[0], {}).get(ENTRY_NAME)
+    document = JsonText(text, comments=cli.comments)
+    for table in ((*place.table, cli.nested), place.table):
+        entry = document.get((*table, ENTRY_NAME))
+        if is_own_entry(entry):
+            return entry
+    return None
+
+
+def cli_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of these CLIs, as far as they say them in time: out of the package
+    that the program lies in, else by `--version`, all at once."""
+    import shutil
+    import threading
+    versions: dict[str, str] = {}
+
+    def ask(name: str, program: str) -> None:
+        with contextlib.suppress(OSError):
+            said = VERSION.search(run_bounded([program, "--version"])[1])
+            versions[name] = said[0] if said else ""
+
+    threads = []
+    for name in names:
+        program = next(filter(None, map(shutil.which, AGENT_CLIS[name].programs)), "")
+        versions[name] = package_version(program) if program else ""
+        if program and not versions[name]:
+            threads.append(threading.Thread(target=ask, args=(name, program), daemon=True))
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + VERSION_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return versions
+
+
+def package_version(program: str) -> str:
+    """The version in the package.json of the npm package that a program belongs to, ""
+    if it belongs to none."""
+    folder = os.path.realpath(program)
+    for _ in range(PACKAGE_LEVELS):
+        folder = os.path.dirname(folder)
+        try:
+            package = json.loads(read_file(os.path.join(folder, "package.json")) or "{}")
+        except (OSError, ValueError):
+            return ""
+        if isinstance(package, dict) and "version" in package and "node_modules" in folder:
+            return str(package["version"])
+    return ""
+
+
+# -- doors, hub, chain
+
+
+def door_check(settings: Settings) -> Check:
+    """The doors of an agent that is started in this terminal."""
+    names = ", ".join(Doors(settings).names())
     pane = environ().get("TMUX_PANE", "none")
-    yield Check("doors", "ok" if doors else "note",
-                f"{doors or 'none in this terminal'}; tmux pane {pane}",
-                "start agents inside tmux; elsewhere they learn of mail when they look")
-    client, started = Client(settings.server, settings.api_key), time.perf_counter()
+    detail = f"{names or 'none in this terminal'}; tmux pane {pane}"
+    return Check("doors", "ok" if names else "note", detail,
+                 "start agents inside tmux; elsewhere they learn of mail when they look")
+
+
+def hub_checks(settings: Settings, client: Client) -> Iterator[Check]:
+    """The user's own hub: does it answer, is it this program, does it take our key.
+    Nothing is left in it."""
+    own = own_version()
+    started = time.perf_counter()
     try:
         health = client.get("/health")
         ms = (time.perf_counter() - started) * 1e3
         theirs = f"{health.get('version', '?')} ({health.get('fingerprint', '?')})"
-        yield Check("hub", "ok" if theirs == own else "note",
-                    f"{client.server} has {theirs}", "another copy: update the older one", ms)
+        state = "ok" if theirs == own else "note"
+        yield Check("hub", state, f"{client.server} has {theirs}",
+                    "another copy: update the older one", ms)
         rows = client.get("/api/agents")
-        yield Check("key", "ok", "the hub takes our key" if settings.api_key else "none is needed")
-        here = [f"{row['name']} ({row['status']})" for row in rows if row.get("cwd") == os.getcwd()]
-        yield Check("name", "ok" if here else "note", ", ".join(here) or "no agent is at home here",
-                    "start the agent's CLI here, and look at its list of MCP servers")
     except NotAuthorized as error:
-        yield Check("key", "fail", str(error), "set AGENT_CHAT_API_KEY, or api_key in config.yaml")
+        yield Check("key", "fail", str(error),
+                    "set AGENT_CHAT_API_KEY, or api_key in config.yaml")
+        return
     except ChatError as error:
         yield Check("hub", "fail", str(error), "start it: agent-chat serve -d")
-    else:
-        yield from chain_checks(settings, client)
+        return
+    detail = "the hub takes our key" if settings.api_key else "none is needed"
+    yield Check("key", "ok", detail)
+    yield name_check(rows)
 
 
-def chain_checks(settings: Settings, client: Client) -> Iterator[Check]:
+def name_check(rows: Iterable[Mapping[str, Json]]) -> Check:
+    """Which agents are at home in this directory."""
+    here = []
+    for row in rows:
+        if row.get("cwd") == os.getcwd():
+            here.append(f"{row['name']} ({row['status']})")
+    if here:
+        return Check("name", "ok", ", ".join(here))
+    return Check("name", "note", "no agent is at home here",
+                 "start the agent's CLI here, and look at its list of MCP servers")
+
+
+def chain_checks(settings: Settings) -> Iterator[Check]:
+    """The stages of the rehearsal, each with the time that it took."""
     started = time.perf_counter()
     try:
-        for stage in rehearsal(settings, client):
-            ms, started = (time.perf_counter() - started) * 1e3, time.perf_counter()
+        for stage in rehearsal(settings):
+            ms = (time.perf_counter() - started) * 1e3
+            started = time.perf_counter()
             yield Check("chain", "ok", stage, ms=ms)
     except FileNotFoundError:
         yield Check("chain", "note", "not tried, there is no tmux here", "install tmux")
@@ -10705,40 +12252,97 @@ def chain_checks(settings: Settings, client: Client) -> Iterator[Check]:
         yield Check("chain", "fail", str(error), "look into the hub's log")
 
 
-def rehearsal(settings: Settings, client: Client) -> Iterator[str]:
-    """The real thing with a throw-away agent and pane. Yields the name of each stage once it is
-    done; what goes wrong is raised."""
+def rehearsal(settings: Settings) -> Iterator[str]:
+    """The real thing with a throw-away hub, agent and pane: nothing of it is left
+    anywhere. Yields the name of each stage once it is done; what goes wrong is
+    raised."""
     import shutil
     import tempfile
-    name, place = f"doctor-{os.urandom(3).hex()}", tempfile.mkdtemp()
-    agent, tmux = Client(settings.server, settings.api_key), ["tmux", "-uS", f"{place}/tmux"]
+    place = tempfile.mkdtemp(prefix="agent-chat-")
+    tmux = ["tmux", "-uS", f"{place}/tmux"]
+    hub = ThrowAwayHub(place)
     try:
-        glyph = "".join(f"\\{byte:03o}" for byte in settings.prompts[0].encode())
-        pane = run_bounded([*tmux, "-f", os.devnull, "new-session", "-d", "-x250", "-PF#{pane_id}",
-                            f"printf '{glyph} '; exec cat"])[1].strip()  # says each line again
-        door = TmuxDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}"))
+        pane = open_pane(tmux, settings)
+        door = TmuxDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}", home=place))
         yield "pane opened"
-        agent.register({"name": name})
+        agent = Client(hub.url())
+        agent.register({"name": "doctor"})
         yield "agent registered"
-        sent = client.send(HUMAN, "does the bell ring", name)
+        human = Client(hub.url())
+        sent = human.send(HUMAN, "does the bell ring", "doctor")
         yield "message stored"
-        line = f"{doorbell_line(agent.get_messages(name)[0])} #{os.urandom(2).hex()}"
-        word, end = "the pane is not found", time.monotonic() + RING_SECONDS
-        while word != "rung" or run_bounded([*tmux, "capture-pane", "-p"])[1].count(line) < 2:
-            if time.monotonic() > end:
-                raise ChatError(f"no line submitted in a pane of its own: {word}")
-            if word != "rung" and door.available():  # it may not have been drawn yet
-                word = door.ring(line).word
-            time.sleep(0.02)
+        message = agent.get_messages("doctor")[0]
+        ring_until_submitted(door, f"{doorbell_line(message)} #{os.urandom(2).hex()}", tmux)
         yield "line submitted"
-        agent.post("/api/messages/read", {"agent_name": name, "message_ids": [sent["id"]]})
+        mark = {"agent_name": "doctor", "message_ids": [sent["id"]]}
+        agent.post("/api/messages/read", mark)
         yield "message read"
     finally:
+        hub.end()
         with contextlib.suppress(OSError):
             run_bounded([*tmux, "kill-server"])
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(ChatError):
-            agent.post("/api/deregister", {"agent_name": name})
+
+
+def open_pane(tmux: Sequence[str], settings: Settings) -> str:
+    """A pane with an empty prompt that says each line again; its id."""
+    glyph = "".join(f"\\{byte:03o}" for byte in settings.prompts[0].encode())
+    command = f"printf '{glyph} '; exec cat"
+    return run_bounded([*tmux, "-f", os.devnull, "new-session", "-d", "-x250",
+                        "-PF#{pane_id}", command])[1].strip()
+
+
+def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None:
+    """Rings until the line is submitted; ChatError with the last word if it never
+    is."""
+    word = "the pane is not found"
+    end = time.monotonic() + RING_SECONDS
+    while True:
+        said_again = run_bounded([*tmux, "capture-pane", "-p"])[1].count(line) >= 2
+        if word == "rung" and said_again:
+            return
+        if time.monotonic() > end:
+            raise ChatError(f"no line submitted in a pane of its own: {word}")
+        if word != "rung" and door.available():  # it may not have been drawn yet
+            word = door.ring(line).word
+        time.sleep(0.02)
+
+
+class ThrowAwayHub:
+    """A hub of our own on a free port, with a home and a database in that directory."""
+
+    def __init__(self, place: str) -> None:
+        import subprocess
+        config = os.path.join(place, "config.yaml")
+        write_file(config, "", 0o600)
+        self.log = os.path.join(place, "hub.log")
+        self.env = dict(environ())
+        for name in ENVIRONMENT:
+            self.env.pop(name, None)
+        command = [*own_command(portable=False), "serve", "--port", "0", "--config", config,
+                   "--db", os.path.join(place, "hub.db")]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                cwd=place, env=self.env)
+
+    def url(self) -> str:
+        """Its address, once it has said it."""
+        end = time.monotonic() + HUB_START_SECONDS
+        while time.monotonic() < end:
+            said = read_file(self.log) or ""
+            found = re.search(r"http://\S+?:\d+", said)
+            if found:
+                return found[0]
+            if self.process.poll() is not None:
+                raise ChatError(f"a hub for the rehearsal did not start: {said.strip()}")
+            time.sleep(0.02)
+        raise ChatError(f"a hub for the rehearsal did not start in {HUB_START_SECONDS} s")
+
+    def end(self) -> None:
+        """Ends it and waits for it."""
+        self.process.terminate()
+        self.process.wait(DOOR_SECONDS)
 
 
 # ======================================================================================
@@ -12115,11 +13719,15 @@ def command_mcp(given: Given) -> int:
 def command_init(given: Given) -> int:
     """Shows what would change in the agents' configuration files, asks, and writes it. The
     exit code is 1 if a file had to be left alone."""
+    if given.text("print"):
+        print(printed_block(given.text("print"), given.settings()))
+        return 0
     changes: list[Edit] = []
     code = 0
     for edit in wanted_edits(given):
         if edit.trouble:
             note(edit.trouble)
+            print_by_hand(edit)
             code = 1
         elif edit.before != edit.after:
             print_difference(edit)
@@ -12131,6 +13739,12 @@ def command_init(given: Given) -> int:
             require_consent(len(changes))
         write_edits(changes)
     return code
+
+
+def print_by_hand(edit: Edit) -> None:
+    """What a person can put into a file that init leaves alone."""
+    if edit.block:
+        print(f"to put in by hand:\n{edit.block}")
 
 
 def wanted_edits(given: Given) -> list[Edit]:
@@ -12213,11 +13827,9 @@ def command_hook(given: Given) -> int:
     agent's CLI would show anything else to its user, or stop."""
     os.umask(0o077)
     with contextlib.suppress(ChatError, OSError, ValueError):
-        event = json.load(sys.stdin)
-        if isinstance(event, dict):
-            answer = hook_answer(given.text("cli"), event, given.settings())
-            if answer:
-                print_json(answer)
+        answer = hook_output(given.text("cli"), 0, given.settings())
+        if answer:
+            print(answer)
     return 0
 
 
@@ -12290,6 +13902,8 @@ OPTIONS = (  # in the order of the help; each means the same in every command th
     Option("--user", "Write into your own files (the default)."),
     Option("--hooks", "Also add hooks, which hand mail over where a turn begins or ends."),
     Option("--undo", "Take our entries out again."),
+    Option("--print", "Only print the block for this CLI, to put it in by hand.", "CLI",
+           choices=tuple(AGENT_CLIS)),
     Option("--dry-run", "Show what would change, and write nothing."),
     Option("--yes", "Do not ask."),
     Option("cli", f"Whose hook it is: {', '.join(CLIS_WITH_HOOKS)}.",
@@ -12338,7 +13952,7 @@ CHAPTERS: dict[str, tuple[Command, ...]] = {
     ),
     "This machine": (
         Command("init", command_init, "tell your agents' CLIs about agent-chat",
-                options("server clis project user hooks undo dry_run yes"),
+                options("server clis project user hooks undo print dry_run yes"),
                 "agent-chat init claude codex --dry-run", "[CLI...]"),
         Command("doctor", command_doctor, "check this machine, then prove the whole chain",
                 options("server json"), "agent-chat doctor"),

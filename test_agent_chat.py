@@ -533,6 +533,11 @@ NOT_YET: dict[str, dict[str, float]] = {
         "and_or_as_a_value": 1, "number_for_a_field": 1,
         "own_mistake_as_control_flow": 1, "positional_boolean": 1,
         "remark_at_the_end_of_a_line": 19},
+    "EDITING": {
+        "syntax nodes per code line": 7.4, "conditional expressions per 100": 2.7},
+    "HOOKS": {
+        "syntax nodes per code line": 7.4, "conditional expressions per 100": 4.9,
+        "filtered comprehensions per 100": 0.9},
     "SETUP": {
         "syntax nodes per code line": 9.1, "mean width of a code line": 54.7,
         "widest line": 99, "worst complexity": 21,
@@ -576,6 +581,8 @@ NOT_YET_TESTS: dict[str, dict[str, float]] = {
         "prose in %": 1.6},
     "COMMANDS": {
         "syntax nodes per code line": 8.8, "prose in %": 2.1},
+    "SETUP": {
+        "syntax nodes per code line": 8.4, "prose in %": 2},
     "INSTALL": {
         "syntax nodes per code line": 8.9, "prose in %": 3.4},
     "BROWSER": {
@@ -8554,7 +8561,9 @@ def test_an_isolated_start_stays_isolated(shell: Shell) -> None:
     assert "-I" in words and stopped.returncode == 0
 
 
-# -- init
+# ======================================================================================
+# SETUP -- the files of agent CLIs edited as text, their hooks, and doctor.
+# ======================================================================================
 
 CLAUDE = """{
     "numStartups": 3,
@@ -8584,11 +8593,197 @@ approval_mode = "approve"
 FOREIGN = {".claude.json": CLAUDE, ".claude/settings.json": HOOKS, ".codex/config.toml": CODEX,
            ".gemini/settings.json": '{"theme":"dark","mcpServers":{}}\n',
            ".config/opencode/opencode.json": "{}"}
+CLIS = agent_chat.AGENT_CLIS
+WRITTEN = [name for name, cli in CLIS.items() if cli.written]
+PRINTED_ONLY = [name for name, cli in CLIS.items() if not cli.written]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes()
             for path in folder.rglob("*") if path.is_file()}
+
+
+# -- text edits
+
+
+JSON_LAYOUTS = {
+    "nothing": "{}\n",
+    "one line": '{"a":1, "mcpServers": {"o": {}}}',
+    "one line, no table": '{"a":[1,2]}\n\n',
+    "four blanks": CLAUDE,
+    "tabs and CRLF": '{\r\n\t"a": 1,\r\n\t"mcpServers": {\r\n\t\t"o": [ ]\r\n\t}\r\n}\r\n',
+    "a comment behind the last": '{\n  "mcpServers": {\n    "o": {} // last\n  }\n}\n',
+    "a comment below the last": '{\n  "mcpServers": {\n    "o": {}\n    // "x": {},\n  }\n}\n',
+    "a comment instead of an item": '{\n  "mcpServers": { /* none */ }\n}\n',
+    "only a line comment": "{ // nothing yet\n}\n",
+    "a comma at the end": '{\n  "mcpServers": {\n    "o": {}, // one\n  },\n}\n',
+    "a comma, then a comment": '{"mcpServers": {"o": 1 /* c */ , /* d */ }}',
+    "addresses are no comments": '{"u": "http://x/*y", "mcpServers": {"o": "//"}}',
+    "comments everywhere": '/* a */{/* b */"a"/* c */:/* d */1/* e */,/* f */"mcpServers"'
+                           ':{"o":/* g */1}}/* h */ // i\n',
+}
+
+
+@pytest.mark.parametrize("layout", JSON_LAYOUTS)
+def test_what_is_put_into_json_and_taken_out_leaves_no_trace(layout: str) -> None:
+    text = JSON_LAYOUTS[layout]
+    document = agent_chat.JsonText(text, comments=True)
+    path = ("mcpServers", "agent-chat")
+    document.merge(path, {"command": "x", "env": {"A": "ä"}})
+    assert document.get(path) == {"command": "x", "env": {"A": "ä"}}
+    once = document.text
+    document.merge(path, {"command": "x"})
+    assert document.text == once
+    document.merge((*path, "command"), "y")
+    assert document.get(path) == {"command": "y", "env": {"A": "ä"}}
+    document.remove(path)
+    assert document.text == text
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('{"a": 1, "a": 2}', 'line 1: the key "a" stands there a second time'),
+    ('{"a": {\n"b": 1,\n"b": 1}}', 'line 3: the key "b" stands there a second time'),
+    ('{"a": 1,}', "line 1: a comma too many"), ('{"a": 1', "a comma is expected"),
+    ('{"a" 1}', "a colon is expected"), ("{a: 1}", "a key is expected"),
+    ('{"a": \'b\'}', "a value is expected"), ('{"a": 01}', "a value is expected"),
+    ('{"a": NaN}', "a value is expected"), ('{"a": "\t"}', "a value is expected"),
+    ("{} {}", "something follows its end"), ("[]", "it is no JSON object"),
+    ("", "a value is expected"), ("\ufeff{}", "a value is expected"),
+    ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "it is nested deeper than 200"),
+    ('{"a": 1} // x', "it has comments"), ("{/* x */}", "it has comments"),
+    ("{/* x }", "a key is expected")])
+def test_json_that_is_not_clear_is_refused_in_words(text: str, why: str) -> None:
+    with pytest.raises(agent_chat.FileTrouble, match=re.escape(why)):
+        agent_chat.JsonText(text)
+
+
+def test_an_item_that_a_line_comment_would_swallow_is_left_alone() -> None:
+    document = agent_chat.JsonText('{"a": 1, // c\n "ours": 2, "b": 3}', comments=True)
+    with pytest.raises(agent_chat.FileTrouble, match="a comment stands in the way of ours"):
+        document.remove(("ours",))
+
+
+class JsonMaker:
+    """Random JSON documents in random layouts, with comments or without."""
+
+    def __init__(self, seed: int) -> None:
+        import random
+
+        self.chance = random.Random(seed)
+        self.comments = seed % 2 == 1
+        self.newline = self.chance.choice(["\n", "\r\n"])
+        self.indent = self.chance.choice(["", " ", "  ", "    ", "\t"])
+
+    def value(self, depth: int) -> Any:
+        """Any value, no deeper than that."""
+        kind = self.chance.randrange(7 if depth else 4)
+        if kind < 4:
+            return [self.chance.randrange(99), 'ä "q" \\ {[,:]} // /*', None, True][kind]
+        size = range(self.chance.randrange(4))
+        if kind < 6:
+            return {f"k{n} ,:{{": self.value(depth - 1) for n in size}
+        return [self.value(depth - 1) for _ in size]
+
+    def text(self, value: Any, line: str = "") -> str:
+        """The value, written somehow."""
+        if not isinstance(value, dict | list) or not value:
+            return json.dumps(value, ensure_ascii=self.chance.random() < 0.5)
+        inner = line + self.indent
+        break_lines = bool(self.indent) and self.chance.random() < 0.8
+        pieces = []
+        for key in value:
+            label = "" if isinstance(value, list) else json.dumps(key) + ": "
+            part = key if isinstance(value, list) else value[key]
+            piece = self.newline + inner if break_lines else self.blank()
+            pieces.append(piece + self.comment() + label + self.text(part, inner))
+        end = self.newline + line if break_lines else self.blank()
+        brackets = "[]" if isinstance(value, list) else "{}"
+        comma = "," if self.comments and self.chance.random() < 0.3 else ""
+        return brackets[0] + ",".join(pieces) + comma + self.comment() + end + brackets[1]
+
+    def blank(self) -> str:
+        return self.chance.choice(["", " "])
+
+    def comment(self) -> str:
+        """A comment, now and then."""
+        if not self.comments or self.chance.random() < 0.7:
+            return ""
+        line = f" // {{ [ , {self.newline}"
+        return self.chance.choice([" /* , } */ ", line])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_json_is_edited_in_place_whatever_its_form(seed: int) -> None:
+    """Any document in any layout: putting ours in gives the right content and keeps each piece
+    of the rest; taking it out again gives the text back, byte for byte."""
+    maker = JsonMaker(seed)
+    data = {f"key {n}": maker.value(3) for n in range(maker.chance.randrange(5))}
+    data["mcpServers"] = {f"s{n}": maker.value(2) for n in range(maker.chance.randrange(1, 4))}
+    data["hooks"] = {"Stop": [{"matcher": "*", "hooks": []}, {"hooks": [{"command": "x"}]}]}
+    text = maker.text(data) + maker.chance.choice(["", "\n", " \n\n"])
+    assert agent_chat.JsonText(text, comments=True).root.data == data
+    row = CLIS["gemini"].hooks
+    assert row
+    changes = [agent_chat.JsonServer("gemini", ("mcpServers",),
+                                     {"command": "agent-chat", "args": ["mcp"], "env": {}}),
+               agent_chat.JsonHooks("gemini", row, ("hooks",), "agent-chat hook gemini")]
+    added = agent_chat.with_all(changes, text)
+    found = agent_chat.JsonText(added, comments=True).root.data
+    assert found["mcpServers"].pop("agent-chat")["command"] == "agent-chat"
+    for event in row.events.values():
+        assert found["hooks"].pop(event) == [
+            {"hooks": [{"type": "command", "command": "agent-chat hook gemini"}]}]
+    assert found == data
+    assert agent_chat.with_all(changes, added) == added
+    assert agent_chat.without_all(changes, added) == text
+    assert agent_chat.without_all(changes, text) == text
+
+
+TOML_LAYOUTS = {
+    "nothing": "", "a comment": "# mine\n", "no line end": 'a = "b"', "CRLF": 'a = 1\r\n[t]\r\nb = 2\r\n',
+    "separators inside": 'a = "x\u2028[y]" # \u2028\n', "arrays": "[[x]]\na = 1\n\n[[x]]\na = 2\n",
+    "brackets in a string": 'a = """\n[mcp_servers.other]\n"""\n',
+    "others below": "[mcp_servers.other]\nargs = [\n  \"a\",\n]\n\n[z]\n",
+}
+
+
+@pytest.mark.parametrize("layout", TOML_LAYOUTS)
+def test_what_is_put_into_toml_and_taken_out_leaves_no_trace(layout: str) -> None:
+    text = TOML_LAYOUTS[layout]
+    kimi = CLIS["kimi"].hooks
+    assert kimi
+    entry = {"command": "agent-chat", "args": ["mcp"], "env": {"A B": "c"}}
+    for change in (agent_chat.TomlServer("codex", ("mcp_servers",), entry),
+                   agent_chat.TomlHooks(kimi, ("hooks",), "agent-chat hook kimi")):
+        added = change.put(text)
+        found, before = tomllib.loads(added), tomllib.loads(text)
+        assert added.startswith(text) and change.put(added) == added
+        assert ("\r\n" in text) == ("\r\n" in added) and "\n" not in added.replace("\r\n", "") * ("\r\n" in text)
+        if isinstance(change, agent_chat.TomlServer):
+            assert found["mcp_servers"].pop("agent-chat") == entry
+        else:
+            assert [hook["event"] for hook in found["hooks"]] == ["UserPromptSubmit", "Stop"]
+        assert {key: found[key] for key in before} == before
+        assert change.remove(added).rstrip("\r\n") == text.rstrip("\r\n")
+        assert change.remove(text) == text
+
+
+def test_an_older_table_of_ours_in_toml_is_brought_up_to_date() -> None:
+    text = ('[mcp_servers.agent-chat]\ncommand = "/old/agent-chat"\nargs = ["mcp"]\n# a note\n'
+            'startup_timeout_sec = 20\n[mcp_servers.agent-chat.env]\nAGENT_NAME = "ada"\n'
+            '[mcp_servers.agent-chat.tools.x]\ny = 1\n[z]\n')
+    entry = {"command": "agent-chat", "args": ["mcp"], "env": {"A": "b"}}
+    change = agent_chat.TomlServer("codex", ("mcp_servers",), entry)
+    edited = change.put(text)
+    found = tomllib.loads(edited)
+    assert found["mcp_servers"]["agent-chat"] == {
+        **entry, "env": {"AGENT_NAME": "ada", "A": "b"}, "startup_timeout_sec": 20,
+        "tools": {"x": {"y": 1}}}
+    assert "# a note\n" in edited and found["z"] == {}
+    assert tomllib.loads(change.remove(edited)) == {"z": {}}
+
+
+# -- init
 
 
 def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
@@ -8598,8 +8793,8 @@ def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
     texts = {name: (shell.home / name).read_bytes().decode() for name in FOREIGN}
     claude = json.loads(texts[".claude.json"])
     assert claude["mcpServers"]["agent-chat"]["args"][-1] == "mcp"
-    assert claude["mcpServers"]["agent-chat"]["env"]["AGENT_CHAT_SERVER"] == "http://hub:1"
-    for text in (*CLAUDE.replace('[]}\n', '[]}').splitlines()[:4], '"name": "\\u00e4b"\n}'):
+    assert claude["mcpServers"]["agent-chat"]["env"] == {"AGENT_CHAT_SERVER": "http://hub:1"}
+    for text in (*CLAUDE.splitlines()[:4], '"name": "\\u00e4b"\n}'):
         assert text in texts[".claude.json"]
     hooks = json.loads(texts[".claude/settings.json"])["hooks"]
     assert hooks["Stop"][1]["hooks"][0]["command"].endswith("hook claude")
@@ -8633,6 +8828,52 @@ def test_init_twice_changes_nothing_and_undo_restores_every_byte(shell: Shell,
     assert "nothing to change" in shell.run("init", "--undo", "--yes", "claude", "gemini")
 
 
+def test_init_and_undo_for_every_cli_in_its_own_place(shell: Shell,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows at once: every file is new, has our entry in its table, and goes again."""
+    monkeypatch.setenv("HOME", str(shell.home))
+    shell.run("init", *WRITTEN, "--hooks", "--yes")
+    written = snapshot(shell.home)
+    for name in WRITTEN:
+        chosen = agent_chat.chosen_place(CLIS[name].user, str(shell.home))
+        assert chosen
+        path, place = chosen
+        text = written[os.path.relpath(path, shell.home)].decode()
+        data: Any = tomllib.loads(text) if path.endswith("toml") else json.loads(text)
+        for key in (*place.table, "agent-chat"):
+            data = data[key]
+        assert "mcp" in (data.get("args") or data["command"])
+        assert ("AGENT_TYPE" in str(data)) is CLIS[name].alone
+    assert len(written) >= 23
+    shell.run("init", *WRITTEN, "--hooks", "--yes")
+    assert snapshot(shell.home) == written
+    shell.run("init", *WRITTEN, "--undo", "--yes")
+    assert snapshot(shell.home) == {}
+
+
+@pytest.mark.parametrize(("cli", "variable", "file"), [
+    ("claude", "CLAUDE_CONFIG_DIR", ".claude.json"), ("codex", "CODEX_HOME", "config.toml"),
+    ("gemini", "GEMINI_CLI_HOME", ".gemini/settings.json"),
+    ("opencode", "XDG_CONFIG_HOME", "opencode/opencode.json"),
+    ("opencode", "OPENCODE_CONFIG", ""), ("copilot", "COPILOT_HOME", "mcp-config.json"),
+    ("qwen", "QWEN_HOME", "settings.json"), ("kimi", "KIMI_CODE_HOME", "mcp.json"),
+    ("grok", "GROK_HOME", "config.toml"), ("pi", "PI_CODING_AGENT_DIR", "mcp.json"),
+    ("droid", "FACTORY_HOME_OVERRIDE", ".factory/mcp.json"),
+    ("kilo", "XDG_CONFIG_HOME", "kilo/kilo.json"), ("amp", "XDG_CONFIG_HOME", "amp/settings.json"),
+    ("cline", "CLINE_DIR", "data/settings/cline_mcp_settings.json")])
+def test_a_clis_own_variable_moves_what_init_and_doctor_look_at(
+        shell: Shell, tmp_path: Path, cli: str, variable: str, file: str) -> None:
+    goal = tmp_path / "elsewhere" / file if file else tmp_path / "elsewhere.json"
+    moved = {variable: str(tmp_path / ("elsewhere" if file else "elsewhere.json"))}
+    shell.run("init", cli, "--yes", **moved)
+    assert b"agent-chat" in goal.read_bytes() and snapshot(shell.home) == {}
+    told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **moved)
+    assert [check for check in told if check["name"] == "agents" and str(goal) in check["detail"]
+            and cli in check["detail"]]
+    shell.run("init", cli, "--undo", "--yes", **moved)
+    assert not goal.exists()
+
+
 def test_undo_keeps_what_others_changed_meanwhile(shell: Shell) -> None:
     path = shell.file(".claude.json", CLAUDE)
     codex = shell.file(".codex/config.toml", CODEX)
@@ -8646,10 +8887,61 @@ def test_undo_keeps_what_others_changed_meanwhile(shell: Shell) -> None:
     assert not (shell.home / ".gemini/settings.json").exists()
 
 
+OTHERS_ONLY = {
+    "an empty group": '{"hooks":{"Stop":[{"matcher":"*","hooks":[]}]}}',
+    "empty lists": '{"hooks": {"Stop": [], "PostToolUse": []}}',
+    "empty tables": '{"hooks": {}, "mcpServers": {}}',
+    "nothing": "{}",
+    "others' hooks": '{"hooks":{"Stop":[{"hooks":[{"type":"command","command":"echo agent-chat hook"}]}]}}',
+    "another server of our name": '{"mcpServers": {"agent-chat": {"url": "http://x"}}}',
+}
+
+
+@pytest.mark.parametrize("what", OTHERS_ONLY)
+def test_undo_touches_nothing_that_is_not_ours(shell: Shell, what: str) -> None:
+    for name in (".claude.json", ".claude/settings.json"):
+        shell.file(name, OTHERS_ONLY[what])
+    before = snapshot(shell.home)
+    assert "nothing to change" in shell.run("init", "claude", "--undo", "--yes")
+    assert snapshot(shell.home) == before
+
+
+def test_a_hook_group_of_a_person_stays_and_so_does_their_file(shell: Shell) -> None:
+    text = '{"hooks":{"Stop":[{"matcher":"*","hooks":[]}]}}'
+    path = shell.file(".claude/settings.json", text)
+    shell.run("init", "claude", "--hooks", "--yes")
+    groups = json.loads(path.read_text())["hooks"]["Stop"]
+    assert groups[0] == {"matcher": "*", "hooks": []} and len(groups) == 2
+    path.write_text(path.read_text().replace('{"matcher"', '{ "matcher"'))
+    shell.run("init", "claude", "--undo", "--yes")
+    assert json.loads(path.read_text()) == json.loads(text)
+
+
+def test_our_hook_in_a_persons_group_leaves_without_its_neighbours(shell: Shell) -> None:
+    path = shell.file(".claude/settings.json", json.dumps({"hooks": {"Stop": [{"hooks": [
+        {"type": "command", "command": "say done"},
+        {"type": "command", "command": "/old/agent-chat hook claude", "timeout": 9}]}]}}))
+    shell.run("init", "claude", "--hooks", "--yes")
+    stop = json.loads(path.read_text())["hooks"]["Stop"]
+    assert len(stop) == 1 and stop[0]["hooks"][1]["timeout"] == 9
+    assert not stop[0]["hooks"][1]["command"].startswith("/old/")
+    shell.run("init", "claude", "--undo", "--yes")
+    assert json.loads(path.read_text()) == {"hooks": {"Stop": [{"hooks": [
+        {"type": "command", "command": "say done"}]}]}}
+
+
+def test_undo_never_deletes_a_file_that_a_person_wrote(shell: Shell, tmp_path: Path) -> None:
+    by_hand = {"mcpServers": {"agent-chat": {"command": "agent-chat", "args": ["mcp"]}}}
+    path = tmp_path / ".mcp.json"
+    path.write_text(json.dumps(by_hand, indent=2) + "\n")
+    shell.run("init", "claude", "--project", tmp_path, "--undo", "--yes")
+    assert json.loads(path.read_text()) == {}
+
+
 def test_init_keeps_what_a_person_added_to_our_entry(shell: Shell) -> None:
     shell.run("init", "--yes", "claude", "codex")
     path = shell.home / ".claude.json"
-    path.write_text(path.read_text().replace('"AGENT_TYPE"', '"AGENT_NAME": "ada", "AGENT_TYPE"'))
+    path.write_text(path.read_text().replace('"AGENT_CHAT', '"AGENT_NAME": "ada", "AGENT_CHAT'))
     codex = shell.home / ".codex/config.toml"
     codex.write_text(codex.read_text() + "startup_timeout_sec = 20\n")
     shell.run("init", "--yes", "claude", "codex", "--server", "http://hub:1")
@@ -8659,20 +8951,71 @@ def test_init_keeps_what_a_person_added_to_our_entry(shell: Shell) -> None:
     assert (entry["startup_timeout_sec"], entry["env"]["AGENT_CHAT_SERVER"]) == (20, "http://hub:1")
 
 
+def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(shell: Shell) -> None:
+    old = {"command": "agent-chat", "args": ["mcp"], "env": {"AGENT_TYPE": "claude"}}
+    path = shell.file(".claude.json", json.dumps({"mcpServers": {"agent-chat": old}}))
+    shell.run("init", "claude", "--yes")
+    env = json.loads(path.read_text())["mcpServers"]["agent-chat"]["env"]
+    assert list(env) == ["AGENT_CHAT_SERVER"]
+    old["env"] = {"AGENT_TYPE": "reviewer"}  # of a person's own choice
+    path.write_text(json.dumps({"mcpServers": {"agent-chat": old}}))
+    shell.run("init", "claude", "--yes")
+    assert '"reviewer"' in path.read_text()
+
+
+def test_two_clis_that_read_one_file_get_one_entry(shell: Shell, tmp_path: Path) -> None:
+    words = ["init", "claude", "copilot", "--project", tmp_path, "--yes"]
+    shell.run(*words)
+    assert set(snapshot(tmp_path)) - set(snapshot(shell.home)) >= {".mcp.json"}
+    entry = json.loads((tmp_path / ".mcp.json").read_text())["mcpServers"]["agent-chat"]
+    assert entry["deferTools"] == "never" and "AGENT_TYPE" not in entry["env"]
+    shell.run(*words, "--undo")
+    assert not (tmp_path / ".mcp.json").exists()
+
+
 @pytest.mark.parametrize(("name", "text", "cli"), [
     (".claude.json", '{ // a comment\n "a": 1}', "claude"), (".claude.json", '{"a": 1', "claude"),
     (".claude.json", '{"mcpServers": []}', "claude"), (".claude.json", "\ufeff{}", "claude"),
+    (".claude.json", '{"a": 1, "a": 2}', "claude"),
+    (".claude.json", '{"mcpServers": {"agent-chat": {"command": "x"}}}', "claude"),
     (".codex/config.toml", "[broken", "codex"),
     (".codex/config.toml", 'mcp_servers = { agent-chat = { command = "x" } }', "codex"),
-    (".config/opencode/opencode.jsonc", "{}", "opencode")])
+    (".codex/config.toml", 'mcp_servers = { other = { command = "x" } }', "codex"),
+    (".codex/config.toml", 'a = """\n[mcp_servers.agent-chat]\n"""\n[mcp_servers]\n'
+                           'agent-chat = {command = "agent-chat", args = ["mcp"]}\n', "codex"),
+    (".config/opencode/opencode.jsonc", '{"mcp": /* open', "opencode")])
 def test_a_file_that_is_not_understood_is_left_alone(shell: Shell, name: str, text: str,
                                                      cli: str) -> None:
     shell.file(name, text)
     before = snapshot(shell.home)
-    shell.run("init", "--yes", cli, code=1)
-    assert f"{name.removesuffix('c')} is left alone: " in shell.errors
+    said = shell.run("init", "--yes", cli, code=1)
+    assert f"{name} is left alone: " in shell.errors
     assert shell.errors.count("\n") == 1
+    assert agent_chat.ENTRY_NAME in said.partition("to put in by hand:\n")[2]
     assert snapshot(shell.home) == before
+
+
+@pytest.mark.parametrize("file", ["opencode.jsonc", "opencode.json"])
+def test_comments_are_edited_around_where_the_cli_reads_them(shell: Shell, file: str) -> None:
+    text = '{\n  // my model\n  "model": "x", /* y */\n  "mcp": {\n    // servers\n  },\n}\n'
+    path = shell.file(f".config/opencode/{file}", text)
+    shell.run("init", "opencode", "--yes")
+    assert set(snapshot(shell.home)) == {f".config/opencode/{file}",
+                                         f".config/opencode/{file}.agent-chat-backup"}
+    for line in text.splitlines():
+        assert line in path.read_text()
+    assert '"agent-chat"' in path.read_text()
+    path.write_text(path.read_text().replace("my model", "mine"))
+    shell.run("init", "opencode", "--undo", "--yes")
+    assert path.read_text() == text.replace("my model", "mine")
+
+
+def test_a_newer_opencode_keeps_its_servers_one_table_deeper(shell: Shell) -> None:
+    path = shell.file(".config/opencode/opencode.json", '{"mcp": {"servers": {"o": {}}}}')
+    shell.run("init", "opencode", "--yes")
+    assert set(json.loads(path.read_text())["mcp"]["servers"]) == {"o", "agent-chat"}
+    shell.run("init", "opencode", "--undo", "--yes")
+    assert path.read_text() == '{"mcp": {"servers": {"o": {}}}}'
 
 
 def test_init_asks_and_a_dry_run_does_not_write(shell: Shell) -> None:
@@ -8684,6 +9027,23 @@ def test_init_asks_and_a_dry_run_does_not_write(shell: Shell) -> None:
     assert snapshot(shell.home) == before
     shell.run("init", text="y\n")
     assert snapshot(shell.home) != before
+
+
+@pytest.mark.parametrize("cli", CLIS)
+def test_init_prints_the_block_of_every_cli_and_writes_nothing(shell: Shell, cli: str) -> None:
+    block = shell.run("init", "--print", cli)
+    assert snapshot(shell.home) == {}
+    assert agent_chat.ENTRY_NAME in block and "AGENT_CHAT_SERVER" in block
+    file = CLIS[cli].user[-1].file
+    if file.endswith(".json"):
+        assert json.loads(block)
+    elif file.endswith(".toml"):
+        assert tomllib.loads(block)
+    else:
+        assert block.startswith(CLIS[cli].user[-1].table[0] + ":\n")
+    if cli in PRINTED_ONLY:
+        shell.run("init", cli, "--yes", code=1)
+        assert f"init --print {cli}" in shell.errors
 
 
 def test_init_in_a_project_writes_there_and_never_a_key(shell: Shell, tmp_path: Path) -> None:
@@ -8712,50 +9072,68 @@ def test_init_follows_a_link_and_keeps_the_mode(shell: Shell) -> None:
     assert backup.read_text() == CLAUDE and backup.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_json_is_edited_in_place_whatever_its_form(seed: int) -> None:
-    """Any document, in any layout: adding ours gives the right content, and taking it out
-    again gives the content back; text that we had no reason to touch is still there."""
-    import random
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
+    os.chown(shell.home, 4711, 4712)
+    path = shell.file(".claude.json", CLAUDE)
+    os.chown(path, 4713, 4714)
+    shell.run("init", "claude", "codex", "--hooks", "--yes")
+    owners = {str(file.relative_to(shell.home)): (file.stat().st_uid, file.stat().st_gid)
+              for file in shell.home.rglob("*")}
+    assert owners.pop(".claude.json") == (4713, 4714)
+    assert set(owners.values()) == {(4711, 4712)} and ".codex/config.toml" in owners
 
-    chance = random.Random(seed)
 
-    def value(depth: int) -> Any:
-        kind = chance.randrange(7 if depth else 4)
-        if kind < 4:
-            return [chance.randrange(99), 'ä "q" \\ {[,:]}', None, True][kind]
-        if kind < 6:
-            return {f"k{n} ,:{{": value(depth - 1) for n in range(chance.randrange(4))}
-        return [value(depth - 1) for _ in range(chance.randrange(4))]
+def test_a_file_that_cannot_be_replaced_leaves_no_draft(shell: Shell) -> None:
+    (shell.home / ".claude.json").mkdir()
+    shell.run("init", "claude", "--yes", code=1)
+    assert f"{shell.home}/.claude.json is left alone: " in shell.errors
+    with pytest.raises(OSError):
+        agent_chat.write_file(str(shell.home / ".claude.json"), "x", 0o600)
+    assert [path.name for path in shell.home.iterdir()] == [".claude.json"]
 
-    data = {f"key {n}": value(3) for n in range(chance.randrange(5))}
-    if chance.random() < 0.7:
-        data["mcpServers"] = {f"s{n}": value(2) for n in range(chance.randrange(3))}
-    if chance.random() < 0.5:
-        data["hooks"] = {"Stop": [{"hooks": [{"command": "x"}]}][: chance.randrange(2)]}
-    indent = chance.choice([None, 1, 2, 4, "\t"])
-    separators = (",", ":") if indent is None and chance.random() < 0.5 else None
-    text = json.dumps(data, indent=indent, separators=separators,
-                      ensure_ascii=chance.random() < 0.5)
-    text = text.replace("\n", chance.choice(["\n", "\r\n"])) + chance.choice(["", "\n", " \n\n"])
-    cli = agent_chat.AGENT_CLIS["claude"]
-    hook = {"type": "command", "command": "agent-chat hook claude"}
-    added = agent_chat.json_edited(text, cli, {"command": "x"}, hook)
-    content = json.loads(added)
-    assert content["mcpServers"].pop("agent-chat") == {"command": "x"}
-    assert [groups.pop()["hooks"] for groups in content["hooks"].values()] == [[hook]] * 3
-    for name, piece in data.items():
-        if name not in ("mcpServers", "hooks"):
-            assert content[name] == piece
-    assert agent_chat.json_edited(added, cli, {"command": "x"}, hook) == added
-    removed = agent_chat.json_edited(added, cli, None, None)
-    if all(data.get(name) for name in ("mcpServers", "hooks")) and all(data["hooks"].values()):
-        assert removed == text
-    pruned = {k: v for k, v in data.items() if k not in ("mcpServers", "hooks") or v}
-    found = json.loads(removed)
-    if not any((data.get("hooks") or {"": 1}).values()):
-        pruned.pop("hooks", None)
-    assert found == pruned
+
+def test_a_projects_python_variables_do_not_kill_the_entry(shell: Shell, tmp_path: Path) -> None:
+    """The command that init writes, started as a CLI would in a project that has modules of its
+    own: it answers initialize."""
+    for name in ("json.py", "mcp.py", "sitecustomize.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')\n")
+    entry = agent_chat.plugin_entry("claude", agent_chat.Settings(server="http://127.0.0.1:9"),
+                                    portable=False)
+    hello = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-06-18", "capabilities": {},
+        "clientInfo": {"name": "claude-code", "version": "2"}}}
+    env = clean_environment(shell.home, PYTHONPATH=str(tmp_path), PYTHONHOME=str(tmp_path),
+                            PYTHONSTARTUP=str(tmp_path / "json.py"), **entry["env"])
+    with subprocess.Popen([entry["command"], *entry["args"]], env=env, cwd=tmp_path, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as plugin:
+        assert plugin.stdin and plugin.stdout
+        plugin.stdin.write(json.dumps(hello) + "\n")
+        plugin.stdin.flush()
+        assert json.loads(plugin.stdout.readline())["result"]["serverInfo"]["name"] == "agent-chat"
+        plugin.stdin.close()
+
+
+REAL_PROGRAMS = {  # what each says of our entry, without an account
+    "claude": ["claude", "mcp", "list"], "codex": ["codex", "mcp", "list"],
+    "gemini": ["gemini", "mcp", "list"], "opencode": ["opencode", "mcp", "list"],
+    "copilot": ["copilot", "mcp", "list"], "qwen": ["qwen", "mcp", "list"],
+    "kilo": ["kilo", "mcp", "list"], "droid": ["droid", "mcp", "list"],
+    "cline": ["cline", "config", "mcp", "--json"], "grok": ["grok", "mcp", "list"],
+    "pi": ["pi", "mcp", "list"], "auggie": ["auggie", "mcp", "list"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cli", REAL_PROGRAMS)
+def test_the_real_program_reads_our_file(caller: Shell, cli: str, tmp_path: Path) -> None:
+    """For each agent CLI that this machine happens to have."""
+    if not shutil.which(cli):
+        pytest.skip(f"{cli} is not here")
+    caller.run("init", cli, "--yes")
+    env = {key: value for key, value in caller.env.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(REAL_PROGRAMS[cli], env=env, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=100, stdin=subprocess.DEVNULL)
+    assert "agent-chat" in done.stdout, done
 
 
 # -- hooks
@@ -8782,14 +9160,25 @@ def live_agent(hub: Hub, shell: Shell, name: str, **more: Any) -> Socket:
     return hub.socket(name, session)
 
 
+CONTEXT = ["hookSpecificOutput", "additionalContext"]
 HOOK_SHAPES = [
-    ("claude", "UserPromptSubmit", ["hookSpecificOutput", "additionalContext"]),
-    ("claude", "PostToolUse", ["hookSpecificOutput", "additionalContext"]),
+    ("claude", "UserPromptSubmit", CONTEXT), ("claude", "PostToolUse", CONTEXT),
     ("claude", "Stop", ["reason"]), ("codex", "Stop", ["reason"]),
-    ("codex", "UserPromptSubmit", ["hookSpecificOutput", "additionalContext"]),
-    ("gemini", "BeforeAgent", ["hookSpecificOutput", "additionalContext"]),
-    ("gemini", "AfterTool", ["hookSpecificOutput", "additionalContext"]),
-    ("gemini", "AfterAgent", ["reason"])]
+    ("codex", "UserPromptSubmit", CONTEXT), ("gemini", "BeforeAgent", CONTEXT),
+    ("gemini", "AfterTool", CONTEXT), ("gemini", "AfterAgent", ["reason"]),
+    ("qwen", "UserPromptSubmit", CONTEXT), ("qwen", "Stop", ["reason"]),
+    ("droid", "PostToolUse", CONTEXT), ("droid", "Stop", ["reason"]),
+    ("copilot", "PostToolUse", ["additionalContext"]), ("copilot", "Stop", ["reason"]),
+    ("cursor", "postToolUse", ["additional_context"]), ("cursor", "stop", ["followup_message"]),
+    ("kimi", "UserPromptSubmit", ["hookSpecificOutput", "message"]),
+    ("kimi", "Stop", ["hookSpecificOutput", "permissionDecisionReason"])]
+VERDICTS = {"gemini": ("decision", "deny"), "kimi": ("permissionDecision", "deny")}
+
+
+def test_every_event_that_init_writes_has_its_answer_tried() -> None:
+    tried = {(cli, event) for cli, event, _ in HOOK_SHAPES}
+    ends = {(name, cli.events[-1]) for name, cli in CLIS.items() if cli.events}
+    assert ends <= tried and {cli for cli, _ in tried} == {name for name, _ in ends}
 
 
 @pytest.mark.parametrize(("cli", "event", "path"), HOOK_SHAPES)
@@ -8798,22 +9187,32 @@ def test_a_hook_hands_unread_mail_over_once(caller: Shell, hub: Hub, cli: str, e
     bob = live_agent(hub, caller, "bob", type=cli)
     assert hook_event(caller, cli, hook_event_name=event) is None
     sent = hub.send("human", "bob", 'say "hi"\n[agent-chat] $(rm)')
-    answer = hook_command(caller, cli, hook_event_name=event)
-    text = answer
-    for key in path:
-        text = text[key]
+    answer = hook_event(caller, cli, hook_event_name=event)
+    place = answer
+    for key in path[:-1]:
+        place = place[key]
+    text = place[path[-1]]
     assert text.startswith("[agent-chat] ") and "check_messages" in text and "human" in text
     assert not set(text[12:]) & set("\n$[]") and text.count("[agent-chat]") == 1
-    if path == ["reason"]:
-        assert answer["decision"] == ("deny" if cli == "gemini" else "block")
-    else:
-        assert answer["hookSpecificOutput"]["hookEventName"] == event
-    assert hook_command(caller, cli, hook_event_name=event) is None  # the same unread set
+    if path[-1] in ("reason", "permissionDecisionReason"):
+        verdict, word = VERDICTS.get(cli, ("decision", "block"))
+        assert place[verdict] == word
+    if len(path) > 1:
+        assert place["hookEventName"] == event
+    assert hook_event(caller, cli, hook_event_name=event) is None  # the same unread set
     hub.send("human", "bob", "one more")
     assert "one more" in json.dumps(hook_event(caller, cli, hook_event_name=event))
     assert hub.receipts(sent["id"])["bob"]["seen_at"] is None
     heard = caller.home / ".agent-chat/heard/bob"
     assert heard.stat().st_mode & 0o777 == 0o600
+    bob.close()
+
+
+def test_the_hook_command_says_what_the_function_answers(caller: Shell, hub: Hub) -> None:
+    bob = live_agent(hub, caller, "bob")
+    hub.send("human", "bob", "hello")
+    assert "hello" in hook_command(caller, "claude", hook_event_name="Stop")["reason"]
+    assert hook_command(caller, "claude", hook_event_name="Stop") is None
     bob.close()
 
 
@@ -8830,11 +9229,22 @@ def test_a_hook_never_holds_a_stop_up_twice(caller: Shell, hub: Hub) -> None:
 def test_a_hook_keeps_quiet_after_the_bell_and_our_own_tools(caller: Shell, hub: Hub) -> None:
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
-    tool = {"hook_event_name": "PostToolUse", "tool_name": "mcp__agent-chat__check_messages"}
-    assert hook_event(caller, "claude", **tool) is None
+    for tool in ("mcp__agent-chat__check_messages", "mcp__agent_chat__send_message",
+                 "agent-chat-list_agents"):
+        event = {"hook_event_name": "PostToolUse", "tool_name": tool}
+        assert hook_event(caller, "claude", **event) is None
     rung = {"hook_event_name": "UserPromptSubmit", "prompt": "[agent-chat] Call it #1a2b"}
     assert hook_event(caller, "claude", **rung) is None
     assert hook_event(caller, "claude", hook_event_name="Stop") is None  # told by the bell
+    bob.close()
+
+
+def test_a_turn_that_was_broken_off_is_not_prolonged(caller: Shell, hub: Hub) -> None:
+    bob = live_agent(hub, caller, "bob", type="cursor")
+    hub.send("human", "bob", "hello")
+    stop = {"hook_event_name": "stop", "workspace_roots": [str(caller.home)], "cwd": ""}
+    assert hook_event(caller, "cursor", **stop, status="aborted") is None
+    assert "hello" in hook_event(caller, "cursor", **stop, status="completed")["followup_message"]
     bob.close()
 
 
@@ -8852,6 +9262,22 @@ def test_a_hook_does_not_speak_for_another_agent(caller: Shell, hub: Hub, tmp_pa
     two.close()
 
 
+@pytest.mark.parametrize(("program", "speaks"), [("claude", True), ("copilot", False), ("grok", False),
+                                                 ("cursor-agent", False), ("make", True)])
+def test_a_hook_that_another_cli_runs_is_silent(caller: Shell, hub: Hub, program: str,
+                                                speaks: bool) -> None:
+    """Copilot, Cursor and Grok read Claude's hooks, too. The nearest CLI above decides."""
+    bob = live_agent(hub, caller, "bob")
+    hub.send("human", "bob", "hello")
+    command = shlex.join([*COMMAND, "hook", "claude"])
+    path = caller.file(f"bin/{program}", f"#!/bin/sh\nsh -c {shlex.quote(command)}; exit 0\n")
+    path.chmod(0o700)
+    done = subprocess.run([path], env=caller.env, input=json.dumps(
+        {"hook_event_name": "Stop", "cwd": str(caller.home)}), capture_output=True, text=True)
+    assert bool(done.stdout) is speaks and not done.stderr
+    bob.close()
+
+
 def test_a_hook_leaves_muted_and_quiet_mail_alone(caller: Shell, hub: Hub) -> None:
     bob = live_agent(hub, caller, "bob")
     session = hub.register("eve")["session"]
@@ -8865,11 +9291,44 @@ def test_a_hook_leaves_muted_and_quiet_mail_alone(caller: Shell, hub: Hub) -> No
     bob.close()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hook_event_name": 5, "cwd": []}', "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hook_event_name": 5, "cwd": []}', "\0",
+                                  "[" * 100_000])
 def test_a_hook_is_silent_when_something_is_wrong(caller: Shell, text: str) -> None:
     assert caller.run("hook", "claude", text=text) == "" == caller.errors
     assert caller.run("hook", "gemini", text="{}", AGENT_CHAT_SERVER="http://127.0.0.1:9") == ""
     assert caller.errors == ""
+
+
+@pytest.mark.parametrize("drip", [b"", b"H", b"HTTP/1.1 200 OK\r\nX: "])
+def test_a_hook_ends_in_time_whatever_its_hub_does(shell: Shell, drip: bytes) -> None:
+    """A hub that accepts and says nothing, or a byte now and then, for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = threading.Event()
+
+        def trickle() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(drip)
+                while not done.wait(0.2):
+                    connection.sendall(drip[-1:])
+
+        threading.Thread(target=trickle, daemon=True).start()
+        began = time.monotonic()
+        assert shell.run("hook", "claude", text='{"hook_event_name": "Stop"}',
+                         AGENT_CHAT_SERVER=f"http://127.0.0.1:{server.getsockname()[1]}") == ""
+        assert time.monotonic() - began < agent_chat.HOOK_SECONDS + 4  # its start, on a slow machine
+        assert shell.errors == ""
+        done.set()
+
+
+def test_a_hook_whose_event_never_ends_ends(shell: Shell) -> None:
+    with subprocess.Popen([*COMMAND, "hook", "claude"], env=shell.env, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as hook:
+        assert hook.stdin and hook.stdout and hook.stderr
+        hook.stdin.write(b'{"hook_event_name": ')
+        hook.stdin.flush()
+        assert hook.wait(agent_chat.HOOK_SECONDS + 8) == 0
+        assert hook.stdout.read() == b"" == hook.stderr.read()
 
 
 # -- doctor
@@ -8884,7 +9343,8 @@ def test_doctor_proves_the_chain_and_leaves_nothing_behind(caller: Shell, hub: H
     assert chain == ["pane opened", "agent registered", "message stored", "line submitted",
                      "message read"]
     assert all(check["ms"] > 0 for check in checks if check["name"] == "chain")
-    assert hub.get("/api/agents") == []
+    assert hub.get("/api/agents") == [] and hub.get("/api/messages/recent") == []
+    assert snapshot(caller.home) == {}
     assert "chain" in caller.run("doctor") and "ms" in caller.run("doctor")
 
 
@@ -8900,6 +9360,26 @@ def test_doctor_says_what_to_do(shell: Shell, make_hub: Callable[..., Hub]) -> N
     config.chmod(0o644)
     shown = shell.run("doctor", "-c", config, code=1)
     assert f"chmod 600 {config}" in shown and "s3cret" not in shown
+
+
+def test_doctor_names_each_cli_its_version_and_what_its_model_sees(shell: Shell) -> None:
+    package = shell.file("lib/node_modules/pi/package.json", '{"name": "pi", "version": "1.2.3"}')
+    for path, text in ((package.parent / "bin/pi", "exit 1"), (shell.home / "bin/codex", "echo codex-cli 0.1.2"),
+                       (shell.home / "bin/kilo", "sleep 60")):
+        shell.file(str(path.relative_to(shell.home)), f"#!/bin/sh\n{text}\n").chmod(0o700)
+    (shell.home / "bin/pi").symlink_to(package.parent / "bin/pi")
+    paths = {"PATH": f"{shell.home}/bin{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    shell.run("init", "codex", "copilot", "pi", "--yes", **paths)
+    shell.file(".copilot/mcp-config.json", json.dumps({"mcpServers": {"agent-chat": {
+        "command": "agent-chat", "args": ["mcp"], "env": {}, "type": "local", "tools": ["*"]}}}))
+    checks = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
+    said = {check["detail"].split()[0]: check for check in checks if check["name"] == "agents"}
+    assert said["pi"]["detail"].startswith("pi 1.2.3 knows agent-chat (")
+    assert said["pi"]["detail"].endswith("because the entry asks for it")
+    assert "0.1.2" in said["codex"]["detail"] and "deferred" in said["codex"]["detail"]
+    assert "lacks deferTools" in said["copilot"]["detail"]
+    assert said["copilot"]["advice"] == "agent-chat init copilot"
+    assert said["kilo"]["detail"] == "kilo does not know agent-chat"
 
 
 # ======================================================================================
@@ -9887,15 +10367,16 @@ def test_the_readmes_configuration_is_what_init_writes() -> None:
     settings = agent_chat.Settings(server="http://127.0.0.1:9420")
     shown: list[dict[str, Any]] = [json.loads(block) for block in blocks("json")]
     shown += [tomllib.loads(block) for block in blocks("toml")]
-    found = {re.findall(r"'AGENT_TYPE': '(\w+)'", str(data))[0]: data for data in shown}
-    assert set(found) == set(agent_chat.AGENT_CLIS)
-    for name, data in found.items():
+    for data in shown:
+        (table, servers), = data.items()
+        kind = re.search(r"'AGENT_TYPE': '(\w+)'", str(data))  # only where one CLI reads the file
+        name = kind[1] if kind else {"mcpServers": "claude", "mcp_servers": "codex"}[table]
         entry = agent_chat.plugin_entry(name, settings, True)
-        entry |= {"command": "agent-chat", "args": ["mcp"]}
-        if name == "opencode":
-            del entry["args"]
-            entry["command"] = ["agent-chat", "mcp"]
-        assert data == {agent_chat.AGENT_CLIS[name].servers: {"agent-chat": entry}}
+        installed = {"command": "agent-chat", "args": ["mcp"]}
+        entry |= {"command": ["agent-chat", "mcp"]} if name == "opencode" else installed
+        assert servers == {"agent-chat": entry}
+        assert (table,) == agent_chat.AGENT_CLIS[name].user[-1].table
+    assert len(shown) > 3
 
 
 def test_the_readmes_settings_and_variables_are_those_of_the_program() -> None:
