@@ -3991,9 +3991,9 @@ class Session:
                 env=clean_environment(cwd, AGENT_CHAT_SERVER=url, **door, **env))
         self.number = 0
 
-    def open(self) -> Session:
+    def open(self, client: str = "test") -> Session:
         hello = self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {},
-                                        "clientInfo": {"name": "test", "version": "1"}})
+                                        "clientInfo": {"name": client, "version": "1"}})
         assert hello["result"]["serverInfo"]["name"] == "agent-chat"
         self.write({"method": "notifications/initialized"})
         return self
@@ -4051,11 +4051,12 @@ def session(tmp_path: Path) -> Iterator[Callable[..., Session]]:
     """Plugins, each in its directory; they end with the test."""
     made: list[Session] = []
 
-    def start(hub: Hub | str, name: str = "", folder: str = "project", **more: Any) -> Session:
+    def start(hub: Hub | str, name: str = "", folder: str = "project", client: str = "test",
+              **more: Any) -> Session:
         url = hub if isinstance(hub, str) else hub.url
         env: dict[str, Any] = {"AGENT_NAME": name} if name else {}
         made.append(Session(url, tmp_path / folder, **env, **more))
-        return made[-1].open()
+        return made[-1].open(client)
 
     yield start
     for one in made:
@@ -4381,6 +4382,365 @@ def test_the_plugin_never_outlives_its_session(hub: Hub, tmp_path: Path, way: st
         assert plugin.process.wait(5) in (0, -signal.SIGTERM)
 
 
+# -- a host that changes its mind, ends, or says nonsense
+
+def start_call(session: Session, tool: str, **arguments: Any) -> int:
+    """Sends a call and does not wait for its answer; its id."""
+    session.number += 1
+    params = {"name": tool, "arguments": arguments}
+    session.write({"id": session.number, "method": "tools/call", "params": params})
+    return session.number
+
+
+def cancel(session: Session, number: int) -> None:
+    """As Esc in a CLI."""
+    session.write({"method": "notifications/cancelled", "params": {"requestId": number}})
+
+
+def read_answers(session: Session, numbers: list[int]) -> dict[int, dict[str, Any]]:
+    """The answers to these requests, in whatever order they come."""
+    assert session.process.stdout
+    found: dict[int, dict[str, Any]] = {}
+    while not set(numbers) <= found.keys():
+        answer = json.loads(session.process.stdout.readline())
+        found[answer["id"]] = answer
+    return found
+
+
+def drop_answers(session: Session) -> None:
+    """Reads past whatever was answered, up to the answer to a ping."""
+    session.number += 1
+    session.write({"id": session.number, "method": "ping"})
+    read_answers(session, [session.number])
+
+
+def test_a_wait_that_was_cancelled_takes_nothing_and_the_mail_rings(desk: Desk) -> None:
+    number = start_call(desk.bob, "check_messages", wait_seconds=30)
+    time.sleep(0.3)
+    cancel(desk.bob, number)
+    sent = desk.alice.tool("send_message", to="bob", content="after Esc")
+    eventually(lambda: desk.inbox.about("after Esc"))
+    drop_answers(desk.bob)
+    assert desk.hub.receipts(sent["id"])["bob"]["seen_at"] is None
+    assert [message["content"] for message in desk.bob.mail()] == ["after Esc"]
+
+
+def test_an_answer_that_is_cancelled_with_its_request_is_not_seen(desk: Desk) -> None:
+    sent = desk.alice.tool("send_message", to="bob", content="crossed")
+    eventually(lambda: len(desk.inbox.about("crossed")) == 1)
+    number = start_call(desk.bob, "check_messages", mark_read=True)
+    cancel(desk.bob, number)
+    drop_answers(desk.bob)
+    assert desk.hub.receipts(sent["id"])["bob"]["read_at"] is None
+    assert [message["content"] for message in desk.bob.mail()] == ["crossed"]
+
+
+def test_eight_waits_at_once_hold_nobody_up_and_all_end_with_the_mail(desk: Desk) -> None:
+    waits = [start_call(desk.bob, "check_messages", wait_seconds=40) for _ in range(8)]
+    time.sleep(0.5)
+    begun = time.monotonic()
+    assert desk.bob.tool("list_groups")["groups"] == ["dev", "ops"]
+    assert time.monotonic() - begun < 2
+    desk.alice.tool("send_message", to="bob", content="for all of them")
+    answers = read_answers(desk.bob, waits)
+    for number in waits:
+        (block,) = answers[number]["result"]["content"]
+        (message,) = json.loads(block["text"])["messages"]
+        assert message["content"] == "for all of them"
+    assert time.monotonic() - begun < 15
+
+
+def test_mail_is_seen_once_its_answer_has_left(desk: Desk) -> None:
+    sent = desk.alice.tool("send_message", to="bob", content="look")
+    desk.bob.tool("check_messages")
+    receipt = eventually(lambda: seen(desk.hub, sent["id"], "bob"))
+    assert receipt["read_at"] is None and receipt["state"] == "seen"
+
+
+def seen(hub: Hub, message_id: str, agent: str) -> dict[str, Any]:
+    """The receipt of a message that was seen, {} until it was."""
+    receipt = hub.receipts(message_id)[agent]
+    return receipt if receipt["seen_at"] else {}
+
+
+def test_every_request_with_an_id_gets_an_answer_from_the_real_plugin(desk: Desk) -> None:
+    plugin = desk.alice
+    assert plugin.process.stdin and plugin.process.stdout
+    batch = json.dumps([
+        {"jsonrpc": "2.0", "id": "b1", "method": "tools/list"},
+        {"jsonrpc": "2.0", "method": "notifications/progress", "params": {}},
+        {"jsonrpc": "2.0", "id": "b2", "method": "tools/call", "params": {
+            "name": "list_groups", "arguments": {}}},
+        {"jsonrpc": "2.0", "id": "b3", "method": "no/such"}])
+    half = '{"jsonrpc":"2.0","id":"half","method":"tools/call","params":' \
+           '{"name":"send_message","arguments":{"to":"bob","content":"half \\ud800 \\u2028"}}}'
+    wrong = '{"jsonrpc":"2.0","id":"wrong","method":"tools/call","params":{"arguments":7}}'
+    deep = '{"jsonrpc":"2.0","id":"deep","method":"tools/call","params":%s' % ("[" * 9000)
+    plugin.process.stdin.write("\n".join([*[line for line, _ in LINES], batch, half, wrong, deep, ""]))
+    plugin.process.stdin.flush()
+    wanted = {"b1", "b2", "b3", "half", "wrong", "deep"}
+    answers: dict[object, Any] = {}
+    while not wanted <= answers.keys():
+        line = plugin.process.stdout.readline()
+        assert "\u2028" not in line
+        answer = json.loads(line)
+        answers[str(answer["id"])] = answer
+    assert "result" in answers["b1"] and "result" in answers["b2"]
+    assert "error" in answers["b3"] and "error" in answers["deep"]
+    (message,) = desk.bob.mail()
+    assert message["content"] == "half \ufffd \u2028"
+
+
+def test_stdin_that_ends_ends_the_plugin_whatever_it_waits_for(
+        hub: Hub, session: Callable[..., Session]) -> None:
+    plugin = session(hub, "leaver")
+    plugin.tool("list_groups")
+    start_call(plugin, "check_messages", wait_seconds=50)
+    time.sleep(0.3)
+    assert plugin.process.stdin
+    begun = time.monotonic()
+    plugin.process.stdin.close()
+    assert plugin.process.wait(8) == 0 and time.monotonic() - begun < 4
+
+
+def test_a_plugin_that_is_only_looked_at_leaves_no_agent_behind(
+        hub: Hub, session: Callable[..., Session]) -> None:
+    """As `claude mcp list` does it: a name that was there before stays."""
+    hub.register("known")
+    for name in ("ghost", "known"):
+        plugin = session(hub, name)
+        plugin.ask("tools/list")
+        eventually(lambda name=name: name in online_names(hub))
+        plugin.end()
+    assert [row["name"] for row in hub.get("/api/agents")] == ["known"]
+
+
+def online_names(hub: Hub) -> list[str]:
+    """Who is there now."""
+    return [row["name"] for row in hub.get("/api/agents") if row["status"] == "online"]
+
+
+# -- pages, one request each
+
+def test_long_mail_comes_in_pages_and_parts_and_is_seen_when_it_was_whole(desk: Desk) -> None:
+    short = [desk.alice.tool("send_message", to="bob", content="s" * 25_000) for _ in range(3)]
+    long = desk.alice.tool("send_message", to="bob", content="l" * 100_000)
+    page = desk.bob.tool("check_messages", mark_read=True)
+    assert [m["id"] for m in page["messages"]] == [sent["id"] for sent in short[:2]]
+    assert (page["left"], page["unread"]) == (2, 2)
+    desk.bob.tool("check_messages", mark_read=True)
+    first = desk.bob.tool("check_messages")
+    (part,) = first["messages"]
+    assert (part["part"], part["parts"], part["id"]) == (1, 2, long["id"])
+    assert desk.hub.receipts(long["id"])["bob"]["seen_at"] is None
+    last = desk.bob.tool("check_messages", message_id=long["id"], part=2)
+    assert part["content"] + last["messages"][0]["content"] == "l" * 100_000
+    eventually(lambda: seen(desk.hub, long["id"], "bob"))
+    assert desk.bob.tool("read_messages", message_ids=[long["id"]])["unread"] == 0
+    assert "was sent to you" in desk.alice.error("check_messages", message_id=long["id"])
+    assert "wants the message_id" in desk.alice.error("check_messages", part=2)
+
+
+def test_a_tool_call_is_one_request_and_a_confirmation(
+        make_hub: Callable[..., Hub], session: Callable[..., Session]) -> None:
+    hub = make_hub(config="log_level: debug\n")
+    hub.register("carol")
+    plugin = session(hub, "counted")
+    plugin.tool("list_groups")
+    begun = len(hub.log.read_text())
+    plugin.tool("list_groups")
+    plugin.tool("list_agents")
+    plugin.tool("send_message", to="carol", content="hi")
+    plugin.tool("update_status", status="working")
+    plugin.tool("check_messages")
+    hub.send("carol", "counted", "hello")
+    plugin.tool("check_messages")
+    plugin.tool("list_groups")
+    asked = re.findall(r"200 \w+ (/api/\S+)", hub.log.read_text()[begun:])
+    assert asked == [
+        "/api/groups", "/api/agents", "/api/send", "/api/agents/status", "/api/messages",
+        "/api/send", "/api/messages", "/api/messages/seen", "/api/groups"]
+
+
+# -- names, places and networks
+
+def test_a_name_comes_from_the_client_and_the_type_is_an_override(
+        hub: Hub, session: Callable[..., Session], tmp_path: Path) -> None:
+    copilot = session(hub, folder="shop", client="github-copilot-developer")
+    assert copilot.tool("list_agents")["you"] == "copilot-shop"
+    typed = session(hub, folder="shop", client="claude-code", AGENT_TYPE="reviewer")
+    assert typed.tool("list_agents")["you"] == "reviewer-shop"
+
+
+def test_numbers_are_added_to_the_first_name_even_after_the_hub_was_away(
+        hub: Hub, session: Callable[..., Session]) -> None:
+    plugins = [session(hub, folder="app") for _ in range(3)]
+    wanted = {"agent-app", "agent-app-2", "agent-app-3"}
+    eventually(lambda: set(online_names(hub)) == wanted, 20)
+    hub.restart()
+    eventually(lambda: set(online_names(hub)) == wanted, 30)
+    assert {plugin.tool("list_agents")["you"] for plugin in plugins} == wanted
+
+
+def test_unread_mail_follows_to_a_new_name(
+        hub: Hub, session: Callable[..., Session]) -> None:
+    plugin = session(hub, "before")
+    plugin.tool("list_groups")
+    hub.send("tester", "before", "do not lose me")
+    assert plugin.tool("register", name="after")["unread"] == 1
+    assert [message["content"] for message in plugin.mail()] == ["do not lose me"]
+    assert "before" not in [row["name"] for row in hub.get("/api/agents")]
+
+
+def test_a_session_is_told_once_that_mail_was_for_an_earlier_one(
+        hub: Hub, session: Callable[..., Session]) -> None:
+    first = session(hub, "heir")
+    first.tool("list_groups")
+    first.end()
+    hub.send("tester", "heir", "for the first")
+    second = session(hub, "heir")
+    assert "earlier session of heir" in second.tool("list_groups")["notice"]
+    assert "notice" not in second.tool("list_groups")
+
+
+def test_a_name_that_may_be_the_hosts_own_is_told_apart(desk: Desk) -> None:
+    for name in ("uds:/tmp/x.sock", "researcher@team", "*"):
+        assert "SendMessage" in desk.alice.error("send_message", to=name, content="x")
+    assert "SendMessage" in desk.bob.error("send_message", to="team-lead", content="x")
+    assert "SendMessage" not in desk.bob.error("send_message", to="alise", content="x")
+
+
+def test_the_human_is_offered_answers_to_choose_from(desk: Desk) -> None:
+    sent = desk.alice.tool("send_message", to="human", content="go?", choices=["yes", "no"])
+    assert desk.hub.get(f"/api/messages/{sent['id']}")["message"]["choices"] == ["yes", "no"]
+
+
+def test_directory_home_and_program_may_disappear_while_the_plugin_runs(
+        hub: Hub, tmp_path: Path) -> None:
+    place = tmp_path / "worktree"
+    place.mkdir()
+    program = place / "agent_chat.py"
+    shutil.copy(PROGRAM, program)
+    plugin = Session(hub.url, place, argv=(PYTHON, str(program), "mcp"), AGENT_NAME="nomad")
+    try:
+        plugin.open().tool("list_groups")
+        shutil.rmtree(place)
+        plugin.tool("send_message", to="human", content="still here")
+        hub.restart()
+        eventually(lambda: online_names(hub) == ["nomad"], 20)
+        hub.send("tester", "nomad", "and you?")
+        assert [message["content"] for message in plugin.mail()] == ["and you?"]
+    finally:
+        plugin.process.kill()
+        plugin.process.wait()
+
+
+@pytest.mark.parametrize("missing", ["mcp", "websockets", "pydantic"])
+def test_a_missing_package_is_a_sentence_with_its_remedy(tmp_path: Path, missing: str) -> None:
+    (tmp_path / f"{missing}.py").write_text(f"raise ImportError('no {missing}')")
+    env = clean_environment(tmp_path, PYTHONPATH=str(tmp_path))
+    done = subprocess.run([PYTHON, str(PROGRAM), "mcp"], env=env, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=30)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "-m pip install" in done.stderr and "Traceback" not in done.stderr
+
+
+class Gateway:
+    """A proxy in the way: a forward one (absolute URLs and CONNECT, of any host) or a reverse
+    one that keeps the hub below /chat. It remembers the first line of each request."""
+
+    def __init__(self) -> None:
+        self.port = 0  # the hub's
+        self.door = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.door.getsockname()[1]}"
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.door.accept()
+                threading.Thread(target=self.relay, args=(client,), daemon=True).start()
+
+    def relay(self, client: socket.socket) -> None:
+        """One connection, with its first request rewritten."""
+        with client, socket.create_connection(("127.0.0.1", self.port)) as upstream:
+            data = client.recv(65536)
+            line = data.split(b"\r\n")[0].decode()
+            self.asked.append(line)
+            if line.startswith("CONNECT"):
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            else:
+                upstream.sendall(re.sub(rb" (http://[^/]+|/chat)/", b" /", data, count=1))
+            threading.Thread(target=self.pump, args=(upstream, client), daemon=True).start()
+            self.pump(client, upstream)
+
+    def pump(self, source: socket.socket, goal: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                goal.sendall(data)
+            goal.shutdown(socket.SHUT_WR)
+
+
+def test_a_hub_behind_a_proxy_is_reached_through_it_and_one_here_is_not(
+        make_hub: Callable[..., Hub], session: Callable[..., Session], tmp_path: Path) -> None:
+    hub = make_hub(config="allowed_hosts: hub.test, hub.test:9420\n")
+    gateway, inbox = Gateway(), Inbox(tmp_path)
+    gateway.port = hub.port
+    env = {"http_proxy": f"http://{gateway.address}", "no_proxy": ""}
+    far = session("http://hub.test:9420", "far", inbox=inbox, **env)
+    assert far.tool("list_agents")["you"] == "far"
+    eventually(lambda: online_names(hub) == ["far"])
+    hub.send("tester", "far", "through the wall")
+    eventually(lambda: inbox.about("through the wall"))
+    assert any(line.startswith("CONNECT hub.test:9420 ") for line in gateway.asked)
+    assert any(line.startswith("GET http://hub.test:9420/api/") for line in gateway.asked)
+    gateway.asked.clear()
+    near = session(hub, "near", folder="near", **env)
+    assert near.tool("list_agents")["you"] == "near"
+    assert not [line for line in gateway.asked if "register" in line]
+
+
+def test_a_hub_below_a_path_or_behind_localhost_works_for_plugin_and_commands(
+        make_hub: Callable[..., Hub], session: Callable[..., Session], tmp_path: Path) -> None:
+    gateway, inbox = Gateway(), Inbox(tmp_path)
+    hub = make_hub(config=f"allowed_hosts: {gateway.address}\n")
+    gateway.port = hub.port
+    plugin = session(f"http://{gateway.address}/chat/", "below", inbox=inbox)
+    assert plugin.tool("list_agents")["you"] == "below"
+    assert agent_chat.Client(f"http://localhost:{hub.port}").get("/health")["status"] == "ok"
+    env = clean_environment(tmp_path, AGENT_CHAT_SERVER=f"http://{gateway.address}/chat")
+    subprocess.run([PYTHON, str(PROGRAM), "send", "below", "down here"], env=env, check=True,
+                   capture_output=True, timeout=20)
+    eventually(lambda: inbox.about("down here"))
+
+
+def test_words_of_the_command_line_travel_as_the_bytes_they_were(
+        hub: Hub, tmp_path: Path) -> None:
+    hub.register("bob")
+    env = clean_environment(tmp_path, AGENT_CHAT_SERVER=hub.url, LC_ALL="C", PYTHONUTF8="0")
+    words = ["send", "bob", "née 👩‍👩‍👧 项目"]
+    done = subprocess.run([PYTHON, str(PROGRAM), *words], env=env, capture_output=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert [message["content"] for message in hub.unread("bob")] == ["née 👩‍👩‍👧 项目"]
+
+
+def test_a_hub_that_trickles_does_not_hold_a_client_for_longer_than_it_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        def trickle() -> None:
+            with contextlib.suppress(OSError), door.accept()[0] as connection:
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + b" " * 900:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.1)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        client = agent_chat.Client(f"http://127.0.0.1:{door.getsockname()[1]}", timeout=1)
+        begun = time.monotonic()
+        with pytest.raises(agent_chat.Unreachable):
+            client.get("/health")
+        assert time.monotonic() - begun < 3
+
+
 def test_the_sdks_own_client_speaks_both_eras(desk: Desk, tmp_path: Path) -> None:
     import asyncio
 
@@ -4568,6 +4928,263 @@ def test_a_ring_asked_for_rings_now() -> None:
     bell = rung_bell(1, 2)
     bell.again([note(2)], 3)
     assert numbers(bell.take(3)) == [1, 2]
+
+
+# -- lines as hosts really write them
+
+# Each line, and the answers that it gets without the SDK: (id, code), or None for a message
+# that is passed on.
+INVALID = agent_chat.INVALID_REQUEST
+UNREADABLE = agent_chat.PARSE_ERROR
+LINES = [
+    ('{"jsonrpc":"2.0","id":1,"method":"ping"}', [None]),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":null}', [None]),
+    ('{"jsonrpc":"2.0","method":"notifications/initialized"}', [None]),
+    ('[{"jsonrpc":"2.0","id":1,"method":"ping"},{"jsonrpc":"2.0","id":2,"method":"ping"}]',
+     [None, None]),
+    ('[{"jsonrpc":"2.0","id":1,"method":"ping"},7,{"id":2}]', [None, (2, INVALID)]),
+    ("[]", []),
+    ("7", []),
+    ("nonsense", []),
+    ('{"jsonrpc":"2.0","id":1,"result":{}}', []),
+    ('{"jsonrpc":"2.0","id":null,"method":"ping"}', [(None, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1.5,"method":"ping"}', [(1.5, INVALID)]),
+    ('{"jsonrpc":"2.0","id":true,"method":"ping"}', [(True, INVALID)]),
+    ('{"jsonrpc":"2.0","id":["a"],"method":"ping"}', [(None, INVALID)]),
+    ('{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', [("\ud800", INVALID)]),
+    ('{"jsonrpc":"1.0","id":1,"method":"ping"}', [(1, INVALID)]),
+    ('{"id":1,"method":"ping"}', [(1, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1,"method":5}', [(1, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1,"method":"\\udc00"}', [(1, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', [(1, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":"x"}', [(1, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":NaN}}', [(1, UNREADABLE)]),
+    ('{"jsonrpc":"2.0","id":"a\\"b","method":"ping","params":{', [('a"b', UNREADABLE)]),
+    ('[{"jsonrpc":"2.0","id":1},{"jsonrpc":"2.0","id":2},', [(1, UNREADABLE), (2, UNREADABLE)]),
+    ('{"params":{"id":9,"x":"\\"id\\":8"},"id" : 3,', [(3, UNREADABLE)]),
+    ('{"jsonrpc":"2.0","id":4,"method":"ping","params":{"a":%s}}' % ("[" * 100 + "]" * 100),
+     [(4, INVALID)]),
+    ('{"jsonrpc":"2.0","id":5,"method":"ping","params":{"a":%s}}'
+     % ("[" * 50_000 + "]" * 50_000), [(5, UNREADABLE)]),
+    ('{"jsonrpc":"2.0","id":6,"method":"ping","params":{"a":%s' % ('{"b":' * 50_000),
+     [(6, UNREADABLE)]),
+    ('{"jsonrpc":"2.0","id":7,"method":"ping","params":{"n":%s}}' % ("9" * 5000),
+     [(7, UNREADABLE)]),
+]
+
+
+@pytest.mark.parametrize(("line", "answers"), LINES, ids=range(len(LINES)))
+def test_every_request_of_a_line_is_passed_on_or_answered(
+        line: str, answers: list[Any]) -> None:
+    found = []
+    for message in agent_chat.read_line(line):
+        if isinstance(message, agent_chat.Refusal):
+            told = json.loads(message.to_json())
+            assert told["error"]["message"] and told["jsonrpc"] == "2.0"
+            found.append((told["id"], told["error"]["code"]))
+        else:
+            found.append(None)
+    assert found == answers
+
+
+def test_what_is_passed_on_can_be_read_by_every_reader() -> None:
+    line = '{"jsonrpc":"2.0","id":1,"method":"tools/call","x":1,"params":{"name":"a\\udfff",' \
+           '"arguments":{"\\ud83d":"\\ud83d\\ude00 \\ud83d","deep":[["\\udc00"]]}}}'
+    (message,) = agent_chat.read_line(line)
+    assert message == {
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call",
+        "params": {"name": "a\ufffd", "arguments": {
+            "\ufffd": "\U0001f600 \ufffd", "deep": [["\ufffd"]]}}}
+
+
+@pytest.mark.parametrize(("sent", "understood"), [
+    ('{"to":"bob"}', {"to": "bob"}),
+    ("[1]", "[1]"),
+    ("{", "{"),
+    (None, None),
+])
+def test_arguments_that_come_as_text_are_taken_as_the_object_they_are(
+        sent: object, understood: object) -> None:
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call",
+            "params": {"name": "x", "arguments": sent}}
+    (message,) = agent_chat.read_line(json.dumps(call))
+    assert message["params"]["arguments"] == understood
+
+
+# Tool, arguments as a model sent them, and as they are understood.
+@pytest.mark.parametrize(("tool", "given", "understood"), [
+    ("check_messages", {"limit": "5"}, {"limit": 5}),
+    ("check_messages", {"limit": " 5 "}, {"limit": 5}),
+    ("check_messages", {"limit": 5.0}, {"limit": 5}),
+    ("check_messages", {"limit": "5.0"}, {"limit": 5}),
+    ("check_messages", {"limit": "null"}, {}),
+    ("check_messages", {"limit": None}, {}),
+    ("check_messages", {"mark_read": "true"}, {"mark_read": True}),
+    ("check_messages", {"mark_read": "False"}, {"mark_read": False}),
+    ("check_messages", {"message_id": "null", "part": "2"}, {"part": 2}),
+    ("read_messages", {"message_ids": '["a", "b"]'}, {"message_ids": ["a", "b"]}),
+    ("read_messages", {"message_ids": ["null"]}, {"message_ids": ["null"]}),
+    ("register", {"name": "a", "groups": "null"}, {"name": "a"}),
+    ("register", {"name": "a", "groups": "[]"}, {"name": "a", "groups": []}),
+    ("send_message", {"to": "bob", "content": "null", "reply_to": "null"},
+     {"to": "bob", "content": "null"}),
+    ("send_message", {"to": "bob", "content": "5"}, {"to": "bob", "content": "5"}),
+    ("send_message", {"to": "human", "content": "?", "choices": '["yes", "no"]'},
+     {"to": "human", "content": "?", "choices": ["yes", "no"]}),
+])
+def test_an_argument_that_was_sent_as_text_is_understood_where_it_has_one_meaning(
+        tool: str, given: dict[str, Any], understood: dict[str, Any]) -> None:
+    assert agent_chat.read_arguments(tool, given) == understood
+
+
+@pytest.mark.parametrize(("tool", "given", "sentence"), [
+    ("check_messages", {"limit": "five"}, "limit must be a whole number from 1 to 100"),
+    ("check_messages", {"limit": "1e2"}, "limit must be a whole number"),
+    ("check_messages", {"limit": 2.5}, "limit must be a whole number"),
+    ("check_messages", {"limit": ""}, "limit must be a whole number"),
+    ("check_messages", {"limit": "9" * 400}, "limit must be a whole number"),
+    ("read_messages", {"message_ids": '["a", 1]'}, "message_ids must be a list of strings"),
+    ("read_messages", {"message_ids": "[" * 9000}, "message_ids must be a list of strings"),
+    ("read_messages", {"message_ids": "null"}, "message_ids must be a list of strings"),
+    ("send_message", {"to": "bob", "content": "?", "choices": ["a"]}, "only be offered to human"),
+    ("send_message", {"to": "human", "content": "?", "choices": ["a"] * 5}, "at most 4"),
+    ("send_message", {"to": "human", "content": "?", "choices": ["a" * 201]}, "1 to 200"),
+    ("send_message", {"to": "human", "content": "?", "choices": [""]}, "1 to 200"),
+])
+def test_an_argument_of_no_or_two_meanings_is_refused_with_what_it_must_be(
+        tool: str, given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(agent_chat.ChatError, match=re.escape(sentence)):
+        agent_chat.read_arguments(tool, given)
+
+
+# -- what a model sees, and what its agent is called
+
+def test_the_instructions_say_at_once_what_this_is_and_how_to_get_at_it() -> None:
+    first, second, *_ = agent_chat.INSTRUCTIONS.split(". ")
+    assert "agent-chat" in first and "load it when" in first
+    for name in ("check_messages", "send_message", "send_group_message", "list_agents"):
+        assert name in first
+    begin = agent_chat.INSTRUCTIONS[:300]
+    assert "Load them by tool search: agent-chat" in begin and "[agent-chat]" in begin
+    assert "agent-chat's send_message" in agent_chat.INSTRUCTIONS
+    assert len(agent_chat.INSTRUCTIONS) < 800
+
+
+@pytest.mark.parametrize(("client", "kind"), [
+    ("claude-code", "claude"), ("claude-ai", "claude"), ("codex-mcp-client", "codex"),
+    ("gemini-cli-mcp-client-agent-chat", "gemini"), ("qwen-cli-mcp-client", "qwen"),
+    ("grok-shell-agent-chat", "grok"), ("github-copilot-developer", "copilot"),
+    ("Visual Studio Code", "vscode"), ("opencode", "opencode"), ("kilo", "kilo"),
+    ("Kiro CLI", "kiro"), ("augment-cli", "auggie"), ("pi", "pi"), ("zebra-cli", "zebra"),
+    ("mcp", ""), ("test", ""), ("example-client", ""), ("", ""), ("项目", ""),
+])
+def test_the_kind_of_an_agent_is_what_its_cli_calls_itself(client: str, kind: str) -> None:
+    assert agent_chat.kind_of(client) == kind
+
+
+@pytest.mark.parametrize(("path", "pattern"), [
+    ("/home/me/shop", "shop"), ("/home/me/mein Projekt & co", "mein-Projekt-co"),
+    ("/home/me/Größe #1%", "Gr-e-1"), ("/", "agent"), ("/home/me/agent", "agent"),
+    ("/home/me/项目", "[0-9a-f]{6}"), ("/home/me/项目2", "2-[0-9a-f]{6}"),
+    ("/home/me/приложение-web", "web-[0-9a-f]{6}"), ("/home/me/🚀", "[0-9a-f]{6}"),
+    ("/home/me/" + "ж" * 300, "[0-9a-f]{6}"), ("/home/me/" + "x" * 300, "x{48}"),
+])
+def test_the_project_part_of_a_name_can_be_told_apart(path: str, pattern: str) -> None:
+    word = agent_chat.project_word(path)
+    assert re.fullmatch(pattern, word) and word == agent_chat.project_word(path)
+    assert agent_chat.NAME.fullmatch(f"{'k' * 15}-{word}")
+
+
+def test_directories_in_another_script_have_names_of_their_own() -> None:
+    names = ["项目", "项目2", "计划", "计划2", "Проект", "🚀", "🔥", "مشروع", "プロジェクト"]
+    assert len({agent_chat.project_word(f"/home/me/{name}") for name in names}) == len(names)
+
+
+# -- pages that fit a result
+
+def long_mail(number: int, content: str) -> dict[str, Any]:
+    """A message as a hub sends it."""
+    return {**note(number), "content": content, "created_at": "2026-01-01T00:00:00Z"}
+
+
+def test_a_page_ends_by_bytes_and_says_how_many_are_left() -> None:
+    rows: list[Any] = [long_mail(number, "x" * 25_000) for number in range(5)]
+    page = agent_chat.page_of(rows, 9)
+    assert page.whole == ["msg-0", "msg-1"] and page.left == 7
+    told = page.to_json()
+    assert told["left"] == 7 and "7 more are unread" in told["more"]
+    assert agent_chat.page_of(rows[:2], 2).to_json().keys() == {"note", "messages"}
+    assert agent_chat.page_of([], 0).to_json() == {"messages": []}
+
+
+@pytest.mark.parametrize("content", [
+    "x" * 900_000, "\u4e00" * 300_000, "\U0001f600" * 200_000, "\x01" * 100_000,
+    '"\\' * 200_000, "\ud800" * 60_000, "a" * 60_001,
+], ids=["ascii", "wide", "emoji", "controls", "quotes", "surrogates", "just"])
+def test_a_long_message_comes_in_parts_that_fit_and_are_whole_together(content: str) -> None:
+    row: Any = long_mail(1, content)
+    page = agent_chat.page_of([row, long_mail(2, "later")], 2)
+    parts = agent_chat.parts_of(content)
+    (first,) = page.messages
+    assert (first["part"], first["parts"], page.left) == (1, len(parts), 1)
+    assert page.whole == [] and "part=2" in page.more
+    assert "".join(parts) == content and len(parts) > 1
+    for number in range(1, len(parts) + 1):
+        told = agent_chat.part_of(row, number).to_json()
+        assert agent_chat.json_bytes(told) < agent_chat.PAGE_BYTES
+    with pytest.raises(agent_chat.BadRequest, match=f"from 1 to {len(parts)}"):
+        agent_chat.part_of(row, len(parts) + 1)
+
+
+# -- the way to a hub
+
+@pytest.mark.parametrize(("url", "env", "proxy"), [
+    ("http://hub.test:9420", {}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:3128"}, "http://p:3128"),
+    ("http://hub.test:9420", {"HTTP_PROXY": "p:3128"}, "http://p:3128"),
+    ("http://hub.test:9420", {"https_proxy": "http://p:3128"}, ""),
+    ("https://hub.test", {"https_proxy": "http://p:3128"}, "http://p:3128"),
+    ("https://hub.test", {"ALL_PROXY": "socks5://p:1080"}, "socks5://p:1080"),
+    ("http://127.0.0.1:9420", {"http_proxy": "http://p:3128"}, ""),
+    ("http://127.8.8.8:9420", {"all_proxy": "http://p:3128"}, ""),
+    ("http://localhost:9420", {"http_proxy": "http://p:3128"}, ""),
+    ("http://LOCALHOST:9420", {"http_proxy": "http://p:3128"}, ""),
+    ("http://hub.localhost:9420", {"http_proxy": "http://p:3128"}, ""),
+    ("http://[::1]:9420", {"http_proxy": "http://p:3128"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "*"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "a,hub.test"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "NO_PROXY": ".test"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "*.test"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "hub.test:9420"}, ""),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "hub.test:1"},
+     "http://p:1"),
+    ("http://hub.test:9420", {"http_proxy": "http://p:1", "no_proxy": "b.test, ub.test"},
+     "http://p:1"),
+    ("http://10.1.2.3:9420", {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"}, ""),
+    ("http://11.1.2.3:9420", {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"},
+     "http://p:1"),
+    ("http://hub.test/chat/", {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"},
+     "http://p:1"),
+])
+def test_the_environment_decides_on_a_proxy_and_this_machine_has_none(
+        url: str, env: dict[str, str], proxy: str) -> None:
+    assert agent_chat.proxy_for(url, env) == proxy
+
+
+def test_a_proxy_of_another_kind_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "socks5://me:secret@proxy.test:1080")
+    client = agent_chat.Client("http://hub.test:9420")
+    with pytest.raises(agent_chat.Unreachable) as raised:
+        client.get("/health")
+    said = str(raised.value)
+    assert "socks5://proxy.test:1080" in said and "no_proxy" in said and "secret" not in said
+
+
+@pytest.mark.parametrize(("held", "before", "pause"), [
+    (0, 0, 1), (0, 1, 2), (0, 16, 30), (0, 30, 30), (1, 0, 1), (1, 30, 2), (60, 30, 0.5)])
+def test_a_hub_that_took_us_is_asked_again_soon_and_others_later(
+        held: float, before: float, pause: float) -> None:
+    assert agent_chat.next_pause(before, held) == pause
 
 
 @pytest.mark.parametrize(("status", "kind", "body", "error", "sentence"), [
