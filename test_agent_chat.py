@@ -5131,7 +5131,7 @@ def test_a_long_message_comes_in_parts_that_fit_and_are_whole_together(content: 
     assert "".join(parts) == content and len(parts) > 1
     for number in range(1, len(parts) + 1):
         told = agent_chat.part_of(row, number).to_json()
-        assert agent_chat.json_bytes(told) < agent_chat.PAGE_BYTES
+        assert agent_chat.json_bytes(told) < agent_chat.RESULT_BYTES
     with pytest.raises(agent_chat.BadRequest, match=f"from 1 to {len(parts)}"):
         agent_chat.part_of(row, len(parts) + 1)
 
