@@ -7020,13 +7020,10 @@ CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offer
 FOLDED = re.compile(
     r"\[Past[^\]]*\]"
 )  # how some TUIs show a paste that they find long
-OUR_LINE = re.compile(
-    re.escape(DOORBELL) + r".*#[0-9a-f]{4}"
-)  # its blanks taken out
-UNSURE = re.compile(r"[^!-{}~]")  # what not every terminal and TUI draws alike
-ESCAPE = (
-    r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
-)
+UNSURE = re.compile(
+    r"[^!-{}~]"
+)  # what not every terminal and TUI draws alike
+ESCAPE = r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
 TEXT_OR_ESCAPE = re.compile(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
 
 
@@ -7062,7 +7059,9 @@ class Shape(NamedTuple):
     below: tuple[str, ...]  # down to where a special mode shows
     edge: str = ""
     hint: str = ""  # the placeholder, its blanks taken out
-    faint_hint: bool = False  # any text is a placeholder that is drawn faint
+    faint_hint: bool = (
+        False  # any text is a placeholder that is drawn faint
+    )
     hint_colour: str = ""  # or in this colour
     always_hint: bool = False  # an empty composer is never without one
     open_end: bool = False  # the first blank row ends it
@@ -7152,7 +7151,9 @@ class Standing(StrEnum):
     OURS = "ours"  # our line and nothing else
     MIXED = "mixed"  # our line, and other text
     OTHER = "other"  # other text alone
-    SHOWN = "shown"  # there is no composer; our line is elsewhere on the screen
+    SHOWN = (
+        "shown"  # there is no composer; our line is elsewhere on the screen
+    )
     HIDDEN = "hidden"  # there is neither
 
 
@@ -7254,7 +7255,8 @@ def is_faint(screen: Screen, last: int, colour: str = "") -> bool:
         found = found[1:]
     faint_colours = {*GREYS, colour} - {""}
     return bool(found) and all(
-        cell.style.dim or cell.style.colour in faint_colours for cell in found
+        cell.style.dim or cell.style.colour in faint_colours
+        for cell in found
     )
 
 
@@ -7289,7 +7291,9 @@ def in_frame(screen: Screen, edge: str) -> Screen | None:
             left = sum(map(cells_of, row[: match.start()]))
             right = left + sum(map(cells_of, match[0]))
             if left <= screen.x < right:
-                rows = tuple(columns(row, left, right) for row in screen.rows)
+                rows = tuple(
+                    columns(row, left, right) for row in screen.rows
+                )
                 return screen._replace(rows=rows, x=screen.x - left)
     return None
 
@@ -7391,7 +7395,9 @@ def guess_composer(screen: Screen, signs: str) -> Composer | None:
         # The row with the sign may have scrolled out.
         if not first:
             return Composer(
-                "\n".join([*screen.rows[: screen.y], left]), right, empty=False
+                "\n".join([*screen.rows[: screen.y], left]),
+                right,
+                empty=False,
             )
         if not continues(screen, first):
             return None
@@ -7414,7 +7420,9 @@ def guess_composer(screen: Screen, signs: str) -> Composer | None:
         right = ""
     rows_below = [right, *guess_rows_below(screen, begin)]
     before = "\n".join([*rows_above, left]).lstrip(BLANKS)
-    bare = (re.sub(rf"[{BLANKS}]*[{BORDERS}]?$", "", row) for row in rows_below)
+    bare = (
+        re.sub(rf"[{BLANKS}]*[{BORDERS}]?$", "", row) for row in rows_below
+    )
     after = "\n".join(bare).rstrip(BLANKS)
     empty = not before and (
         not after or is_faint(screen, screen.y + len(rows_below) - 1)
@@ -7432,7 +7440,9 @@ def is_full(screen: Screen, place: int) -> bool:
 
 def continues(screen: Screen, place: int) -> bool:
     """Can this row belong to the same text as the one above it?"""
-    indented = re.match(rf"[{BLANKS}]|$|[{BORDERS}](\s|$)", screen.rows[place])
+    indented = re.match(
+        rf"[{BLANKS}]|$|[{BORDERS}](\s|$)", screen.rows[place]
+    )
     return bool(indented) or is_full(screen, place - 1)
 
 
@@ -7478,7 +7488,9 @@ def composer_on(screen: Screen, cli: str, signs: str) -> Composer | None:
     return guess_composer(screen, signs)
 
 
-def standing(screen: Screen, composer: Composer | None, line: str) -> Standing:
+def standing(
+    screen: Screen, composer: Composer | None, line: str
+) -> Standing:
     """What the composer holds, seen from this line of ours.
 
     Blanks do not count, the line may be wrapped anywhere. Of a line that is higher than
@@ -7503,16 +7515,6 @@ def standing(screen: Screen, composer: Composer | None, line: str) -> Standing:
 def is_folded(composer: Composer | None) -> bool:
     """Does it hold nothing but a paste that is shown by a word?"""
     return bool(composer and FOLDED.fullmatch(composer.text.strip()))
-
-
-def our_line(composer: Composer | None) -> str:
-    """The doorbell line that stands in it alone, whoever pasted it and when; or ""."""
-    if not composer:
-        return ""
-    text = squeezed(composer.text)
-    if not OUR_LINE.fullmatch(text):
-        return ""
-    return text
 # ======================================================================================
 # TERMINALS -- terminals that can be looked at and typed into, and which pane is ours.
 # Knows: tmux, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
@@ -7898,7 +7900,10 @@ class Tmux(Terminal):
             *pane,
         )
         head, *rows = answer.split("\n")
-        state = TmuxState(*head.split(" "))
+        fields = head.split(" ")
+        if len(fields) != len(TmuxState._fields):
+            raise ValueError(f"tmux answered {head!r}")
+        state = TmuxState(*fields)
         if not state.is_owned_by(self.owner):
             raise PaneGone("the pane is dead, or another process has it now")
         return state.screen(rows)
@@ -7991,6 +7996,7 @@ AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
 POLL_SECONDS = 0.02
 MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
 MOST_LOOKS = 5  # a screen caught half drawn looks like a dialog
+MOST_RECORD = 4096  # characters of a lock file: a line has 600
 MOST_PRESSES = 3  # of Enter at most, the last one as a bare CR
 
 
@@ -8296,7 +8302,10 @@ class TerminalDoor(Door):
         self.cli = (
             ""  # name of the agent's CLI in SHAPES, "" for one that has none
         )
-        self.pasted = ""  # our last line; it may still stand in the composer
+        self.pasted = (
+            ""  # our last line, until it was seen to leave the composer
+        )
+        self.folded = False  # it is shown by a word
         self.mode_place = (
             ""  # where a mode of the terminal stood, and since when
         )
@@ -8314,9 +8323,15 @@ class TerminalDoor(Door):
     def ring(self, line: str) -> Outcome:
         """Types the line, if the agent's empty composer is what the keys would reach."""
         try:
-            with os.fdopen(self.lock()):
+            with os.fdopen(self.lock(), "r+", encoding="utf-8") as record:
                 self.cli = shape_of(self.terminal.program())
-                return self.deliver(line)
+                self.pasted = record.read(MOST_RECORD)
+                try:
+                    return self.deliver(line)
+                finally:
+                    record.seek(0)
+                    record.truncate()
+                    record.write(self.pasted)
         except PaneGone as error:
             return self.came(Ring.GONE, str(error))
         except (
@@ -8327,7 +8342,10 @@ class TerminalDoor(Door):
             return self.came(Ring.UNCONFIRMED, str(error))
 
     def lock(self) -> int:
-        """One process at a time per pane, until this file descriptor is closed."""
+        """One process at a time per pane, until this file descriptor is closed.
+
+        What the file holds is the line that one of them left in the composer.
+        """
         import fcntl
 
         os.makedirs(self.settings.home, 0o700, exist_ok=True)
@@ -8352,27 +8370,24 @@ class TerminalDoor(Door):
         looks are taken before that is said.
         """
         obstacle: Outcome | None = None
-        seen: Composer | None = None
+        seen_empty = False
         for _ in range(MOST_LOOKS):
             screen = self.terminal.look()
             obstacle = self.pane_obstacle(screen)
             if obstacle and obstacle.word is not Ring.DIALOG:
                 return obstacle
             composer = composer_on(screen, self.cli, self.settings.prompts)
-            leftover = "" if obstacle else self.leftover(screen, composer)
-            if leftover:
-                return self.submit(leftover)
+            if not obstacle and self.has_our_line(screen, composer):
+                return self.submit(self.pasted)
             obstacle = obstacle or self.composer_obstacle(screen, composer)
-            if obstacle:
-                composer = None
-            elif seen == composer or self.terminal.is_quiet():
+            if not obstacle and (seen_empty or self.terminal.is_quiet()):
                 if self.terminal.paste(screen, line):
                     return self.submit(line)
-                composer = None
-            seen = composer
-            pause = AGREE_SECONDS
-            if not seen:
-                pause = POLL_SECONDS
+                obstacle = self.came(Ring.DRAFT, "somebody is typing")
+            seen_empty = not obstacle
+            pause = POLL_SECONDS
+            if seen_empty:
+                pause = AGREE_SECONDS
             time.sleep(pause)
         return obstacle or self.came(Ring.DRAFT, "somebody is typing")
 
@@ -8434,43 +8449,51 @@ class TerminalDoor(Door):
             )
         return None
 
-    def leftover(self, screen: Screen, composer: Composer | None) -> str:
-        """A line of ours that still stands in the composer, "" if there is none."""
-        if (
-            self.pasted
+    def has_our_line(self, screen: Screen, composer: Composer | None) -> bool:
+        """Does the composer hold the line that a ring left there, and nothing else?"""
+        return (
+            bool(self.pasted)
             and standing(screen, composer, self.pasted) is Standing.OURS
-        ):
-            return self.pasted
-        return our_line(composer)
+        )
 
     def submit(self, line: str) -> Outcome:
         """Takes the pasted line to its end."""
         self.pasted = line
+        self.folded = False
         submission = Submission(time.monotonic())
         while True:
             time.sleep(submission.pause())
             screen = self.terminal.look()
-            found = self.standing(screen, line, fresh=not submission.presses)
+            found = self.standing(screen, fresh=not submission.presses)
             now = time.monotonic()
             step = submission.step(found, now)
             if step is Step.STOP:
-                return self.came(*submission.outcome)
+                return self.end(*submission.outcome)
             free = step is Step.PRESS and not self.pane_obstacle(screen)
             if free and self.terminal.press(screen, submission.key()):
                 submission.pressed(now)
 
-    def standing(self, screen: Screen, line: str, fresh: bool) -> Standing:
+    def end(self, word: Ring, detail: str) -> Outcome:
+        """A line that has left the composer is forgotten: should it stand there again,
+        somebody called it back."""
+        if word is Ring.RUNG:
+            self.pasted = ""
+        return self.came(word, detail)
+
+    def standing(self, screen: Screen, fresh: bool) -> Standing:
         """What stands in the composer.
 
-        Just after the paste the line may be folded into a word. Of a CLI without a
-        shape it is only known whether the line is at the caret.
+        Just after the paste the line may be folded into a word, and is ours as long as
+        that word stands there. Of a CLI without a shape it is only known whether the
+        line is at the caret.
         """
         composer = composer_on(screen, self.cli, self.settings.prompts)
-        if fresh and is_folded(composer):
+        if is_folded(composer) and (fresh or self.folded):
+            self.folded = True
             return Standing.OURS
         if composer is None and not self.cli:
             return Standing.OTHER
-        return standing(screen, composer, line)
+        return standing(screen, composer, self.pasted)
 
 
 class TmuxDoor(TerminalDoor):

@@ -253,6 +253,9 @@ run_tests() {
     have curl || have wget || missing="$missing curl"
     have faketime || missing="$missing faketime"
     have strace || missing="$missing strace"
+    have screen || missing="$missing screen"
+    have vim || missing="$missing vim"
+    have nvim || missing="$missing neovim"
     have uv || python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
     # shellcheck disable=SC2086 # one word each
     [ -z "$missing" ] || system_packages $missing

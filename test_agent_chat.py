@@ -7561,16 +7561,33 @@ def test_an_enter_that_became_a_newline_is_no_ring(rig: Rig) -> None:
 
 @pytest.mark.tmux
 @NEEDS_TMUX
-def test_a_line_of_ours_is_known_by_a_ringer_that_did_not_paste_it(
-    rig: Rig,
+def test_a_line_that_was_left_is_known_by_another_ringer(
+    rig: Rig, tmp_path: Path
 ) -> None:
-    """The plugin may have been started anew since."""
-    line = a_line("left behind") + " #12ab"
+    """The plugin may have been started anew since. What a human calls back is a draft."""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    again = Bell(folder)
+    rig.bell.do("spawn", to=again.path)
+    rig.bell.do("set", SEEN_SECONDS=0.3)
+    rig.agent.do("set", swallow=99)
+    assert rig.bell.ring("left behind") == "unconfirmed"
+    rig.agent.do("set", swallow=0)
+    assert again.ring("another text") == "rung"
+    (line,) = rig.agent.submitted()
+    assert "left behind" in line
     rig.agent.do("set", draft=line)
-    assert rig.bell.ring("another text") == "rung"
-    assert rig.agent.submitted() == [line]
-    rig.agent.do("set", draft=f"please {line}")
     rig.untouched("draft")
+    again.do("stop")
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_folded_line_that_stays_is_not_rung(rig: Rig) -> None:
+    rig.bell.do("set", SEEN_SECONDS=0.3)
+    rig.agent.do("set", fold=60, swallow=99)
+    assert rig.bell.ring() == "unconfirmed"
+    assert rig.agent.submitted() == []
 
 
 @pytest.mark.tmux
