@@ -8440,7 +8440,7 @@ def test_one_door_rings_and_a_closed_one_falls_through(rig: Rig) -> None:
 
 
 # ======================================================================================
-# COMMANDS -- the program as people, scripts, agents' configuration files and hooks meet it.
+# DAEMON -- the hub as a process of its own, started and ended by commands.
 # ======================================================================================
 
 COMMAND = [PYTHON, "-c", "import agent_chat; raise SystemExit(agent_chat.main())"]
@@ -8451,17 +8451,33 @@ class Shell:
 
     def __init__(self, home: Path, cache: Path) -> None:
         self.home = home
-        self.env = clean_environment(home, NO_COLOR="1", PYTHONPATH=str(HERE),
-                                     PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(cache))
+        self.env = clean_environment(
+            home,
+            NO_COLOR="1",
+            PYTHONPATH=str(HERE),
+            PYTHONDONTWRITEBYTECODE="",
+            PYTHONPYCACHEPREFIX=str(cache),
+        )
+        self.errors = ""
+        self.code = 0
         self.started: list[list[str]] = []
 
     def run(self, *words: object, text: str = "", code: int | None = 0, **env: str) -> str:
-        """What the command printed; its standard error is in `errors`."""
-        done = subprocess.run([*COMMAND, *map(str, words)], env={**self.env, **env},
-                              input=text, capture_output=True, text=True, timeout=60, cwd=self.home)
+        """What the command printed; its standard error is in `errors`. It must end with that
+        exit code, None is any."""
+        done = subprocess.run(
+            [*COMMAND, *map(str, words)],
+            env={**self.env, **env},
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.home,
+        )
         self.errors = done.stderr
-        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         self.code = done.returncode
+        if code is not None:
+            assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
         return done.stdout
 
     def on_terminal(self, *words: object) -> str:
@@ -8469,23 +8485,36 @@ class Shell:
         import pty
 
         ours, theirs = pty.openpty()
-        subprocess.run([*COMMAND, *map(str, words)], env=self.env, stdout=theirs,
-                       stdin=subprocess.DEVNULL, timeout=60, check=True)
+        subprocess.run(
+            [*COMMAND, *map(str, words)],
+            env=self.env,
+            stdout=theirs,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+            check=True,
+        )
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError), open(ours, "rb", 0) as screen:  # EIO is its end
+        # A terminal whose other end is closed says EIO.
+        with contextlib.suppress(OSError), open(ours, "rb", 0) as screen:
             while piece := screen.read(65536):
                 shown += piece
         return shown.decode().replace("\r\n", "\n")
 
     def json(self, *words: object, **options: Any) -> Any:
+        """What it printed with --json."""
         return json.loads(self.run(*words, "--json", **options))
 
     def serve(self, *flags: object) -> str:
-        self.started.append([str(flag) for flag in flags if str(flag).startswith("--db")])
+        """A daemon, which ends with the test."""
+        own: list[str] = []
+        if "--db" in flags:
+            own = ["--db", str(flags[flags.index("--db") + 1])]
+        self.started.append(own)
         return self.run("serve", "-d", "--port", 0, *flags)
 
     def file(self, name: str, text: str) -> Path:
+        """A file in its home."""
         path = self.home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
@@ -8494,6 +8523,7 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A shell in an empty home; its daemons end with the test."""
     home = tmp_path / "home"
     home.mkdir()
     made = Shell(home, tmp_path_factory.getbasetemp() / "bytecode")
@@ -8510,30 +8540,35 @@ def caller(shell: Shell, hub: Hub) -> Shell:
 
 
 def pid_file(shell: Shell, db: str = ".agent-chat/agent-chat.db") -> dict[str, Any]:
+    """What the hub of that database wrote of itself."""
     found: dict[str, Any] = json.loads((shell.home / f"{db}.pid").read_text())
     return found
 
 
 def alive(pid: int) -> bool:
+    """Whether that process is still there, and no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+    state = text.rpartition(")")[2].split()[0]
+    return state not in "ZX"
 
 
-# -- the daemon
+def words_of(pid: int) -> list[str]:
+    """The command line of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def test_a_daemon_answers_before_its_command_returns(shell: Shell) -> None:
     said = shell.serve()
     hub = pid_file(shell)
-    assert hub["url"] in said and str(hub["pid"]) in said
+    assert hub["url"] in said
+    assert str(hub["pid"]) in said
     shell.run("start", "-d", "--port", 0, code=1)
     assert f"already running at {hub['url']}" in shell.errors
-    port = int(hub["url"].rpartition(":")[2])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", "/health")
-    assert json.loads(connection.getresponse().read())["status"] == "ok"
+    health = agent_chat.Client(hub["url"]).get("/health")
+    assert health["status"] == "ok"
     assert hub["url"] in shell.run("stop")
     assert not alive(hub["pid"])
     shell.run("stop", code=1)
@@ -8541,35 +8576,50 @@ def test_a_daemon_answers_before_its_command_returns(shell: Shell) -> None:
 
 
 def test_a_daemon_gets_every_flag(shell: Shell) -> None:
-    config = shell.file("my config.yaml", "port: 1\nlog_level: error\napi_key: secret\n")
-    shell.serve("--db", "sub dir/x.db", "-c", config, "--retention", 0, "--log-level", "debug")
-    words = Path(f"/proc/{pid_file(shell, 'sub dir/x.db')['pid']}/cmdline").read_text().split("\0")
-    for flag in ("--port=0", "--retention=0.0", "--log-level=debug", f"--config={config}"):
-        assert flag in words, words
+    """The key is none of them: everybody can read the words of a process."""
+    text = "port: 1\nlog_level: error\napi_key: secret\n"
+    config = shell.file("my config.yaml", text)
+    db = "sub dir/x.db"
+    shell.serve("--db", db, "-c", config, "--retention", 0, "--log-level", "debug")
+    hub = pid_file(shell, db)
+    words = words_of(hub["pid"])
+    for flag in (
+        "--port=0",
+        "--retention=0.0",
+        "--log-level=debug",
+        f"--config={config}",
+        f"--db={db}",
+    ):
+        assert flag in words
     assert "secret" not in " ".join(words)
-    assert "--db=sub dir/x.db" in words
-    shell.run("agents", "--server", pid_file(shell, "sub dir/x.db")["url"], code=1)
-    shell.run("agents", "--server", pid_file(shell, "sub dir/x.db")["url"], "-c", config)
-    shell.run("stop", code=1)  # another database
-    shell.run("stop", "--db", "sub dir/x.db")
+    shell.run("agents", "--server", hub["url"], code=1)
+    shell.run("agents", "--server", hub["url"], "-c", config)
+    # Another database has another hub.
+    shell.run("stop", code=1)
+    shell.run("stop", "--db", db)
 
 
 def test_a_daemon_that_cannot_start_says_why(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        shell.run("serve", "-d", "--port", taken.getsockname()[1], code=1)
-    assert "in use" in shell.errors and "agent-chat.log" in shell.errors
+        _, port = taken.getsockname()
+        shell.run("serve", "-d", "--port", port, code=1)
+    assert "in use" in shell.errors
+    assert "agent-chat.log" in shell.errors
     assert shell.errors.count("\n") == 1
     shell.run("serve", "-d", "-c", "nowhere.yaml", code=1)
     assert "nowhere.yaml" in shell.errors
     shell.run("serve", "--host", "0.0.0.0", code=1)
-    assert "key" in shell.errors and "Traceback" not in shell.errors
+    assert "key" in shell.errors
+    assert "Traceback" not in shell.errors
 
 
 def test_what_the_hub_writes_belongs_to_its_user_alone(shell: Shell) -> None:
     shell.serve()
     folder = shell.home / ".agent-chat"
     assert folder.stat().st_mode & 0o777 == 0o700
-    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    modes: dict[str, int] = {}
+    for path in folder.iterdir():
+        modes[path.name] = path.stat().st_mode & 0o777
     assert {"agent-chat.db", "agent-chat.db.pid", "agent-chat.log"} <= modes.keys()
     assert set(modes.values()) == {0o600}, modes
 
@@ -8578,14 +8628,28 @@ def test_what_the_hub_writes_belongs_to_its_user_alone(shell: Shell) -> None:
 def test_twenty_starts_at_once_make_one_hub(shell: Shell) -> None:
     shell.started.append([])
     words = [*COMMAND, "serve", "-d", "--port", "0"]
-    runs = [subprocess.Popen(words, env=shell.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True) for _ in range(20)]
-    said = [(*run.communicate(timeout=120), run.returncode) for run in runs]
-    assert sorted(code for _, _, code in said) == [0] + [1] * 19, said
-    assert all(re.search("already (runs|running|serves)", errors) for _, errors, code in said if code), said
+    runs: list[subprocess.Popen[str]] = []
+    for _ in range(20):
+        run = subprocess.Popen(
+            words,
+            env=shell.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        runs.append(run)
+    won: list[str] = []
+    for run in runs:
+        said, errors = run.communicate(timeout=120)
+        if run.returncode == 0:
+            won.append(said)
+        else:
+            assert run.returncode == 1
+            assert re.search("already (runs|running|serves)", errors)
     hub = pid_file(shell)
     assert alive(hub["pid"])
-    assert [out for out, _, code in said if code == 0 and f"pid {hub['pid']}" in out]
+    assert len(won) == 1
+    assert f"pid {hub['pid']}" in won[0]
 
 
 def test_stop_does_not_touch_another_process(shell: Shell) -> None:
@@ -8598,10 +8662,40 @@ def test_stop_does_not_touch_another_process(shell: Shell) -> None:
         assert "no hub is running" in shell.errors
         assert stranger.poll() is None
         stranger.kill()
-    path.write_text("not json\n")
-    shell.run("stop", code=1)
     path.write_text(json.dumps(hub) + "\n")
     shell.run("stop")
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    "not json\n",
+    "[]",
+    "null",
+    "{}",
+    '{"pid": "1", "started": "", "url": ""}',
+    '{"pid": 1, "started": 5, "url": "http://127.0.0.1:1"}',
+    '{"pid": 1, "started": "x"}',
+    "\x00\xff",
+])
+def test_a_pid_file_that_says_something_else_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.pid"
+    path.write_bytes(text.encode("latin-1"))
+    assert agent_chat.read_pid_file(str(path)) is None
+
+
+def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
+    """A number alone may be given to another process."""
+    own = agent_chat.process_start(os.getpid())
+    assert own.isdecimal()
+    assert agent_chat.RunningHub(os.getpid(), own, "").runs()
+    assert not agent_chat.RunningHub(os.getpid(), own + "0", "").runs()
+    assert agent_chat.process_start(1 << 30) == ""
+    # The name of a program may hold anything, also what looks like the fields behind it.
+    program = tmp_path / "a) Z (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as stranger:
+        assert agent_chat.process_start(stranger.pid) >= own
+        stranger.kill()
 
 
 def test_a_killed_hub_leaves_a_stale_file_that_harms_nothing(shell: Shell) -> None:
@@ -8618,10 +8712,11 @@ def test_a_link_in_place_of_log_or_pid_file_is_not_followed(shell: Shell) -> Non
     victim = shell.file("victim", "precious")
     folder = shell.home / ".agent-chat"
     folder.mkdir(mode=0o700)
-    (folder / "agent-chat.log").symlink_to(victim)
+    log = folder / "agent-chat.log"
+    log.symlink_to(victim)
     shell.run("serve", "-d", "--port", 0, code=1)
     assert "agent-chat.log" in shell.errors
-    (folder / "agent-chat.log").unlink()
+    log.unlink()
     (folder / "agent-chat.db.pid").symlink_to(victim)
     shell.serve()
     assert alive(pid_file(shell)["pid"])
@@ -8636,6 +8731,315 @@ def test_the_hub_ends_gracefully_at_once_when_asked_twice(hub: Hub) -> None:
     hub.process.send_signal(signal.SIGINT)
     assert hub.process.wait(6) in (0, -signal.SIGINT)
     assert "Traceback" not in hub.log.read_text()
+
+
+def test_what_runs_for_hours_runs_as_a_module(hub: Hub) -> None:
+    words = words_of(hub.pid)
+    assert words[1:3] == ["-P", "-c"]
+    assert "serve" in words
+
+
+def test_an_isolated_start_stays_isolated(shell: Shell) -> None:
+    """A project's PYTHONPATH may hold a module of any name."""
+    shell.file("project/json.py", "raise SystemExit('a stranger was imported')\n")
+    shell.env["PYTHONPATH"] = str(shell.home / "project")
+    program = [PYTHON, "-I", str(PROGRAM)]
+    done = subprocess.run(
+        [*program, "serve", "-d", "--port", "0"],
+        env=shell.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    words = words_of(pid_file(shell)["pid"])
+    stopped = subprocess.run([*program, "stop"], env=shell.env)
+    assert stopped.returncode == 0
+    assert "-I" in words
+
+
+class BrokenHub:
+    """A hub whose file breaks while it serves."""
+
+    url = "http://127.0.0.1:1"
+    closed = False
+
+    def stop(self) -> None:
+        """Nobody asks."""
+
+    def serve_forever(self) -> None:
+        """The one sentence that a hub ends with when it cannot go on."""
+        raise agent_chat.ChatError("the file is damaged; move it away")
+
+    def close(self) -> None:
+        """Remembers that it was called."""
+        self.closed = True
+
+
+def test_a_hub_that_cannot_go_on_says_why_and_ends(tmp_path: Path, monkeypatch: Any,
+                                                   capsys: Any) -> None:
+    broken = BrokenHub()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(agent_chat, "open_hub", lambda _: broken)
+    db = tmp_path / "x.db"
+    mask = os.umask(0o077)
+    assert agent_chat.main(["serve", "--db", str(db)]) == 1
+    os.umask(mask)
+    said = capsys.readouterr().err
+    assert said == "agent-chat: the file is damaged; move it away\n"
+    assert broken.closed
+    assert not Path(f"{db}.pid").exists()
+
+
+def test_a_missing_package_is_named_with_what_installs_it(shell: Shell) -> None:
+    """-S: without the packages of this Python."""
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); "
+            "import agent_chat; sys.exit(agent_chat.main())")
+    without = [PYTHON, "-I", "-S", "-c", code, str(HERE)]
+    serve = subprocess.run([*without, "serve"], env=shell.env, capture_output=True, text=True)
+    assert serve.returncode == 1
+    assert "websockets is missing" in serve.stderr
+    assert "sh install.sh" in serve.stderr
+    assert serve.stderr.count("\n") == 1
+    asked = subprocess.run([*without, "--help"], env=shell.env, capture_output=True, text=True)
+    assert asked.returncode == 0
+    assert not asked.stderr
+
+
+# ======================================================================================
+# CONSOLE -- what people type, and what fits their terminal. Pure: no process, no hub.
+# ======================================================================================
+
+# Each table has a row for a form that is promised, and for each that is nearly one of them.
+
+NOON = 1_790_000_000.0  # some moment, from which the spans below are counted
+
+
+@pytest.mark.parametrize(("typed", "seconds_ago"), [
+    ("90s", 90),
+    ("10m", 600),
+    ("10min", 600),
+    ("1h", 3600),
+    ("1h ago", 3600),
+    ("1.5 h", 5400),
+    ("3d", 3 * 86400),
+    ("2w", 14 * 86400),
+    ("now", 0),
+    (" 1h ", 3600),
+])
+def test_a_span_is_counted_back_from_now(typed: str, seconds_ago: int) -> None:
+    """Units may be joined or not, and `ago` may stand behind them."""
+    found = datetime.fromisoformat(agent_chat.moment(typed, NOON))
+    assert found.timestamp() == NOON - seconds_ago
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("2026-11-22T10:00:00Z", "2026-11-22T10:00:00.000000Z"),
+    ("2026-11-22T10:00:00+02:00", "2026-11-22T08:00:00.000000Z"),
+    ("2026-11-22T10:00:00.123456Z", "2026-11-22T10:00:00.123456Z"),
+])
+def test_a_time_with_a_zone_is_that_time(typed: str, meant: str) -> None:
+    """What the hub itself prints is understood, to the microsecond."""
+    assert agent_chat.moment(typed, NOON) == meant
+
+
+def test_a_day_and_a_clock_are_those_of_this_machine() -> None:
+    here = datetime.fromtimestamp(NOON).astimezone()
+    midnight = here.replace(hour=0, minute=0, second=0)
+    wanted = {
+        "today": midnight,
+        "yesterday": midnight - timedelta(days=1),
+        "10:30": midnight.replace(hour=10, minute=30),
+        here.strftime("%Y-%m-%d"): midnight,
+    }
+    for typed, meant in wanted.items():
+        found = datetime.fromisoformat(agent_chat.moment(typed, NOON))
+        assert found == meant, typed
+
+
+@pytest.mark.parametrize("typed", [
+    "",
+    "1",
+    "h",
+    "-1h",
+    "1y",
+    "1 hour",
+    "25:00",
+    "10:60",
+    "soon",
+    "99999999999d",
+    "2026-13-01",
+    "١h",
+    "1h\n2h",
+])
+def test_what_is_no_time_is_told_the_forms(typed: str) -> None:
+    """Also digits of other scripts, and times beyond the calendar."""
+    with pytest.raises(agent_chat.UsageError, match="1h, 3d"):
+        agent_chat.moment(typed, NOON)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("bob", ["bob"]),
+    ("#dev", ["#dev"]),
+    ("bob,#dev,eve", ["bob", "#dev", "eve"]),
+    (" bob , eve ", ["bob", "eve"]),
+    ("bob,bob,#dev,#dev", ["bob", "#dev"]),
+])
+def test_targets_are_taken_apart(typed: str, meant: list[str]) -> None:
+    targets = agent_chat.parse_targets(typed)
+    assert [target.shown() for target in targets] == meant
+
+
+@pytest.mark.parametrize("typed", ["", ",", "bob,", ",bob", "bob,,eve", "#", "bob,#"])
+def test_a_gap_in_the_targets_is_refused(typed: str) -> None:
+    """A list that was put together by a script may have one."""
+    with pytest.raises(agent_chat.UsageError):
+        agent_chat.parse_targets(typed)
+
+
+@pytest.mark.parametrize(("typed", "known", "told"), [
+    ("bbo", ["bob", "eve"], "; did you mean bob?"),
+    ("BOB", ["bob"], "; did you mean bob?"),
+    ("serv", ["serve", "search", "stop"], "; did you mean serve or search?"),
+    ("xyz", ["bob"], ""),
+    ("bob", [], ""),
+])
+def test_what_is_spelt_nearly_alike_is_offered(typed: str, known: list[str],
+                                               told: str) -> None:
+    assert agent_chat.did_you_mean(typed, known) == told
+
+
+@pytest.mark.parametrize(("text", "columns"), [
+    ("", 0),
+    ("abc", 3),
+    ("项目", 4),
+    ("aé", 2),
+    ("e\u0301", 1),
+    ("ｆ", 2),
+    ("🎉", 2),
+])
+def test_wide_characters_take_two_columns(text: str, columns: int) -> None:
+    """A mark that stands on another character takes none."""
+    assert agent_chat.columns_of(text) == columns
+
+
+COLUMNS = (
+    agent_chat.Column("NAME"),
+    agent_chat.Column("WHERE", 8),
+    agent_chat.Column("BELL", 4),
+)
+ROWS = [
+    ["bob", "host:/src/a/long/way/down", "draft"],
+    ["eve-2", "项目/项目/项目", ""],
+]
+
+
+@pytest.mark.parametrize("room", [0, *range(1, 60)])
+def test_a_table_fits_whatever_the_room_is(room: int) -> None:
+    """The last columns go first; names stay whole as long as they fit at all."""
+    lines = agent_chat.table_lines(COLUMNS, ROWS, room)
+    names = [line[:5].rstrip() for line in lines]
+    assert names == ["NAME", "bob", "eve-2"]
+    # The names alone are never cut.
+    if room >= 5:
+        widest = max(map(agent_chat.columns_of, lines))
+        assert widest <= room
+    if room in (0, 59):
+        assert "host:/src/a/long/way/down  draft" in lines[1]
+
+
+def test_every_option_has_a_sentence_and_a_command() -> None:
+    """So that help says it all; % would be argparse's."""
+    taken: set[str] = set()
+    for command in agent_chat.COMMANDS.values():
+        taken.update(option.name for option in command.takes)
+        assert command.example.count("agent-chat ") == 1
+        assert command.example in command.parser().format_help()
+    for option in agent_chat.OPTIONS:
+        assert re.fullmatch(r"[^\n%]{10,}\.", option.help), option.flags
+        assert option.name in taken
+
+
+def test_an_option_means_the_same_everywhere() -> None:
+    names: list[str] = []
+    flags: list[str] = []
+    for option in agent_chat.OPTIONS:
+        names.append(option.name)
+        flags += option.flags.split()
+    assert len(set(names)) == len(names)
+    assert len(set(flags)) == len(flags)
+
+
+# ======================================================================================
+# COMMANDS -- the program as people, scripts, agents' configuration files and hooks meet it.
+# ======================================================================================
+
+
+def test_bare_and_asked_the_program_shows_what_it_can_do(shell: Shell) -> None:
+    shown = shell.run()
+    for words in (["help"], ["--help"], ["-h"]):
+        assert shell.run(*words) == shown
+    _, _, rest = shown.partition("\nExamples\n")
+    examples = rest.partition("\n\n")[0].splitlines()
+    assert len(examples) == 3
+    for example in examples:
+        assert "    agent-chat " in example
+    for command in agent_chat.COMMANDS.values():
+        assert f"\n    {command.name} " in shown
+
+
+@pytest.mark.parametrize("name", ["send", "start"])
+def test_help_explains_a_command(shell: Shell, name: str) -> None:
+    explained = shell.run("help", name)
+    assert explained == shell.run(name, "--help")
+    assert explained.startswith("usage: agent-chat ")
+    assert "\x1b" not in explained
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["dance"], "there is no command 'dance'"),
+    (["serv"], "did you mean serve"),
+    (["inbx"], "did you mean inbox"),
+    (["SEND"], "did you mean send"),
+    ([""], "no command ''"),
+    (["--json", "agents"], "options come after"),
+    (["help", "dance"], "no command 'dance'"),
+    (["inbox", "--limti", "3"], "did you mean --limit"),
+    (["inbox", "-x"], "no option -x"),
+    (["inbox", "--limit", "x"], "--limit: a whole number is wanted"),
+    (["inbox", "--limit", "0"], "from 1 up"),
+    (["inbox", "--wait", "-1"], "--wait"),
+    (["inbox", "bob", "eve"], "'eve' is one word too many"),
+    (["inbox", "--limit"], "--limit"),
+    (["send"], "whom to send to"),
+    (["send", "bob"], "the text is missing"),
+    (["send", "--group", "dev"], "the text is missing"),
+    (["send", "bob,", "x"], "names nobody"),
+    (["send", "bob", "-x"], "may follow behind --"),
+    (["export", "--since", "soon"], "1h, 3d"),
+    (["export", "--format", "pdf"], "jsonl"),
+    (["completion", "tcsh"], "bash"),
+    (["completion"], "SHELL"),
+    (["init", "cluade", "--yes"], "did you mean claude"),
+    (["serve", "--port", "x"], "--port"),
+    (["hook", "opencode"], "claude"),
+    (["search"], "WORD"),
+])
+def test_a_mistyped_line_is_told_what_was_meant(capsys: Any, words: list[str],
+                                                told: str) -> None:
+    """One sentence, and below it how the command is typed."""
+    assert agent_chat.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    sentence, usage = said.err.splitlines()
+    assert sentence.startswith("agent-chat: ")
+    assert told in sentence
+    assert usage.startswith("usage: agent-chat ") or "`agent-chat help`" in usage
+
+
+def test_a_mistyped_line_ends_with_its_exit_code(shell: Shell) -> None:
+    shell.run("dance", code=2)
+    assert shell.errors.count("\n") == 2
 
 
 # -- words for people and scripts
@@ -8657,261 +9061,16 @@ def test_send_tells_how_each_recipient_is(caller: Shell, hub: Hub) -> None:
 
 def test_errors_are_one_line_and_an_exit_code(caller: Shell) -> None:
     caller.run("send", "bbo", "hello", code=1)
-    assert caller.errors.startswith("agent-chat: ") and caller.errors.count("\n") == 1
+    assert caller.errors.startswith("agent-chat: ")
+    assert caller.errors.count("\n") == 1
     caller.run("send", code=2)
     caller.run("dance", code=2)
     caller.run("agents", "--server", "http://127.0.0.1:9", code=1)
-    assert "no hub answers" in caller.errors and caller.errors.count("\n") == 1
-    caller.run("agents", "-c", caller.file("bad.yaml", "port: 1\ncolour: red\n"), code=1)
+    assert "no hub answers" in caller.errors
+    assert caller.errors.count("\n") == 1
+    config = caller.file("bad.yaml", "port: 1\ncolour: red\n")
+    caller.run("agents", "-c", config, code=1)
     assert "bad.yaml:2" in caller.errors
-
-
-def test_inbox_shows_and_marks_only_when_told(caller: Shell, hub: Hub) -> None:
-    hub.register("bob")
-    hub.send("human", "bob", "first")
-    hub.send("human", "bob", "second")
-    shown = caller.run("inbox", "bob")
-    assert shown.index("first") < shown.index("second") and "2 unread" in shown
-    assert [m["content"] for m in caller.json("inbox", "bob", "--limit", 1)] == ["first"]
-    assert hub.receipts(hub.unread("bob")[0]["id"])["bob"]["seen_at"] is None
-    caller.run("inbox", "bob", "--read")
-    assert caller.json("inbox", "bob") == []
-
-
-def test_inbox_waits_for_a_message(caller: Shell, hub: Hub) -> None:
-    hub.register("bob")
-    words = [*COMMAND, "inbox", "--wait", "30", "--json"]
-    with subprocess.Popen(words, env=caller.env, stdout=subprocess.PIPE, text=True) as waiting:
-        hub.send("bob", "human", "are you there")
-        assert waiting.stdout
-        assert json.loads(waiting.stdout.read())[0]["content"] == "are you there"
-
-
-def test_tail_follows_filters_and_survives_a_restart(caller: Shell, hub: Hub,
-                                                     tmp_path: Path) -> None:
-    for name in ("bob", "eve"):
-        hub.register(name, ("dev",))
-    hub.send("human", "bob", "old news")
-    out = tmp_path / "tail"
-    with open(out, "w") as file:
-        words = [*COMMAND, "tail", "--agent", "eve", "--json"]
-        tail = subprocess.Popen(words, env=caller.env, stdout=file, stderr=subprocess.PIPE)
-    hub.send("human", "eve", "one")
-    eventually(lambda: "one" in out.read_text())
-    hub.restart()
-    hub.send("human", "bob", "not for eve")
-    hub.send("bob", content="to the group", group="dev")
-    eventually(lambda: "to the group" in out.read_text(), 15)
-    tail.send_signal(signal.SIGINT)
-    assert tail.wait(5) == 130
-    assert tail.stderr and b"Traceback" not in tail.stderr.read()
-    shown = [json.loads(line)["content"] for line in out.read_text().splitlines()]
-    assert shown == ["one", "to the group"]
-
-
-def test_what_others_wrote_cannot_steer_a_terminal(caller: Shell, hub: Hub) -> None:
-    hub.register("bob", ("dev",))
-    hub.send("human", "bob", "\x1b[2J\x9b31m\x07\u202egnp\r\n11-22 10:00:00  human -> all  x",
-             in_reply_to="\x1b[31m")
-    for words in (["inbox", "bob"], ["search", "human"], ["agents"], ["groups"],
-                  ["inbox", "bob", "--json"], ["export"], ["export", "--format", "md"]):
-        shown = caller.on_terminal(*words) if "export" in words else caller.run(*words)
-        assert not set(shown) & set("\x1b\x9b\x07\u202e\r"), (words, shown)
-    lines = caller.run("inbox", "bob").splitlines()
-    assert sum(bool(re.match(r"\d\d-\d\d ", line)) for line in lines) == 1
-
-
-def test_tables_and_lists(caller: Shell, hub: Hub) -> None:
-    hub.register("bob", ("dev", "ops"), host="vm", cwd="/src/x")
-    hub.send("human", "bob", "find the needle")
-    title, row = caller.run("agents").splitlines()
-    assert title.split()[:3] == ["NAME", "STATUS", "UNREAD"]
-    assert row.split()[0] == "bob" and "dev,ops" in row and "vm:/src/x" in row
-    assert caller.json("agents")[0]["name"] == "bob"
-    assert caller.run("groups").split() == ["dev", "ops"] == caller.json("groups")
-    eventually(lambda: "needle" in caller.run("search", "needle"))  # the index may come after
-    assert not caller.run("search", "hay")
-    exported = [json.loads(line) for line in caller.run("export").splitlines()]
-    assert [message["content"] for message in exported] == ["find the needle"]
-    assert not caller.run("export", "--agent", "eve", code=None)
-
-
-@NEEDS_TMUX
-@pytest.mark.tmux
-def test_colour_is_for_terminals_only(caller: Shell, hub: Hub, tmux: Tmux) -> None:
-    hub.register("bob")
-    del caller.env["NO_COLOR"]
-    assert "\x1b" not in caller.run("agents")
-    command = f"{PYTHON} {PROGRAM} agents; sleep 60"
-    for variables, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
-        pane = tmux.pane(command, env={"AGENT_CHAT_SERVER": hub.url, "HOME": str(caller.home),
-                                       "TERM": "screen", **variables})
-
-        def shown(pane: str = pane) -> str:
-            return tmux.run("capture-pane", "-pe", "-t", pane)
-
-        eventually(lambda shown=shown: "bob" in shown())  # type: ignore[misc]
-        assert ("\x1b[1m" in shown()) is coloured
-
-
-def test_a_reader_that_goes_away_is_no_error(caller: Shell, hub: Hub) -> None:
-    hub.register("bob")
-    for _ in range(30):
-        hub.send("human", "bob", "x" * 20_000)
-    line = f"{PYTHON} {PROGRAM} export | head -c 100; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], env=caller.env, capture_output=True, text=True,
-                          timeout=30)
-    assert done.stdout.endswith("141\n") and not done.stderr
-
-
-def test_version_names_the_file(shell: Shell) -> None:
-    expected = f"agent-chat {agent_chat.__version__} ({agent_chat.fingerprint()})\n"
-    assert shell.run("version") == expected
-
-
-def test_client_commands_start_without_heavy_modules(shell: Shell) -> None:
-    heavy = {"asyncio", "websockets", "mcp", "sqlite3", "http.server", "pydantic", "subprocess",
-             "shutil", "difflib", "compileall"}
-    absent = "['agents', '--server', 'http://127.0.0.1:9']"
-    for words in ("['--help']", absent, "['hook', 'claude']"):
-        probe = ("import sys, agent_chat\ntry: agent_chat.main(" + words + ")\n"
-                 "except SystemExit: pass\nprint('LOADED', *sys.modules)")
-        done = subprocess.run([PYTHON, "-c", probe], cwd=HERE, env=shell.env, text=True, timeout=30,
-                              capture_output=True, stdin=subprocess.DEVNULL)
-        loaded = set(done.stdout.rpartition("LOADED")[2].split())
-        assert "agent_chat" in loaded and not loaded & heavy, (words, loaded & heavy)
-
-
-# -- what people type: pure, without a process
-
-NOON = 1_790_000_000.0  # some moment, from which the spans below are counted
-
-
-@pytest.mark.parametrize(("typed", "seconds_ago"), [
-    ("90s", 90), ("10m", 600), ("10min", 600), ("1h", 3600), ("1h ago", 3600), ("1.5 h", 5400),
-    ("3d", 3 * 86400), ("2w", 14 * 86400), ("now", 0), (" 1h ", 3600)])
-def test_a_span_is_counted_back_from_now(typed: str, seconds_ago: int) -> None:
-    found = datetime.fromisoformat(agent_chat.moment(typed, NOON))
-    assert found.timestamp() == NOON - seconds_ago
-
-
-@pytest.mark.parametrize(("typed", "meant"), [
-    ("2026-11-22T10:00:00Z", "2026-11-22T10:00:00.000000Z"),
-    ("2026-11-22T10:00:00+02:00", "2026-11-22T08:00:00.000000Z"),
-    ("2026-11-22T10:00:00.123456Z", "2026-11-22T10:00:00.123456Z")])
-def test_a_time_with_a_zone_is_that_time(typed: str, meant: str) -> None:
-    assert agent_chat.moment(typed, NOON) == meant
-
-
-def test_a_day_and_a_clock_are_those_of_this_machine() -> None:
-    here = datetime.fromtimestamp(NOON).astimezone()
-    midnight = here.replace(hour=0, minute=0, second=0)
-    wanted = {"today": midnight, "yesterday": midnight - timedelta(days=1),
-              "10:30": midnight.replace(hour=10, minute=30),
-              here.strftime("%Y-%m-%d"): midnight}
-    for typed, meant in wanted.items():
-        assert datetime.fromisoformat(agent_chat.moment(typed, NOON)) == meant, typed
-
-
-@pytest.mark.parametrize("typed", ["", "1", "h", "-1h", "1y", "1 hour", "25:00", "10:60", "soon",
-                                   "99999999999d", "2026-13-01", "١h", "1h\n2h"])
-def test_what_is_no_time_is_told_the_forms(typed: str) -> None:
-    with pytest.raises(agent_chat.UsageError, match="1h, 3d"):
-        agent_chat.moment(typed, NOON)
-
-
-@pytest.mark.parametrize(("typed", "meant"), [
-    ("bob", ["bob"]), ("#dev", ["#dev"]), ("bob,#dev,eve", ["bob", "#dev", "eve"]),
-    (" bob , eve ", ["bob", "eve"]), ("bob,bob,#dev,#dev", ["bob", "#dev"])])
-def test_targets_are_taken_apart(typed: str, meant: list[str]) -> None:
-    assert [target.shown() for target in agent_chat.parse_targets(typed)] == meant
-
-
-@pytest.mark.parametrize("typed", ["", ",", "bob,", ",bob", "bob,,eve", "#", "bob,#"])
-def test_a_gap_in_the_targets_is_refused(typed: str) -> None:
-    with pytest.raises(agent_chat.UsageError):
-        agent_chat.parse_targets(typed)
-
-
-@pytest.mark.parametrize(("typed", "known", "told"), [
-    ("bbo", ["bob", "eve"], "; did you mean bob?"), ("BOB", ["bob"], "; did you mean bob?"),
-    ("serv", ["serve", "search", "stop"], "; did you mean serve or search?"),
-    ("xyz", ["bob"], ""), ("bob", [], "")])
-def test_what_is_spelt_nearly_alike_is_offered(typed: str, known: list[str], told: str) -> None:
-    assert agent_chat.did_you_mean(typed, known) == told
-
-
-@pytest.mark.parametrize(("text", "columns"), [
-    ("", 0), ("abc", 3), ("项目", 4), ("aé", 2), ("e\u0301", 1), ("ｆ", 2), ("🎉", 2)])
-def test_wide_characters_take_two_columns(text: str, columns: int) -> None:
-    assert agent_chat.columns_of(text) == columns
-
-
-COLUMNS = (agent_chat.Column("NAME"), agent_chat.Column("WHERE", 8), agent_chat.Column("BELL", 4))
-ROWS = [["bob", "host:/src/a/long/way/down", "draft"], ["eve-2", "项目/项目/项目", ""]]
-
-
-@pytest.mark.parametrize("room", [0, *range(1, 60)])
-def test_a_table_fits_whatever_the_room_is(room: int) -> None:
-    lines = agent_chat.table_lines(COLUMNS, ROWS, room)
-    assert len(lines) == 1 + len(ROWS)
-    assert [line[:5].rstrip() for line in lines] == ["NAME", "bob", "eve-2"]
-    if room >= 5:
-        assert all(agent_chat.columns_of(line) <= room for line in lines)
-    if room in (0, 59):
-        assert "host:/src/a/long/way/down  draft" in lines[1]
-
-
-# -- the command line as a whole
-
-
-def test_bare_and_asked_the_program_shows_what_it_can_do(shell: Shell) -> None:
-    shown = shell.run()
-    assert shown == shell.run("help") == shell.run("--help") == shell.run("-h")
-    examples = shown.partition("\nExamples\n")[2].partition("\n\n")[0].splitlines()
-    assert len(examples) == 3 and all("agent-chat " in line for line in examples)
-    for name, command in agent_chat.COMMANDS.items():
-        assert f"\n    {command.name} " in shown
-        explained = shell.run("help", name) if name in ("send", "start") else ""
-        assert explained in ("", shell.run(name, "--help")) and "\x1b" not in explained
-    assert shell.run("help", "send").startswith("usage: agent-chat send TO TEXT")
-
-
-def test_every_option_has_a_sentence() -> None:
-    for option in agent_chat.OPTIONS:
-        assert re.fullmatch(r"[^\n%]{10,}\.", option.help), option.flags
-        assert any(option in command.takes for command in agent_chat.COMMANDS.values())
-    for command in agent_chat.COMMANDS.values():
-        assert command.example.count("agent-chat ") == 1
-        assert command.parser().format_help().count("agent-chat") >= 2
-
-
-def test_an_option_means_the_same_everywhere() -> None:
-    names = [option.name for option in agent_chat.OPTIONS]
-    flags = [flag for option in agent_chat.OPTIONS for flag in option.flags.split()]
-    assert len(set(names)) == len(names) and len(set(flags)) == len(flags)
-
-
-@pytest.mark.parametrize(("words", "told"), [
-    (["dance"], "there is no command 'dance'"), (["serv"], "did you mean serve"),
-    (["inbx"], "did you mean inbox"), (["SEND"], "did you mean send"), ([""], "no command ''"),
-    (["--json", "agents"], "options come after"), (["help", "dance"], "no command 'dance'"),
-    (["inbox", "--limti", "3"], "did you mean --limit"), (["inbox", "-x"], "no option -x"),
-    (["inbox", "--limit", "x"], "--limit: a whole number is wanted"),
-    (["inbox", "--limit", "0"], "from 1 up"), (["inbox", "--wait", "-1"], "--wait"),
-    (["inbox", "bob", "eve"], "'eve' is one word too many"), (["inbox", "--limit"], "--limit"),
-    (["send"], "whom to send to"), (["send", "bob"], "the text is missing"),
-    (["send", "--group", "dev"], "the text is missing"), (["send", "bob,", "x"], "names nobody"),
-    (["send", "bob", "-x"], "may follow behind --"), (["export", "--since", "soon"], "1h, 3d"),
-    (["export", "--format", "pdf"], "jsonl"), (["completion", "tcsh"], "bash"),
-    (["completion"], "SHELL"), (["init", "cluade", "--yes"], "did you mean claude"),
-    (["serve", "--port", "x"], "--port"), (["hook", "opencode"], "claude"), (["search"], "WORD")])
-def test_a_mistyped_line_is_told_what_was_meant(shell: Shell, words: list[str],
-                                                told: str) -> None:
-    assert shell.run(*words, code=2) == ""
-    sentence, usage = shell.errors.splitlines()
-    assert sentence.startswith("agent-chat: ") and told in sentence
-    assert usage.startswith("usage: agent-chat ") or "`agent-chat help`" in usage
 
 
 def test_a_text_may_begin_with_a_dash_and_stand_anywhere(caller: Shell, hub: Hub) -> None:
@@ -8923,58 +9082,104 @@ def test_a_text_may_begin_with_a_dash_and_stand_anywhere(caller: Shell, hub: Hub
     assert texts == ["-x is wrong", "two words", "one more"]
 
 
-def test_words_are_the_bytes_that_were_typed(caller: Shell, hub: Hub) -> None:
+PLAIN_LOCALE = {
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+}
+
+
+@pytest.mark.parametrize("text", ["emoji 🎉", "äöü", "项目"])
+def test_words_are_the_bytes_that_were_typed(caller: Shell, hub: Hub, text: str) -> None:
+    """In a locale that knows ASCII alone."""
     hub.register("bob")
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for text in ("emoji 🎉", "äöü", "项目"):
-        caller.run("send", "bob", text, **plain)
-        assert hub.unread("bob")[-1]["content"] == text
+    caller.run("send", "bob", text, **PLAIN_LOCALE)
+    assert hub.unread("bob")[0]["content"] == text
+    shown = caller.run("inbox", "bob", **PLAIN_LOCALE)
+    assert text.encode("ascii", "backslashreplace").decode() in shown
+
+
+def test_bytes_that_are_no_text_are_marked_as_such(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
     words = [*map(os.fsencode, COMMAND), b"send", b"bob", b"latin \xe9"]
-    subprocess.run(words, env={**caller.env, **plain}, check=True, capture_output=True)
-    assert hub.unread("bob")[-1]["content"] == "latin \ufffd"
-    assert "\\U0001f389" in caller.run("inbox", "bob", **plain)
+    env = {**caller.env, **PLAIN_LOCALE}
+    subprocess.run(words, env=env, check=True, capture_output=True)
+    assert hub.unread("bob")[0]["content"] == "latin \ufffd"
+
+
+def last_sender(hub: Hub, name: str) -> str:
+    """Who wrote the newest unread message of that agent."""
+    return str(hub.unread(name)[-1]["from_agent"])
 
 
 def test_who_writes_from_a_script(caller: Shell, hub: Hub) -> None:
+    """--from, else AGENT_NAME, else the human; to the human, shell."""
     hub.register("bob")
+    caller.run("send", "bob", "x")
+    assert last_sender(hub, "bob") == "human"
+    caller.run("send", "bob", "x", AGENT_NAME="ada")
+    assert last_sender(hub, "bob") == "ada"
+    caller.run("send", "human", "x")
+    assert last_sender(hub, "human") == "shell"
+    caller.run("send", "Human", "x", AGENT_NAME="ada")
+    assert last_sender(hub, "human") == "ada"
+    caller.run("send", "human", "x", "--from", "bob", AGENT_NAME="ada")
+    assert last_sender(hub, "human") == "bob"
 
-    def sender(*words: object, name: str = "bob", **env: str) -> str:
-        caller.run("send", *words, **env)
-        return str(hub.unread(name)[-1]["from_agent"])
 
-    assert sender("bob", "x") == "human"
-    assert sender("bob", "x", AGENT_NAME="ada") == "ada"
-    assert sender("human", "x", name="human") == "shell"
-    assert sender("Human", "x", name="human", AGENT_NAME="ada") == "ada"
-    assert sender("human", "x", "--from", "bob", name="human", AGENT_NAME="ada") == "bob"
+def test_a_shell_of_a_connected_agent_is_not_that_agent(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
     session = hub.register("ada")["session"]
     plugin = hub.socket("ada", session)
     assert plugin.status == 101
-    assert sender("human", "x", name="human", AGENT_NAME="ada") == "shell"
+    caller.run("send", "human", "x", AGENT_NAME="ada")
+    assert last_sender(hub, "human") == "shell"
     assert "ada is connected" in caller.errors
     caller.run("send", "bob", "x", "--from", "ada", code=1)
     assert "ada" in caller.errors
     plugin.close()
 
 
-def test_one_text_goes_to_several_targets_or_to_none(caller: Shell, hub: Hub) -> None:
-    for name in ("bob", "eve", "kim"):
-        hub.register(name, ("dev",) if name != "bob" else ())
+def unread_counts(hub: Hub) -> list[int]:
+    """How much unread mail bob, eve and kim have."""
+    return [len(hub.unread(name)) for name in ("bob", "eve", "kim")]
+
+
+def test_one_text_goes_to_several_targets(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    hub.register("eve", ("dev",))
+    hub.register("kim", ("dev",))
     caller.run("send", "bob,#dev", "hello")
-    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [1, 1, 1]
+    assert unread_counts(hub) == [1, 1, 1]
     caller.run("send", "#dev", "hello")
     caller.run("send", "--group", "#dev", "hello")
-    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [1, 3, 3]
-    answers = caller.run("send", "bob,eve", "hi", "--json").splitlines()
-    assert [json.loads(line)["recipients"][0]["agent"] for line in answers] == ["bob", "eve"]
-    for words, told in ((("bob,evee", "x"), "did you mean eve"),
-                        (("bob,#dve", "x"), "did you mean dev"),
-                        (("bob,nobody", "x"), "no agent 'nobody'")):
-        caller.run("send", *words, code=1)
-        assert told in caller.errors
+    assert unread_counts(hub) == [1, 3, 3]
+    lines = caller.run("send", "bob,eve", "hi", "--json").splitlines()
+    assert '"agent": "bob"' in lines[0]
+    assert '"agent": "eve"' in lines[1]
+
+
+@pytest.mark.parametrize(("targets", "told"), [
+    ("bob,evee", "did you mean eve"),
+    ("bob,#dve", "did you mean dev"),
+    ("bob,nobody", "no agent 'nobody'"),
+])
+def test_a_list_of_targets_is_sent_whole_or_not_at_all(caller: Shell, hub: Hub, targets: str,
+                                                       told: str) -> None:
+    """As far as that can be known before the first is sent."""
+    hub.register("bob")
+    hub.register("eve", ("dev",))
+    hub.register("kim")
+    caller.run("send", targets, "x", code=1)
+    assert told in caller.errors
+    assert unread_counts(hub) == [0, 0, 0]
+
+
+def test_a_blank_text_is_not_sent(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
     caller.run("send", "bob", " \n", code=1)
     assert "nothing was sent" in caller.errors
-    assert [len(hub.unread(name)) for name in ("bob", "eve", "kim")] == [2, 4, 3]
+    assert hub.unread("bob") == []
 
 
 def test_a_reply_is_to_a_message_that_exists(caller: Shell, hub: Hub) -> None:
@@ -8983,26 +9188,35 @@ def test_a_reply_is_to_a_message_that_exists(caller: Shell, hub: Hub) -> None:
     caller.run("send", "bob", "two", "--reply-to", first)
     for wrong in ("msg-1", "recent", "../../health", "a b", "é"):
         caller.run("send", "bob", "three", "--reply-to", wrong, code=1)
-        assert "no message" in caller.errors and "nothing was sent" in caller.errors
-    assert [message["content"] for message in hub.unread("bob")] == ["one", "two"]
+        assert "no message" in caller.errors
+        assert "nothing was sent" in caller.errors
+    texts = [message["content"] for message in hub.unread("bob")]
+    assert texts == ["one", "two"]
 
 
-def test_what_is_empty_says_so_to_people_alone(caller: Shell, hub: Hub) -> None:
-    def said(*words: object) -> str:
-        assert caller.run(*words) == "", words
-        return caller.errors
-
-    assert "no agents yet" in said("agents")
-    assert "no groups yet" in said("groups")
+def test_inbox_shows_and_marks_only_when_told(caller: Shell, hub: Hub) -> None:
     hub.register("bob")
-    assert "no unread messages for human" in said("inbox")
-    assert "no unread messages for bob" in said("inbox", "BOB".lower())
-    assert "nothing found for 'zebra'" in said("search", "zebra")
-    assert "did you mean bob" in said("search", "zebra", "--agent", "bbo")
-    assert "no such messages" in said("export")
-    assert "no such messages" in said("export", "--since", "1h", "--group", "#dev")
-    for words in (["inbox"], ["search", "zebra"], ["groups"]):
-        assert caller.json(*words) == [] and caller.errors == ""
+    hub.send("human", "bob", "first")
+    hub.send("human", "bob", "second")
+    shown = caller.run("inbox", "bob")
+    assert shown.index("first") < shown.index("second")
+    assert "2 unread" in shown
+    limited = caller.json("inbox", "bob", "--limit", 1)
+    assert [m["content"] for m in limited] == ["first"]
+    first = hub.unread("bob")[0]["id"]
+    assert hub.receipts(first)["bob"]["seen_at"] is None
+    caller.run("inbox", "bob", "--read")
+    assert caller.json("inbox", "bob") == []
+
+
+def test_inbox_waits_for_a_message(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    words = [*COMMAND, "inbox", "--wait", "30", "--json"]
+    with subprocess.Popen(words, env=caller.env, stdout=subprocess.PIPE, text=True) as waiting:
+        hub.send("bob", "human", "are you there")
+        assert waiting.stdout
+        printed = json.loads(waiting.stdout.read())
+    assert printed[0]["content"] == "are you there"
 
 
 def test_the_inbox_of_nobody_is_an_error(caller: Shell, hub: Hub) -> None:
@@ -9013,6 +9227,25 @@ def test_the_inbox_of_nobody_is_an_error(caller: Shell, hub: Hub) -> None:
     caller.run("inbox", "nobody", code=1)
     assert "`agent-chat agents`" in caller.errors
     assert caller.run("inbox", "BOB") == ""
+
+
+def test_what_is_empty_says_so_to_people_alone(caller: Shell, hub: Hub) -> None:
+    for words, told in (
+        (["agents"], "no agents yet"),
+        (["groups"], "no groups yet"),
+        (["inbox"], "no unread messages for human"),
+        (["search", "zebra"], "nothing found for 'zebra'"),
+        (["export"], "no such messages"),
+        (["export", "--since", "1h", "--group", "#dev"], "no such messages"),
+    ):
+        assert caller.run(*words) == ""
+        assert told in caller.errors
+    hub.register("bob")
+    caller.run("search", "zebra", "--agent", "bbo")
+    assert "did you mean bob" in caller.errors
+    for words in (["inbox"], ["search", "zebra"], ["groups"]):
+        assert caller.json(*words) == []
+        assert caller.errors == ""
 
 
 def test_since_and_until_choose_what_is_shown(caller: Shell, hub: Hub) -> None:
@@ -9026,32 +9259,106 @@ def test_since_and_until_choose_what_is_shown(caller: Shell, hub: Hub) -> None:
 
 
 def test_status_is_one_screen(caller: Shell, hub: Hub) -> None:
+    """Also with more agents than lines."""
     assert "none yet" in caller.run("status")
     for number in range(12):
         hub.register(f"agent-{number}")
         hub.send("human", f"agent-{number}", "x")
-    hub.send("agent-1", "human", "may I?")
+    hub.send("agent-1", "human", "I am done.")
     hub.send("human", "agent-3", "y")
     shown = caller.run("status")
-    assert hub.url in shown and agent_chat.__version__ in shown
-    assert "human 1, agent-3 2, " in shown and "more" in shown
-    assert re.search(r"^agents    12: ", shown, re.M) and len(shown.splitlines()) < 24
+    assert hub.url in shown
+    assert agent_chat.__version__ in shown
+    assert "human 1, agent-3 2, " in shown
+    assert re.search(r"^agents    12: ", shown, re.M)
+    assert len(shown.splitlines()) < 24
     found = caller.json("status")
-    assert found["unread"] == 1 and len(found["agents"]) == 12 and found["loops"] == []
+    assert found["unread"] == 1
+    assert len(found["agents"]) == 12
+    assert found["loops"] == []
     caller.run("status", "--server", "http://127.0.0.1:9", code=1)
     assert "no hub answers" in caller.errors
 
 
-def test_status_names_the_quiet_bells(caller: Shell, make_hub: Callable[..., Hub]) -> None:
+def test_status_names_open_questions_and_quiet_bells(caller: Shell,
+                                                     make_hub: Callable[..., Hub]) -> None:
     hub = make_hub(config="chain_limit: 1\n")
     caller.env["AGENT_CHAT_SERVER"] = hub.url
     for name in ("ann", "bob"):
         hub.register(name)
+    hub.send("ann", "human", "may I deploy?\nall is green")
     last = ""
-    for number in range(4):
-        pair = ("ann", "bob") if number % 2 else ("bob", "ann")
+    for pair in (("bob", "ann"), ("ann", "bob")) * 2:
         last = hub.send(*pair, "ping", in_reply_to=last)["id"]
-    assert re.search(r"^quiet     ann and bob, since \d+ s ago", caller.run("status"), re.M)
+    shown = caller.run("status")
+    assert "\nquestion  ann: may I deploy?\n" in shown
+    assert re.search(r"^quiet     ann and bob, since \d+ s ago", shown, re.M)
+
+
+def test_tail_follows_filters_and_survives_a_restart(caller: Shell, hub: Hub,
+                                                     tmp_path: Path) -> None:
+    for name in ("bob", "eve"):
+        hub.register(name, ("dev",))
+    hub.send("human", "bob", "old news")
+    out = tmp_path / "tail"
+    words = [*COMMAND, "tail", "--agent", "eve", "--json"]
+    with open(out, "w") as file:
+        tail = subprocess.Popen(words, env=caller.env, stdout=file, stderr=subprocess.PIPE)
+    hub.send("human", "eve", "one")
+    eventually(lambda: "one" in out.read_text())
+    hub.restart()
+    hub.send("human", "bob", "not for eve")
+    hub.send("bob", content="to the group", group="dev")
+    eventually(lambda: "to the group" in out.read_text(), 30)
+    tail.send_signal(signal.SIGINT)
+    assert tail.wait(5) == 130
+    assert tail.stderr
+    assert b"Traceback" not in tail.stderr.read()
+    shown = [json.loads(line)["content"] for line in out.read_text().splitlines()]
+    assert shown == ["one", "to the group"]
+
+
+STEERING = set("\x1b\x9b\x07\u202e\r")  # what moves a caret, rings, turns text around
+HOSTILE = "\x1b[2J\x9b31m\x07\u202egnp\r\n11-22 10:00:00  human -> all  x"
+
+
+def test_what_others_wrote_cannot_steer_a_terminal(caller: Shell, hub: Hub) -> None:
+    hub.register("bob", ("dev",))
+    hub.send("human", "bob", HOSTILE, in_reply_to="\x1b[31m")
+    for words in (
+        ["inbox", "bob"],
+        ["search", "human"],
+        ["agents"],
+        ["groups"],
+        ["status"],
+        ["inbox", "bob", "--json"],
+    ):
+        shown = caller.run(*words)
+        assert not set(shown) & STEERING, (words, shown)
+    # A pipe gets every byte of an export, a terminal gets no surprises.
+    for words in (["export"], ["export", "--format", "md"]):
+        shown = caller.on_terminal(*words)
+        assert not set(shown) & STEERING, (words, shown)
+    heads = re.findall(r"^\d\d-\d\d ", caller.run("inbox", "bob"), re.M)
+    assert len(heads) == 1
+
+
+def test_tables_and_lists(caller: Shell, hub: Hub) -> None:
+    hub.register("bob", ("dev", "ops"), host="vm", cwd="/src/x")
+    hub.send("human", "bob", "find the needle")
+    title, row = caller.run("agents").splitlines()
+    assert title.split()[:3] == ["NAME", "STATUS", "UNREAD"]
+    assert row.split()[0] == "bob"
+    assert "dev,ops" in row
+    assert "vm:/src/x" in row
+    assert caller.json("agents")[0]["name"] == "bob"
+    assert caller.run("groups").split() == ["dev", "ops"]
+    assert caller.json("groups") == ["dev", "ops"]
+    eventually(lambda: "needle" in caller.run("search", "needle"))
+    assert not caller.run("search", "hay")
+    exported = [json.loads(line) for line in caller.run("export").splitlines()]
+    assert [message["content"] for message in exported] == ["find the needle"]
+    assert not caller.run("export", "--agent", "eve", code=None)
 
 
 TECHNICAL = r"\b(GET|POST|HTTP|header|JSON|Errno|body|status|40\d|41\d|50\d)\b|Traceback|X-"
@@ -9059,19 +9366,29 @@ TECHNICAL = r"\b(GET|POST|HTTP|header|JSON|Errno|body|status|40\d|41\d|50\d)\b|T
 
 def test_no_word_of_a_protocol_reaches_a_person(caller: Shell, hub: Hub,
                                                 make_hub: Callable[..., Hub]) -> None:
+    """Whatever goes wrong is told in one line, in the words of who types."""
     session = hub.register("bob", ("dev",))["session"]
-    locked = make_hub(key="s3cret")
     plugin = hub.socket("bob", session)
-    for words in (["send", "bbo", "x"], ["send", "zzzzzz", "x"], ["send", "#ops", "x"],
-                  ["send", "a b", "x"], ["send", "bob", "x", "--from", "bob"], ["inbox", "x y"],
-                  ["send", "bob", "x", "--from", "server"], ["send", "server", "x"],
-                  ["send", "bob", "-"], ["agents", "--server", locked.url],
-                  ["status", "--server", "http://127.0.0.1:9"],
-                  ["agents", "--server", "http://127.0.0.1:9/x/y"],
-                  ["agents", "--server", hub.url + "/nowhere"], ["agents", "--server", "ftp://x"],
-                  ["stop", "--db", "nowhere.db"], ["inbox", "bob", "--read"]):
-        if words == ["inbox", "bob", "--read"]:
-            hub.send("human", "bob", "hello")
+    hub.send("human", "bob", "hello")
+    locked = make_hub(key="s3cret")
+    for words in (
+        ["send", "bbo", "x"],
+        ["send", "zzzzzz", "x"],
+        ["send", "#ops", "x"],
+        ["send", "a b", "x"],
+        ["send", "bob", "x", "--from", "bob"],
+        ["send", "bob", "x", "--from", "server"],
+        ["send", "server", "x"],
+        ["send", "bob", "-"],
+        ["inbox", "x y"],
+        ["inbox", "bob", "--read"],
+        ["agents", "--server", locked.url],
+        ["agents", "--server", "http://127.0.0.1:9/x/y"],
+        ["agents", "--server", hub.url + "/nowhere"],
+        ["agents", "--server", "ftp://x"],
+        ["status", "--server", "http://127.0.0.1:9"],
+        ["stop", "--db", "nowhere.db"],
+    ):
         caller.run(*words, text="x" * (1 << 20), code=1)
         assert caller.errors.count("\n") == 1, (words, caller.errors)
         assert not re.search(TECHNICAL, caller.errors), (words, caller.errors)
@@ -9080,119 +9397,155 @@ def test_no_word_of_a_protocol_reaches_a_person(caller: Shell, hub: Hub,
 
 @NEEDS_TMUX
 @pytest.mark.tmux
-def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux) -> None:
-    hub.register("backend-development", ("dev", "operations"), host="machine",
-                 cwd="/home/somebody/src/a/very/long/way/down/项目/x")
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux,
+                                            width: int) -> None:
+    place = "/home/somebody/src/a/very/long/way/down/项目/x"
+    hub.register("backend-development", ("dev", "operations"), host="machine", cwd=place)
     piped = caller.run("agents").splitlines()[1]
-    assert piped.endswith("machine:/home/somebody/src/a/very/long/way/down/项目/x")
-    for width in (40, 60, 80):
-        pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", width=width, env={
-            "AGENT_CHAT_SERVER": hub.url, "HOME": str(caller.home), "NO_COLOR": "1"})
-        shown = eventually(lambda pane=pane: "backend" in (text := tmux.screen(pane))  # type: ignore[misc]
-                           and text)
-        assert len(shown.strip().splitlines()) == 2, shown
+    assert piped.endswith("machine:" + place)
+    env = {
+        "AGENT_CHAT_SERVER": hub.url,
+        "HOME": str(caller.home),
+        "NO_COLOR": "1",
+    }
+    pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", width=width, env=env)
+    eventually(lambda: "backend" in tmux.screen(pane))
+    shown = tmux.screen(pane).strip()
+    assert len(shown.splitlines()) == 2, shown
+
+
+@NEEDS_TMUX
+@pytest.mark.tmux
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colour_is_for_terminals_only(caller: Shell, hub: Hub, tmux: Tmux,
+                                      variables: dict[str, str], coloured: bool) -> None:
+    hub.register("bob")
+    del caller.env["NO_COLOR"]
+    assert "\x1b" not in caller.run("agents")
+    env = {
+        "AGENT_CHAT_SERVER": hub.url,
+        "HOME": str(caller.home),
+        "TERM": "screen",
+        **variables,
+    }
+    pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", env=env)
+
+    def shown() -> str:
+        """The pane with its colours."""
+        return tmux.run("capture-pane", "-pe", "-t", pane)
+
+    eventually(lambda: "bob" in shown())
+    assert ("\x1b[1m" in shown()) is coloured
+
+
+def test_a_reader_that_goes_away_is_no_error(caller: Shell, hub: Hub) -> None:
+    hub.register("bob")
+    for _ in range(30):
+        hub.send("human", "bob", "x" * 20_000)
+    line = f"{PYTHON} {PROGRAM} export | head -c 100; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], env=caller.env, capture_output=True,
+                          text=True, timeout=30)
+    assert done.stdout.endswith("141\n")
+    assert not done.stderr
+
+
+def test_version_names_the_file(shell: Shell) -> None:
+    expected = f"agent-chat {agent_chat.__version__} ({agent_chat.fingerprint()})\n"
+    for words in (["version"], ["--version"], ["-V"]):
+        assert shell.run(*words) == expected
+
+
+HEAVY = {
+    "asyncio",
+    "compileall",
+    "difflib",
+    "http.server",
+    "mcp",
+    "pydantic",
+    "shutil",
+    "sqlite3",
+    "subprocess",
+    "websockets",
+}
+
+
+@pytest.mark.parametrize("words", [
+    ["--help"],
+    ["agents", "--server", "http://127.0.0.1:9"],
+    ["send", "bob", "hi", "--server", "http://127.0.0.1:9"],
+    ["hook", "claude"],
+])
+def test_client_commands_start_without_heavy_modules(shell: Shell, words: list[str]) -> None:
+    probe = f"import sys, agent_chat; agent_chat.main({words}); print('LOADED', *sys.modules)"
+    done = subprocess.run([PYTHON, "-c", probe], cwd=HERE, env=shell.env, text=True,
+                          timeout=30, capture_output=True, stdin=subprocess.DEVNULL)
+    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    assert "agent_chat" in loaded
+    assert not loaded & HEAVY
 
 
 # -- completion
 
 
-def test_bash_completes_commands_options_and_names(caller: Shell, hub: Hub) -> None:
-    hub.register("bob", ("dev",))
-    program = caller.file("bin/agent-chat", f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
-    program.chmod(0o700)
-    script = caller.run("completion", "bash")
+class Completer:
+    """A bash that completes our words by our script."""
 
-    def offered(*words: str) -> list[str]:
-        line = shlex.join(words)
-        ask = (f"{script}\nCOMP_WORDS=({line})\nCOMP_CWORD={len(words) - 1}\n_agent_chat\n"
-               'printf "%s\\n" "${COMPREPLY[@]}"')
-        env = {**caller.env, "PATH": f"{program.parent}:{os.environ['PATH']}"}
-        done = subprocess.run(["bash", "--norc", "-c", ask], env=env, capture_output=True,
-                              text=True, timeout=30)
+    def __init__(self, caller: Shell) -> None:
+        text = f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n'
+        program = caller.file("bin/agent-chat", text)
+        program.chmod(0o700)
+        self.script = caller.run("completion", "bash")
+        self.env = {**caller.env, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+    def offered(self, *words: str) -> list[str]:
+        """What is offered for the last of these words."""
+        ask = "\n".join([
+            self.script,
+            f"COMP_WORDS=({shlex.join(words)})",
+            f"COMP_CWORD={len(words) - 1}",
+            "_agent_chat",
+            'printf "%s\\n" "${COMPREPLY[@]}"',
+        ])
+        done = subprocess.run(["bash", "--norc", "-c", ask], env=self.env,
+                              capture_output=True, text=True, timeout=30)
         assert not done.stderr
         return done.stdout.split()
 
-    assert offered("agent-chat", "se") == ["send", "search", "serve"]
-    assert offered("agent-chat", "help", "comp") == ["completion"]
-    assert offered("agent-chat", "start", "--po") == ["--port"]
-    assert offered("agent-chat", "send", "b") == ["bob"]
-    assert offered("agent-chat", "send", "bob", "x", "--from", "hu") == ["human"]
-    assert offered("agent-chat", "export", "--format", "") == ["jsonl", "md"]
-    assert offered("agent-chat", "init", "co") == ["codex"]
-    assert offered("agent-chat", "serve", "--db", "") == []
+
+def test_bash_completes_commands_options_and_names(caller: Shell, hub: Hub) -> None:
+    hub.register("bob", ("dev",))
+    bash = Completer(caller)
+    assert bash.offered("agent-chat", "se") == ["send", "search", "serve"]
+    assert bash.offered("agent-chat", "help", "comp") == ["completion"]
+    assert bash.offered("agent-chat", "start", "--po") == ["--port"]
+    assert bash.offered("agent-chat", "send", "b") == ["bob"]
+    assert bash.offered("agent-chat", "send", "bob", "x", "--from", "hu") == ["human"]
+    assert bash.offered("agent-chat", "export", "--format", "") == ["jsonl", "md"]
+    assert "codex" in bash.offered("agent-chat", "init", "co")
+    assert bash.offered("agent-chat", "serve", "--db", "") == []
+
+
+def test_names_are_completed_where_a_hub_tells_them(caller: Shell, hub: Hub) -> None:
+    hub.register("bob", ("dev",))
     assert caller.run("completion", "names").split() == ["human", "bob", "#dev"]
     assert caller.run("completion", "names", "--server", "http://127.0.0.1:9") == ""
     assert caller.errors == ""
 
 
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
-def test_every_shell_reads_its_script(shell: Shell, name: str) -> None:
-    script = shell.run("completion", name)
+def test_every_shell_reads_its_script(capsys: Any, name: str) -> None:
+    assert agent_chat.main(["completion", name]) == 0
+    script = capsys.readouterr().out
     for command in agent_chat.COMMANDS.values():
         assert command.name in script
-        assert [flag for flag in command.flags() if flag.lstrip("-") not in script
-                and flag != "--help"] == []
+        for option in command.takes:
+            if not option.is_word:
+                assert option.flags.split()[-1].lstrip("-") in script
     if shutil.which(name):
         checked = subprocess.run([name, "-n"], input=script, capture_output=True, text=True)
-        assert (checked.returncode, checked.stderr) == (0, "")
-
-
-# -- one run
-
-
-def test_a_hub_that_cannot_go_on_says_why_and_ends(tmp_path: Path, monkeypatch: Any,
-                                                   capsys: Any) -> None:
-    class Broken:
-        """A hub whose file breaks while it serves."""
-
-        url = "http://127.0.0.1:1"
-        closed = False
-
-        def stop(self) -> None:
-            """Nobody asks."""
-
-        def serve_forever(self) -> None:
-            raise agent_chat.ChatError("the file is damaged; move it away")
-
-        def close(self) -> None:
-            Broken.closed = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        monkeypatch.setattr(signal, "SIG_DFL", signal.getsignal(number))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(agent_chat, "open_hub", lambda _: Broken())
-    db = tmp_path / "x.db"
-    assert agent_chat.main(["serve", "--db", str(db)]) == 1
-    said = capsys.readouterr().err
-    assert said == "agent-chat: the file is damaged; move it away\n"
-    assert Broken.closed and not Path(f"{db}.pid").exists()
-
-
-def test_a_missing_package_is_named_with_what_installs_it(shell: Shell) -> None:
-    without = [PYTHON, "-I", "-S", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-               "import agent_chat; sys.exit(agent_chat.main())", str(HERE)]
-    done = subprocess.run([*without, "serve"], env=shell.env, capture_output=True, text=True)
-    assert done.returncode == 1 and "websockets is missing" in done.stderr
-    assert "sh install.sh" in done.stderr and done.stderr.count("\n") == 1
-    done = subprocess.run([*without, "--help"], env=shell.env, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-
-
-def test_what_runs_for_hours_runs_as_a_module(hub: Hub) -> None:
-    words = Path(f"/proc/{hub.pid}/cmdline").read_text().split("\0")
-    assert words[1:3] == ["-P", "-c"] and "serve" in words
-
-
-def test_an_isolated_start_stays_isolated(shell: Shell) -> None:
-    """A project's PYTHONPATH may hold a module of any name."""
-    shell.file("project/json.py", "raise SystemExit('a stranger was imported')\n")
-    shell.env["PYTHONPATH"] = str(shell.home / "project")
-    done = subprocess.run([PYTHON, "-I", str(PROGRAM), "serve", "-d", "--port", "0"],
-                          env=shell.env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    words = Path(f"/proc/{pid_file(shell)['pid']}/cmdline").read_text().split("\0")
-    stopped = subprocess.run([PYTHON, "-I", str(PROGRAM), "stop"], env=shell.env)
-    assert "-I" in words and stopped.returncode == 0
+        assert checked.returncode == 0
+        assert checked.stderr == ""
 
 
 # ======================================================================================
@@ -10948,50 +11301,72 @@ def free_port() -> str:
 def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of somebody who follows the README: the program is installed, Codex is
     there, and the hub has a port of its own."""
+    for folder in ("bin", ".agent-chat", ".codex"):
+        (tmp_path / folder).mkdir()
     program = tmp_path / "bin" / "agent-chat"
-    program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{PYTHON}" "{PROGRAM}" "$@"\n')
     program.chmod(0o700)
-    for folder in (".agent-chat", ".codex"):
-        (tmp_path / folder).mkdir()
     port = free_port()
-    (tmp_path / ".agent-chat" / "config.yaml").write_text(f"port: {port}\n")
+    config = tmp_path / ".agent-chat" / "config.yaml"
+    config.write_text(f"port: {port}\n")
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    yield clean_environment(tmp_path, PATH=path, README_PORT=port)
-    subprocess.run([program, "stop"], env=clean_environment(tmp_path), capture_output=True)
+    env = clean_environment(tmp_path, PATH=path, README_PORT=port)
+    yield env
+    subprocess.run([program, "stop"], env=env, capture_output=True)
 
 
 @NEEDS_TMUX
 @pytest.mark.tmux
 def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[str, str]) -> None:
-    script = "\n".join(["set -e", *blocks("sh")])
+    """A shell reads all blocks that a person would, and stops at the first that fails."""
+    assert len(blocks("sh")) >= 3
+    script = "set -e\n" + "\n".join(blocks("sh"))
     script = script.replace("9420", reader["README_PORT"])
-    if not shutil.which("curl"):
+    has_curl = shutil.which("curl") is not None
+    if not has_curl:
         script = script.replace("curl ", ": ")
-    done = subprocess.run(["sh", "-c", script], env=reader, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=100)
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env=reader,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     exported = (tmp_path / "chat.md").read_text()
-    assert len(blocks("sh")) >= 3 and exported.count("> the build is red") == 1
-    if shutil.which("curl"):
+    assert exported.count("> the build is red") == 1
+    if has_curl:
         assert "build 812 is green" in done.stdout
+
+
+# What stands behind `agent-chat` up to the end of the line, of a pipe, or of a parenthesis.
+TYPED_LINE = r"(?:^|[(/ ])agent-chat ((?!agent-)[a-z][^|)\n]*)"
+
+
+def is_own_word(word: str) -> bool:
+    """Whether a word of a shell's line is still ours."""
+    return word not in (">", "&&", "&")
 
 
 def test_the_readmes_command_lines_are_understood() -> None:
     """Also those that no test runs, because they would install or wait."""
+    shown = [*blocks("sh"), *blocks("shell"), *quoted(MANUAL)]
+    lines = re.findall(TYPED_LINE, "\n".join(shown), re.M)
     seen: set[str] = set()
-    lines = "\n".join([*blocks("sh"), *blocks("shell"), *quoted(MANUAL)])
-    for line in re.findall(r"(?:^|[(/ ])agent-chat ((?!agent-)[a-z][^|)\n]*)", lines, re.M):
+    for line in lines:
         name, *words = shlex.split(line, comments=True)
-        typed = list(itertools.takewhile(lambda word: word not in (">", "&&", "&"), words))
+        typed = list(itertools.takewhile(is_own_word, words))
         seen.add(name)
         if name != "help" and typed:
-            assert agent_chat.COMMANDS[name].parse(typed).values
-    assert seen >= set(agent_chat.COMMANDS), set(agent_chat.COMMANDS) - seen
+            command = agent_chat.COMMANDS[name]
+            assert command.parse(typed).values
+    assert seen >= set(agent_chat.COMMANDS)
 
 
 def test_curl_never_sends_the_own_machine_to_a_proxy() -> None:
-    calls = re.findall(r"^.*\bcurl .*$", "\n".join(blocks("sh") + blocks("shell")), re.M)
+    shown = "\n".join(blocks("sh") + blocks("shell"))
+    calls = re.findall(r"^.*\bcurl .*$", shown, re.M)
     assert len(calls) >= 4
     for call in calls:
         assert "curl --noproxy '*' " in call
@@ -10999,25 +11374,34 @@ def test_curl_never_sends_the_own_machine_to_a_proxy() -> None:
 
 def test_the_readmes_configuration_is_what_init_writes() -> None:
     settings = agent_chat.Settings(server="http://127.0.0.1:9420")
-    shown: list[dict[str, Any]] = [json.loads(block) for block in blocks("json")]
-    shown += [tomllib.loads(block) for block in blocks("toml")]
+    shown: list[dict[str, Any]] = []
+    shown += map(json.loads, blocks("json"))
+    shown += map(tomllib.loads, blocks("toml"))
     for data in shown:
-        (table, servers), = data.items()
-        kind = re.search(r"'AGENT_TYPE': '(\w+)'", str(data))  # only where one CLI reads the file
-        name = kind[1] if kind else {"mcpServers": "claude", "mcp_servers": "codex"}[table]
+        ((table, servers),) = data.items()
+        name = {"mcpServers": "claude", "mcp_servers": "codex"}.get(table, "")
+        # Where one CLI alone reads the file, its type stands in it.
+        kind = re.search(r"'AGENT_TYPE': '(\w+)'", str(data))
+        if kind:
+            name = kind[1]
         entry = agent_chat.plugin_entry(name, settings, True)
-        installed = {"command": "agent-chat", "args": ["mcp"]}
-        entry |= {"command": ["agent-chat", "mcp"]} if name == "opencode" else installed
+        entry |= {"command": "agent-chat", "args": ["mcp"]}
+        if name == "opencode":
+            del entry["args"]
+            entry["command"] = ["agent-chat", "mcp"]
         assert servers == {"agent-chat": entry}
         assert (table,) == agent_chat.AGENT_CLIS[name].user[-1].table
     assert len(shown) > 3
 
 
 def test_the_readmes_settings_and_variables_are_those_of_the_program() -> None:
-    named = first_cells("Configuration")
-    assert {name for name in named if name.islower()} == set(agent_chat.FILE_KEYS)
-    assert {name for name in named if name.isupper()} == set(agent_chat.ENVIRONMENT)
-    assert set(re.findall(r"\bAGENT_[A-Z_]+", README)) == set(agent_chat.ENVIRONMENT)
+    keys = set(agent_chat.FILE_KEYS)
+    variables = set(agent_chat.ENVIRONMENT)
+    assert first_cells("Configuration") == keys | variables
+    assert set(re.findall(r"\bAGENT_[A-Z_]+", README)) == variables
+
+
+def test_the_readmes_defaults_are_those_of_the_program() -> None:
     values = agent_chat.load_settings({}, {})._asdict()
     rows = re.findall(r"^\| `([a-z_]+)` \| (\S*) \|", chapter("Configuration"), re.M)
     for key, default in rows:
@@ -11034,18 +11418,26 @@ def test_the_readmes_routes_and_tools_are_those_of_the_program() -> None:
     for cell in first_cells("Tools"):
         name, _, parameters = cell.partition("(")
         shown[name] = set(re.findall(r"\w+", parameters))
-    assert shown == {name: set(tool[1]) for name, tool in agent_chat.TOOLS.items()}
+    wanted = {name: set(tool.arguments) for name, tool in agent_chat.TOOLS.items()}
+    assert shown == wanted
 
 
 def test_the_readmes_keys_are_those_of_the_page() -> None:
-    keys = set(re.findall(r"<kbd>(.*?)</kbd>", PAGE.read_text(encoding="utf-8")))
-    assert len(keys) > 8 and keys <= set(quoted(chapter("The dashboard")))
+    page = PAGE.read_text(encoding="utf-8")
+    keys = set(re.findall(r"<kbd>(.*?)</kbd>", page))
+    assert len(keys) > 8
+    assert keys <= set(quoted(chapter("The dashboard")))
 
 
 def test_the_readmes_sentences_are_the_programs() -> None:
+    """What doctor and the hub say is looked for in the program's own texts; what stands for
+    a name is left out."""
     tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
-    source = "\n".join(str(node.value) for node in ast.walk(tree)
-                       if isinstance(node, ast.Constant))
+    texts: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            texts.append(str(node.value))
+    source = "\n".join(texts)
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", chapter("Troubleshooting"), re.M)[1:]
     assert len(rows) > 10
     for row in rows:
@@ -11063,22 +11455,28 @@ def test_the_readmes_doorbell_is_the_programs() -> None:
 def test_the_readmes_door_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = dict(vars(agent_chat))
     exec(blocks("python")[0], place)
-    monkeypatch.setenv("MY_CLI_INBOX", str(tmp_path / "inbox"))
-    door = place["FileDoor"](agent_chat.Settings())
-    assert door.available() and door.ring("a line").word == "rung"
     assert len(place["DOORS"]) == len(agent_chat.DOORS) + 1
-    assert (tmp_path / "inbox").read_text() == "a line\n"
+    inbox = tmp_path / "inbox"
+    monkeypatch.setenv("MY_CLI_INBOX", str(inbox))
+    door = place["FileDoor"](agent_chat.Settings())
+    assert door.available()
+    assert door.ring("a line").word == "rung"
+    assert inbox.read_text() == "a line\n"
 
 
-def test_the_readmes_links_and_tests_exist() -> None:
-    headings = re.findall(r"^#+ (.*)$", MANUAL, re.M)
-    anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-               for title in headings}
+def test_the_readmes_links_lead_somewhere() -> None:
+    anchors: set[str] = set()
+    for title in re.findall(r"^#+ (.*)$", MANUAL, re.M):
+        plain = re.sub(r"[^a-z0-9 -]", "", title.lower())
+        anchors.add("#" + plain.replace(" ", "-"))
     for goal in re.findall(r"\]\(([^)]+)\)", MANUAL):
         local = goal in anchors or (HERE / goal).is_file()
         assert local or goal.startswith("https://"), goal
+
+
+def test_behind_each_promise_stands_a_test() -> None:
     tests = (HERE / "test_agent_chat.py").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(test_\w+)`", README)) - {"test_agent_chat"}
+    named = re.findall(r"`(test_\w+)`", chapter("Promises"))
     assert len(named) > 6
     for name in named:
         assert f"def {name}(" in tests, name
@@ -11086,25 +11484,39 @@ def test_the_readmes_links_and_tests_exist() -> None:
 
 def test_the_first_screen_is_for_half_a_minute() -> None:
     first_screen = "\n".join(README.splitlines()[:40])
-    for needed in ("(.github/film.gif)", "sh install.sh", "serve -d", "agent-chat init", "\n> "):
+    for needed in (
+        "(.github/film.gif)",
+        "sh install.sh",
+        "agent-chat serve -d",
+        "agent-chat init",
+        "\n> List the agents",
+    ):
         assert needed in first_screen
-    assert README.index("## Your agents") < README.index("## How it works")
-    assert README.index("## Promises") < README.index("## REST and WebSocket")
+
+
+def test_the_reference_stands_behind_what_a_reader_wants_first() -> None:
+    titles = re.findall(r"^## (.*)$", MANUAL, re.M)
+    first = titles.index("Command line")
+    assert {"Your agents", "How it works", "Promises"} <= set(titles[:first])
+    assert {"Tools", "Configuration", "REST and WebSocket"} <= set(titles[first:])
 
 
 def test_the_film_moves_and_is_light() -> None:
+    """A picture of many frames, each behind a control block, that begins again at its end."""
     film = (HERE / ".github" / "film.gif").read_bytes()
-    frames = film.count(b"\x00\x21\xf9\x04") + film.count(b"\x21\xf9\x04") // 2
-    assert film.startswith(b"GIF89a") and b"NETSCAPE2.0" in film
-    assert frames > 15 and len(film) < 1_000_000
+    assert film.startswith(b"GIF89a")
+    assert b"NETSCAPE2.0" in film
+    assert film.count(b"\x21\xf9\x04") > 15
+    assert len(film) < 1_000_000
 
 
 def test_the_readmes_measurements_have_a_place_of_their_own() -> None:
     begin, end = "<!-- bench -->", "<!-- /bench -->"
     assert README.count(begin) == README.count(end) == 1
-    asked = subprocess.run([PYTHON, str(HERE / ".ci" / "bench.py"), "--help"],
-                           capture_output=True, text=True)
-    assert asked.returncode == 0 and "--readme" in asked.stdout
+    bench = str(HERE / ".ci" / "bench.py")
+    asked = subprocess.run([PYTHON, bench, "--help"], capture_output=True, text=True)
+    assert asked.returncode == 0
+    assert "--readme" in asked.stdout
 
 
 # ======================================================================================
