@@ -11304,13 +11304,20 @@ def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
     for folder in ("bin", ".agent-chat", ".codex"):
         (tmp_path / folder).mkdir()
     program = tmp_path / "bin" / "agent-chat"
-    program.write_text(f'#!/bin/sh\nexec "{PYTHON}" "{PROGRAM}" "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
     program.chmod(0o700)
     port = free_port()
     config = tmp_path / ".agent-chat" / "config.yaml"
     config.write_text(f"port: {port}\n")
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    env = clean_environment(tmp_path, PATH=path, README_PORT=port)
+    # Started from compiled bytecode, as what install.sh installs.
+    env = clean_environment(
+        tmp_path,
+        PATH=f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+        README_PORT=port,
+        PYTHONPATH=str(HERE),
+        PYTHONDONTWRITEBYTECODE="",
+        PYTHONPYCACHEPREFIX=str(tmp_path / "bytecode"),
+    )
     yield env
     subprocess.run([program, "stop"], env=env, capture_output=True)
 
@@ -11331,7 +11338,7 @@ def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[s
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=110,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     exported = (tmp_path / "chat.md").read_text()
