@@ -138,6 +138,7 @@ MAX_TURN_PAGE_BYTES = 1 << 20  # of an answer that the I/O thread makes itself
 MAX_PAGE = 1000  # messages in one answer
 MAX_IDS = 1000  # message ids in one request
 MAX_GROUPS = 64  # of one agent
+MAX_DOORS = 16  # of one agent
 MAX_NAMES = 64  # in an agent's list of doors, of muted or of allowed senders
 MAX_CHOICES = 4  # answers that a message offers to the human
 
@@ -799,7 +800,7 @@ class RegisterRequest(NamedTuple):
             type=checked_text(body.get("type"), "type", PROCESS_FIELD_CHARACTERS),
             host=checked_text(body.get("host"), "host", PROCESS_FIELD_CHARACTERS),
             cwd=checked_text(body.get("cwd"), "cwd", PROCESS_FIELD_CHARACTERS),
-            doors=checked_names(body.get("doors"), "door"),
+            doors=checked_names(body.get("doors"), "door", MAX_DOORS),
             door_note=checked_text(body.get("door_note"), "door_note", 300),
             instance=checked_text(body.get("instance"), "instance", 200),
             auto=body.get("auto") is True,
@@ -1043,6 +1044,13 @@ class Traffic(NamedTuple):
 def message_id(seq: int, tag: int) -> str:
     """The id of a message: its seq, and 32 random bits that nobody can guess."""
     return f"msg-{seq}-{tag:08x}"
+
+
+def byte_length(text: str) -> int:
+    """How many bytes of UTF-8 a text has."""
+    if text.isascii():
+        return len(text)
+    return len(text.encode())
 
 
 def packed(text: str) -> int | str | None:
@@ -1305,7 +1313,7 @@ class Log:
             if message is None:
                 continue
             page.append(message)
-            most -= len(message.content)
+            most -= byte_length(message.content)
             if most < 0:
                 break
         return page
@@ -1370,6 +1378,10 @@ class Log:
             "SELECT seq FROM messages WHERE seq > ?2 AND thread = ?1 ORDER BY 1 LIMIT ?3",
             key, indexed, limit)
         return self.messages([*self.seqs_of([root]), *replies])
+
+    def first_seq(self) -> int:
+        """The seq of the oldest message that is there, 0 if there is none."""
+        return self._number("SELECT min(seq) FROM messages")
 
     def spoke(self, thread: str, agent: str) -> bool:
         """Has this agent said anything in this thread?"""
@@ -2929,7 +2941,7 @@ class Directory:
         process may have: first the one it had before."""
         names = [request.name]
         if request.auto:
-            stem = request.name[: NAME_CHARACTERS - 4]
+            stem = self.stem_of(request.name)
             names += [f"{stem}-{number}" for number in range(2, MAX_NAME_SUFFIX)]
         for name in names[:FIRST_LOOK]:
             if self.was_before(name, request, session):
@@ -2946,6 +2958,14 @@ class Directory:
             f"the name {agent.name!r} has {agent.unread} unread messages for an agent in "
             f"{agent.record.host}:{agent.record.cwd}; choose another, or register from there"
         )
+
+    def stem_of(self, name: str) -> str:
+        """What a number is added to: the sixth of the agents shop is shop-6, whatever number
+        it asks with."""
+        numbered = re.fullmatch(r"(.+)-[0-9]{1,3}", name)
+        if numbered and self.get(numbered[1]):
+            name = numbered[1]
+        return name[: NAME_CHARACTERS - 4]
 
     def was_before(self, name: str, request: RegisterRequest, session: str) -> bool:
         """Was this name its session's, or the same CLI session's?"""
@@ -3895,7 +3915,8 @@ class Archive:
         step = spans.seconds / spans.buckets
         since = now - spans.seconds
         moments = [utc(since + number * step) for number in range(spans.buckets + 1)]
-        seqs = [self.log.seq_at(moment) for moment in moments]
+        first = self.log.first_seq()
+        seqs = [max(first, self.log.seq_at(moment)) for moment in moments]
         buckets: list[BucketJson] = []
         for number in range(spans.buckets):
             count = seqs[number + 1] - seqs[number]
@@ -4906,6 +4927,7 @@ RECEIVE_FRAME_BYTES = 4 << 10  # of a WebSocket, which only acknowledges
 MAX_PIPELINED_BYTES = 256 << 10  # behind a request that has no answer yet
 MANY_BODY_BYTES = 64 << 10  # a body over this counts towards TOTAL_IN_BYTES
 POOL_SECONDS = 60  # for an answer of another thread
+BIG_ANSWER_CHARACTERS = 128 << 10  # from here on another thread makes it
 CLOSING_SECONDS = 10  # for the last bytes to leave
 FOREVER = float("inf")
 
@@ -5040,7 +5062,7 @@ class Connection:
         """The client comes back for more, or closes without a reset: it has read all that
         was sent, mail too."""
         handed = self.handed
-        if handed and not self.out:
+        if handed and not self.out and self.phase in (Phase.IDLE, Phase.CLOSING):
             self.handed = None
             self.api.arrived(turn, handed)
 
@@ -5197,7 +5219,26 @@ class Connection:
             return
         self.handed = answered.handed
         extra = self.unread_header(ask, answered.unread)
-        self.answer(turn, messages_json(answered.messages), extra=extra)
+        if size_of(answered.messages) < BIG_ANSWER_CHARACTERS:
+            self.answer(turn, messages_json(answered.messages), extra=extra)
+        else:
+            self.answer_big(turn, answered.messages, extra)
+
+    def answer_big(
+        self,
+        turn: Turn,
+        messages: Sequence[Message | ShownJson],
+        extra: tuple[tuple[str, str], ...],
+    ) -> None:
+        """An answer of a megabyte takes milliseconds to make, and who asks for one after the
+        other shall not hold up the small requests of everybody else: another thread does."""
+
+        def made(_archive: Archive) -> PoolAnswer:
+            return PoolAnswer(messages_json(messages), extra)
+
+        turn.say(self, b"")
+        self.enter(Phase.POOLED)
+        self.server.submit(self, made, slow=True)
 
     def wake(self, turn: Turn) -> None:
         """Something has come for what is parked here, or for the socket."""
@@ -5294,7 +5335,10 @@ class Connection:
         self.release()
         self.handed = None
         self.last_answer = self.last_answer or isinstance(error, HttpError)
-        self.answer(turn, to_json_line({"error": str(error)}), error.http_status)
+        body = to_json_line({"error": str(error)})
+        unread = self.api.unread_of(self.head.session)
+        extra = () if unread is None else (("X-Unread", str(unread)),)
+        self.answer(turn, body, error.http_status, extra=extra)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
         """Its share of the turn came to nothing, and was undone."""
@@ -5387,8 +5431,13 @@ class Connection:
     # -- the end of patience, of the hub, of the connection
 
     def expire(self, turn: Turn) -> None:
-        """The deadline has passed: PATIENCE knows what that means."""
-        PATIENCE[self.phase].then(self, turn)
+        """The deadline has passed: PATIENCE knows what that means. Bytes that a busy hub has
+        not taken up yet are no fault of the client's."""
+        deadline = self.deadline
+        if self.phase in ASKING:
+            self.receive(turn)
+        if self.deadline == deadline:
+            PATIENCE[self.phase].then(self, turn)
 
     def refuse_late(self, turn: Turn) -> None:
         """A request that does not arrive."""
@@ -5630,6 +5679,17 @@ class WebSocket:
                 return
             live = listener.live
             items = self.api.pull(turn, listener)
+
+
+def size_of(messages: Sequence[Message | ShownJson]) -> int:
+    """About how long these are, in characters."""
+    size = 0
+    for message in messages:
+        if isinstance(message, Message):
+            size += len(message.content)
+        else:
+            size += len(message["content"])
+    return size
 
 
 def close_reason(error: ChatError) -> str:
