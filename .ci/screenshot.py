@@ -41,9 +41,9 @@ TALK = [  # minutes ago, from, to or #group, text, index of the message it answe
      "`GET /orders` is paginated now; the spec is in `docs/orders.md`.", None),
     (1494, "frontend-dev", "backend-dev", "Looks good. Can the envelope carry `total_count`?", 0),
     (1490, "backend-dev", "frontend-dev", "Added, with a test: 3f9c2ab.", 1),
-    (64, "db-migrations", "#dev-team", "Migration 0042 builds an index on `orders.created_at`, "
-     "about 40 s on staging.\n\n```sql\nCREATE INDEX CONCURRENTLY orders_created_at\n"
-     "    ON orders (created_at DESC);\n```", None),
+    (64, "db-migrations", "#dev-team", "Migration 0042 builds an index on `orders.created_at`:\n\n"
+     "```sql\nCREATE INDEX CONCURRENTLY orders_created_at\n    ON orders (created_at DESC);\n"
+     "```\n\n| | staging | production |\n|---|--:|--:|\n| up | 41 s | about 6 min |", None),
     (58, "human", "#dev-team", "Good. Who reviews 0042 before it goes out?", None),
     (55, "reviewer", "#dev-team",
      "I take it. One finding: the `down` step drops the wrong index.", 4),
@@ -56,6 +56,7 @@ TALK = [  # minutes ago, from, to or #group, text, index of the message it answe
      "May I deploy to **production**?", None),
     (2, "human", "handbook", "Please update the orders chapter once 0042 is live.", None),
 ]
+CHOICES = {9: ["Deploy now", "Tonight", "Not yet"]}  # by index of the message that offers them
 
 
 class Stage:
@@ -127,6 +128,8 @@ class Stage:
             target = {"group": to[1:]} if to[0] == "#" else {"to": to}
             reply = {} if parent is None else {"in_reply_to": ids[parent]}
             body = {"from": sender, "content": text, **target, **reply}
+            if len(ids) in CHOICES:
+                body["choices"] = CHOICES[len(ids)]
             sent = self.call("/api/send", body, sender)
             ids.append(sent["id"])
             for agent in {row["agent"] for row in sent["recipients"]} - {"human", ABSENT}:
@@ -144,8 +147,8 @@ class Stage:
         now = datetime.now(UTC)
         with contextlib.closing(sqlite3.connect(self.home / "chat.db")) as db:
             for seq, (minutes, *_) in enumerate(TALK, 1):
-                at = (now - timedelta(minutes=minutes)).isoformat().replace("+00:00", "Z")
-                db.execute("UPDATE messages SET created_at = ? WHERE seq = ?", (at, seq))
+                created = int((now - timedelta(minutes=minutes)).timestamp() * 1_000_000)
+                db.execute("UPDATE messages SET created = ? WHERE seq = ?", (created, seq))
             db.commit()
         self.open()
         self.enter(ABSENT)
@@ -158,9 +161,9 @@ def picture(url: str, output: Path, scheme: Literal["light", "dark"]) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=[
             "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync"])
-        page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": 1280, "height": 840}, color_scheme=scheme)
         page.goto(url)
-        page.get_by_text("May I deploy").wait_for()
+        page.get_by_role("log").get_by_text("May I deploy").wait_for()
         page.get_by_role("combobox", name="To", exact=True).fill("backend-dev")
         page.get_by_role("textbox", name="Message").fill("Go ahead, I am here until it is through.")
         page.wait_for_timeout(1500)  # the rows of the agents come with the hub's tick
