@@ -428,8 +428,8 @@ class TooLarge(ChatError):
 
 
 class Unprocessable(ChatError):
-    """A client_id came again with another message: the client is mixed up, and to send either
-    of the two would be a guess."""
+    """A client_id came again with another message: the client is mixed up, and to send
+    either of the two would be a guess."""
 
     http_status = 422
 
@@ -454,8 +454,8 @@ class Damaged(ChatError):
 
 
 class Unservable(ChatError):
-    """The file cannot be served any more. No request is answered with it: it ends the hub, on
-    purpose and with its sentence."""
+    """The file cannot be served any more. No request is answered with it: it ends the hub,
+    on purpose and with its sentence."""
 
     http_status = 503
 
@@ -487,9 +487,13 @@ END = 1 << 62  # above every seq
 
 # -- the states that receipts, frames and rows of agents spell out. The dashboard knows the
 # same words.
+# How long the texts beside a message's content may be.
 REFERENCE_CHARACTERS = 128  # of in_reply_to and client_id
 CHOICE_CHARACTERS = 200
 PROCESS_FIELD_CHARACTERS = 500  # type, host, cwd
+INSTANCE_CHARACTERS = 200
+OUTCOME_CHARACTERS = 32  # of a ring, and of the name of its door
+DETAIL_CHARACTERS = 300  # what more there is to say about a door
 
 
 class Reach(StrEnum):
@@ -527,8 +531,8 @@ class Presence(StrEnum):
     OFFLINE = "offline"
 
 
-# -- records. Each list of fields stands once, here: as it is kept, and beside it as it is on
-# the wire. Wire names are those of the protocol and stay.
+# -- records. Each list of fields stands once, here: as it is kept, and beside it as it is
+# on the wire. The names on the wire are those of the protocol and stay.
 
 
 class MessageJson(TypedDict):
@@ -548,22 +552,28 @@ class MessageJson(TypedDict):
 
 
 class Message(NamedTuple):
-    """One message as it is stored, never changed. `seq` is the order of the world: it counts
-    up without gaps, in the order of the commits. The clock is only shown."""
+    """One message as it is stored, never changed. `seq` is the order of the world: it
+    counts up in the order of the commits. The clock is only shown."""
 
     seq: int
     id: str
     from_agent: str
-    to_agent: str = ""  # "" for a group message
-    group: str = ""  # "" for a direct message
+    # One of these two is "": a message goes to an agent or to a group.
+    to_agent: str = ""
+    group: str = ""
     content: str = ""
     in_reply_to: str = ""
     created_at: str = ""  # RFC 3339, UTC, microseconds
-    verified: bool = False  # the sender showed its session
-    thread: str = ""  # id of the first message of its thread, "" for that one itself
-    depth: int = 0  # replies since a human spoke, or since the loop guard was told to go on
-    client_id: str | None = None  # the sender's own, by which a repeated send is known
-    choices: tuple[str, ...] = ()  # answers that the sender offers to the human
+    # The sender showed its session. Else anybody may have written under its name.
+    verified: bool = False
+    # The id of the first message of its thread, "" for that one itself.
+    thread: str = ""
+    # Replies since a human spoke, or since the loop guard was told to go on.
+    depth: int = 0
+    # The sender's own, by which a repeated send is known.
+    client_id: str | None = None
+    # Answers that the sender offers to the human.
+    choices: tuple[str, ...] = ()
 
     def to_json(self) -> MessageJson:
         """The message on the wire; thread, depth and client_id are the hub's own affair."""
@@ -659,21 +669,29 @@ class AgentRecord(NamedTuple):
     """
 
     name: str
-    status: str = ""  # declared: idle or working, "" if neither
+    # What it declared: idle or working, "" if neither.
+    status: str = ""
     registered_at: str = ""
     last_seen_at: str = ""
     session_hash: str = ""
-    verified: bool = False  # it has shown its session; older clients never do
+    # It has shown its session; older clients never do.
+    verified: bool = False
+    # Which CLI it is, and where it runs.
     type: str = ""
     host: str = ""
     cwd: str = ""
     groups: tuple[str, ...] = ()
     doors: tuple[str, ...] = ()
-    mute: tuple[str, ...] = ()  # whose mail does not ring; EVERYBODY stands for all
-    allow: tuple[str, ...] = ()  # if not empty, only their mail rings
-    instance: str = ""  # the CLI's own session, where the CLI tells one
-    former: tuple[str, ...] = ()  # hashes of earlier sessions, which may have the name back
-    door_note: str = ""  # why no terminal door opens, "" if one does
+    # Whose mail does not ring; EVERYBODY stands for all. And, if there are any, whose mail
+    # alone does.
+    mute: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    # The CLI's own session, where the CLI tells one.
+    instance: str = ""
+    # Hashes of earlier sessions, which may have the name back.
+    former: tuple[str, ...] = ()
+    # Why no terminal door opens, "" if one does.
+    door_note: str = ""
 
     def rings_for(self, sender: str) -> bool:
         """False where the agent's own lists say that this sender's mail waits silently. The
@@ -686,25 +704,29 @@ class AgentRecord(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a search through the log is after; an empty field does not narrow it, and all that
-    are given must fit. History, search, export, dashboards and `tail` are all asked so."""
+    """What a search through the log is after; an empty field does not narrow it, and all
+    that are given must fit. History, search, export, dashboards and `tail` ask with it."""
 
     limit: int
-    text: str = ""  # every word of it; with * at its end the last may be a beginning
-    agent: str = ""  # sent or received by this one
-    other: str = ""  # and this one is the other side
+    # Every word of it; with * at its end the last may be the beginning of one.
+    text: str = ""
+    # Sent or received by `agent`, and `other` is the other side.
+    agent: str = ""
+    other: str = ""
     sender: str = ""
     recipient: str = ""
     group: str = ""
-    low: int = 0  # low <= seq < high
+    # low <= seq < high: cursors and times of day alike are such bounds.
+    low: int = 0
     high: int = END
-    newest: bool = True  # the newest of them, newest first; else the oldest, oldest first
+    # The newest of them, newest first; else the oldest, oldest first.
+    newest: bool = True
     most_bytes: int = MAX_PAGE_BYTES
 
 
-# -- values of a request. Each `checked_` function takes what somebody sent, whatever type it
-# has, and gives it back as what it has to be, or raises BadRequest; `what` is how the sentence
-# calls it.
+# -- values of a request. Each `checked_` function takes what somebody sent, whatever type
+# that has, and gives it back as what it has to be, or raises BadRequest with a sentence
+# that says how it may look; `what` is how the sentence calls it.
 
 
 def checked_name(name: object, what: str = "agent name") -> str:
@@ -734,14 +756,16 @@ def checked_text(value: object, what: str, most: int = MAX_BODY_BYTES) -> str:
 
 
 def checked_names(value: object, what: str, most: int = MAX_NAMES) -> tuple[str, ...]:
-    """Distinct names in their order, none for nothing at all. Raises BadRequest for anything
-    that is no list of names, or has more than `most`."""
+    """Distinct names in their order, none for nothing at all: of a name that is given twice
+    the first place counts. Raises BadRequest for what is no list of names, or has more than
+    `most`."""
     if not value:
         return ()
     if not isinstance(value, list):
         raise BadRequest(f"{what}s must be a list of names")
     if len(value) > most:
         raise BadRequest(f"there may be at most {most} {what}s, not {len(value)}")
+    # A dict keeps the order and drops what came before; a set would lose the order.
     names = {checked_name(name, what): None for name in value}
     return tuple(names)
 
@@ -762,7 +786,8 @@ def checked_choices(value: object, to: str) -> tuple[str, ...]:
 
 
 def checked_ids(value: object) -> list[str]:
-    """A list of message ids, none for nothing; BadRequest for anything else."""
+    """A list of message ids, none for nothing; BadRequest for anything else. Ids that no
+    message has are no mistake: what is meant may have been deleted meanwhile."""
     ids = value or []
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
         raise BadRequest("message_ids must be a list of message ids")
@@ -771,8 +796,12 @@ def checked_ids(value: object) -> list[str]:
     return ids
 
 
+# -- requests. Each `read` holds all checks of one kind of request, so that a desk is given
+# nothing that it has to look at again.
+
+
 class RegisterRequest(NamedTuple):
-    """What an agent says of itself."""
+    """What an agent says of itself when it comes, and each time that it comes back."""
 
     name: str
     groups: tuple[str, ...]
@@ -781,9 +810,13 @@ class RegisterRequest(NamedTuple):
     cwd: str
     doors: tuple[str, ...]
     door_note: str
-    instance: str  # the CLI's own session, "" if it tells none
-    auto: bool  # a derived name: the hub may add a number
-    rename_from: str  # the sender's name so far, whose mail follows
+    # The CLI's own session, "" if it tells none. With host and cwd it tells a restarted
+    # agent from another one in the same directory.
+    instance: str
+    # The name was derived, not chosen: if it is taken, the hub may add a number.
+    auto: bool
+    # The sender's name so far, whose mail follows; "" where it keeps its name.
+    rename_from: str
 
     @classmethod
     def read(cls, body: Mapping[str, object]) -> RegisterRequest:
@@ -794,6 +827,7 @@ class RegisterRequest(NamedTuple):
         old_name = body.get("rename_from") or ""
         if old_name:
             old_name = checked_name(old_name, "rename_from")
+        # Any client may send these; only those of the plugin are known to be short.
         return cls(
             name=name,
             groups=checked_names(body.get("groups"), "group name", MAX_GROUPS),
@@ -801,27 +835,29 @@ class RegisterRequest(NamedTuple):
             host=checked_text(body.get("host"), "host", PROCESS_FIELD_CHARACTERS),
             cwd=checked_text(body.get("cwd"), "cwd", PROCESS_FIELD_CHARACTERS),
             doors=checked_names(body.get("doors"), "door", MAX_DOORS),
-            door_note=checked_text(body.get("door_note"), "door_note", 300),
-            instance=checked_text(body.get("instance"), "instance", 200),
+            door_note=checked_text(body.get("door_note"), "door_note", DETAIL_CHARACTERS),
+            instance=checked_text(body.get("instance"), "instance", INSTANCE_CHARACTERS),
             auto=body.get("auto") is True,
             rename_from=str(old_name),
         )
 
 
 class SendRequest(NamedTuple):
-    """What somebody wants to say, and to whom: to an agent or to a group."""
+    """What somebody wants to say, and to whom: to an agent or to a group. The names are
+    those that the client wrote; who they are, the Directory knows."""
 
     sender: str
-    to: str
-    group: str
+    to: str  # "" for a message to a group
+    group: str  # "" for a message to an agent
     content: str
-    in_reply_to: str
-    client_id: str
+    in_reply_to: str  # an id, "" for the first message of a thread
+    client_id: str  # "" for a client that does not send again by itself
     choices: tuple[str, ...]
 
     @classmethod
     def read(cls, body: Mapping[str, object]) -> SendRequest:
-        """Out of a request body, or BadRequest for the first value that does not fit."""
+        """Out of a request body, or BadRequest for the first value that does not fit. The
+        content is kept as it is, blanks and all; it only must not be blank as a whole."""
         sender = checked_name(body.get("from"), "from")
         content = checked_text(body.get("content"), "content")
         if not content.strip():
@@ -836,20 +872,20 @@ class SendRequest(NamedTuple):
             group = checked_name(group, "group name")
         else:
             raise BadRequest("either 'to' or 'group' must be given")
+        most = REFERENCE_CHARACTERS
         return cls(
             sender=sender,
             to=str(to),
             group=str(group),
             content=content,
-            in_reply_to=checked_text(
-                body.get("in_reply_to"), "in_reply_to", REFERENCE_CHARACTERS
-            ),
-            client_id=checked_text(body.get("client_id"), "client_id", REFERENCE_CHARACTERS),
+            in_reply_to=checked_text(body.get("in_reply_to"), "in_reply_to", most),
+            client_id=checked_text(body.get("client_id"), "client_id", most),
             choices=checked_choices(body.get("choices"), str(to)),
         )
 
     def same_as(self, message: Message) -> bool:
-        """Was this message made of the same words to the same address?"""
+        """Was this message made of the same words to the same address? Then a send whose
+        answer was lost has come again, and is answered as the first one was."""
         return (
             self.to.lower() == message.to_agent.lower()
             and self.group.lower() == message.group.lower()
@@ -860,27 +896,33 @@ class SendRequest(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What an agent's doorbell did."""
+    """What an agent's doorbell did, as its plugin tells it."""
 
-    ids: list[str]
-    outcome: str
+    ids: list[str]  # of the messages that it rang for
+    outcome: str  # a Ring, or a word of a newer plugin
     door: str
     detail: str
 
     @classmethod
     def read(cls, frame: Mapping[str, object]) -> Report | None:
-        """Out of a frame of an agent's socket; None for every other frame."""
+        """Out of a frame of an agent's socket; None for every other frame. Nothing in one
+        is refused, for nobody would hear of it: what does not fit is made to fit."""
         kind = frame.get("type")
         ids = frame.get("ids")
         if kind not in ("rung", "blocked") or not isinstance(ids, list):
             return None
-        outcome = Ring.RUNG if kind == "rung" else frame.get("outcome") or Ring.UNCONFIRMED
+        outcome = frame.get("outcome") or Ring.UNCONFIRMED
+        if kind == "rung":
+            outcome = Ring.RUNG
         return cls(
             ids=[one for one in ids[:MAX_IDS] if isinstance(one, str)],
-            outcome=printable(str(outcome))[:32],
-            door=printable(str(frame.get("door") or ""))[:32],
-            detail=printable(str(frame.get("detail") or ""))[:300],
+            outcome=printable(str(outcome))[:OUTCOME_CHARACTERS],
+            door=printable(str(frame.get("door") or ""))[:OUTCOME_CHARACTERS],
+            detail=printable(str(frame.get("detail") or ""))[:DETAIL_CHARACTERS],
         )
+
+
+# -- text
 
 
 def unfit_to_dash(text: str) -> str:
@@ -2703,16 +2745,19 @@ def utc_second(whole: int) -> str:
 
 # ======================================================================================
 # DIRECTORY -- who is who: names, sessions, groups, presence.
-# Knows: Turn, Switchboard, the agents' rows.  Never: http, json, sqlite3, sockets, messages.
+# Knows: Turn, Switchboard, the agents' rows.  Never: http, json, sqlite3, sockets, mail.
 # ======================================================================================
 
-FORMER_SESSIONS = 3  # of a name, that may have it back
-MAX_NAME_SUFFIX = 1000  # shop-2 to shop-999
-FIRST_LOOK = 64  # of these, to find the name that a process had before
+# Sessions of a name that may have it back, besides the one that has it now.
+FORMER_SESSIONS = 3
+# A derived name that is taken becomes shop-2, shop-3 and so on up to shop-999. Among the
+# first of these is looked for the one that a process had before; that costs a hash each.
+MAX_NAME_SUFFIX = 1000
+FIRST_LOOK = 64
 
 
 class RingJson(TypedDict):
-    """The last ring of an agent on the wire."""
+    """The last ring of an agent on the wire: what came of it, and at which door."""
 
     outcome: str
     door: str
@@ -2721,7 +2766,8 @@ class RingJson(TypedDict):
 
 
 class AgentJson(TypedDict):
-    """An agent on the wire."""
+    """An agent on the wire: what it said of itself, and what the hub knows of it. Older
+    clients know name, groups, status and the two times; the others are additions."""
 
     name: str
     status: Presence
@@ -2752,7 +2798,7 @@ class Agent:
         self.name = record.name
         self.key = record.name.lower()
         self.group_keys = lower_case(record.groups)
-        self.is_choosy = bool(record.mute or record.allow)
+        self.is_choosy = bool(record.mute or record.allow)  # so `rings_for` is to be asked
         self.unread = unread
         self.last_seen_at = record.last_seen_at  # newer than that of the row, between saves
         self.active = 0.0  # monotonic time of the last request, 0 = gone
@@ -2760,44 +2806,52 @@ class Agent:
         self.last_ring: RingJson | None = None
 
     def save(self, turn: Turn, **changes: Any) -> None:
-        """Change fields of the row and write it."""
-        self.record = self.record._replace(last_seen_at=self.last_seen_at)._replace(**changes)
+        """Change fields of the row and write it; `changes` are fields of AgentRecord. The
+        human has no row."""
+        fresh = self.record._replace(last_seen_at=self.last_seen_at)
+        self.record = fresh._replace(**changes)
         self.group_keys = lower_case(self.record.groups)
         self.is_choosy = bool(self.record.mute or self.record.allow)
         if self.key != HUMAN:
             turn.store.save_agent(self.record)
 
     def came(self, turn: Turn) -> None:
-        """A request or a socket of this agent is there."""
+        """A request or a socket of this agent is there. Nothing is written: that would cost
+        each request a row. Keeping saves it now and then."""
         self.active = turn.clock
         self.last_seen_at = turn.now
 
     def is_at(self, host: str, cwd: str, instance: str) -> bool:
-        """Is it the same place, and not another session of the CLI there?"""
+        """Is it the same place, and not another session of the CLI there? A CLI that tells
+        no session is taken at its place."""
         mine = self.record
-        if (mine.host, mine.cwd) != (host, cwd):
+        if mine.host != host or mine.cwd != cwd:
             return False
         return not mine.instance or not instance or mine.instance == instance
 
     def carry_over(self, before: Agent) -> None:
-        """Presence, when the rows were read anew."""
+        """Presence, when the rows were read anew: it stands in no row, and who is connected
+        stays so."""
         self.active = before.active
         self.shown = before.shown
         self.last_ring = before.last_ring
 
 
 def lower_case(names: Iterable[str]) -> frozenset[str]:
-    """Names as they are compared: one, whatever their case."""
+    """Names as they are compared: one, whatever their case. Kept per agent, for a
+    message to a group looks at the groups of all."""
     return frozenset(name.lower() for name in names)
 
 
 def digest_of(session: str) -> str:
-    """What is stored of a session: nobody who reads the file can act as its agent."""
+    """What is stored of a session: nobody who reads the file can act as its agent. A
+    session is 18 random bytes, so a plain hash of it cannot be guessed."""
     return hashlib.sha256(session.encode()).hexdigest()
 
 
 def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
-    """The error for a name that nobody has, with close matches."""
+    """The error for a name that nobody has, with close matches: most who ask have mistyped
+    it. Of very many names only some are looked at, for that is slow."""
     import difflib
 
     some = list(itertools.islice(known, 1000))
@@ -2808,30 +2862,43 @@ def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
 
 
 class Directory:
-    """All agents, as a cache of the Store. A name that has shown its session is that
-    session's: acting as it wants the session, also while its agent is away, and who has the
-    session gets the name back at any time. An agent that is away and has no unread mail
-    gives its name up to whoever registers it; one that has mail, only to a process of the
-    same place, which a restarted CLI is."""
+    """All agents, as a cache of the Store. Runs on the I/O thread.
+
+    A name that has shown its session is that session's: acting as it wants the session,
+    also while its agent is away, and who has the session gets the name back at any time. An
+    agent that is away and has no unread mail gives its name up to whoever registers it; one
+    that has mail, only to a process of the same place, which a restarted CLI is. So nobody
+    reads the mail of another by taking its name.
+    """
 
     def __init__(self, log: Store, board: Switchboard) -> None:
         self.log = log
         self.board = board
-        self.agents: dict[str, Agent] = {}  # by lower-case name
+        self.agents: dict[str, Agent] = {}  # by key
         self.sessions: dict[str, Agent] = {}  # by digest
         self.changed: dict[str, Agent] = {}  # whose rows the watchers have not seen yet
-        self.load()
-        self.awaited = {key for key, agent in self.agents.items() if agent.record.verified}
+        self.awaited: set[str] = set()  # keys of those expected back after a restart
         self.awaited_until = time.monotonic() + CLAIM_GRACE_SECONDS
+        self.load()
+        for key, agent in self.agents.items():
+            if agent.record.verified:
+                self.awaited.add(key)
 
     def load(self) -> None:
-        """Read everything anew, when a turn has failed; presence is carried over."""
+        """Read everything anew: at the start, and when a turn has failed. Presence is
+        carried over. Raises what the Store raises; then all is as it was before."""
         before = self.agents
+        # Nothing is changed before all has been read.
         human = Agent(AgentRecord(HUMAN), self.log.count_unread(HUMAN))
-        loaded = [Agent(record, unread) for record, unread in self.log.load_agents()]
-        self.agents = {agent.key: agent for agent in (human, *loaded)}
-        self.sessions = {agent.record.session_hash: agent for agent in loaded}
-        for key, agent in self.agents.items():
+        agents = {human.key: human}
+        sessions: dict[str, Agent] = {}
+        for record, unread in self.log.load_agents():
+            agent = Agent(record, unread)
+            agents[agent.key] = agent
+            sessions[record.session_hash] = agent
+        self.agents = agents
+        self.sessions = sessions
+        for key, agent in agents.items():
             if key in before:
                 agent.carry_over(before[key])
             self.changed[key] = agent
@@ -2843,28 +2910,29 @@ class Directory:
         return self.agents.get(name.lower())
 
     def find(self, name: object) -> Agent:
-        """The same, or BadRequest for what is no name, or NotFound with close matches."""
-        agent = self.agents.get(name.lower()) if isinstance(name, str) else None
+        """The same, or BadRequest for what is no name, or NotFound with close matches. A
+        name that somebody has needs no other check."""
+        agent = None
+        if isinstance(name, str):
+            agent = self.agents.get(name.lower())
         if agent is None:
             names = (known.name for known in self.agents.values())
             raise not_found("agent", checked_name(name), names)
         return agent
 
-    def spelling(self, name: str) -> str:
-        """A name as its agent wrote it when it registered."""
-        agent = self.get(name)
-        return agent.name if agent else name
-
     def members(self, group: str) -> list[Agent]:
-        """All agents of a group, or NotFound with close matches."""
+        """All agents of a group, or NotFound with close matches. A group is who says
+        that it belongs to it; there is no list of groups of its own."""
         key = group.lower()
         found = [agent for agent in self.agents.values() if key in agent.group_keys]
         if not found:
-            raise not_found("group", checked_name(group, "group name"), self.groups())
+            name = checked_name(group, "group name")
+            raise not_found("group", name, self.groups())
         return found
 
     def groups(self) -> list[str]:
-        """The names of all groups."""
+        """The names of all groups, each as the first agent of it spells it. A group is gone
+        with its last agent."""
         names: dict[str, str] = {}
         for agent in self.agents.values():
             for group in agent.record.groups:
@@ -2873,21 +2941,26 @@ class Directory:
 
     def registered(self) -> list[Agent]:
         """All agents but the human, by name."""
-        return [agent for key, agent in sorted(self.agents.items()) if key != HUMAN]
+        keys = sorted(self.agents.keys() - {HUMAN})
+        return [self.agents[key] for key in keys]
 
     # -- sessions
 
     def asker(self, session: str) -> Agent | None:
-        """The agent whose session this is."""
-        return self.sessions.get(digest_of(session)) if session else None
+        """The agent whose session this is, None for no session, or one that is past. Asked
+        for each request that shows one: a hash, and a look into a dict."""
+        if not session:
+            return None
+        return self.sessions.get(digest_of(session))
 
     def acting(self, turn: Turn, name: object, session: str) -> Agent:
-        """The agent that a request acts as. Raises NotAllowed where the name wants a session
-        and this is not it."""
+        """The agent that a request acts as. Raises NotAllowed where the name wants a
+        session and this is not it."""
         return self.act_as(turn, self.find(name), session)
 
     def act_as(self, turn: Turn, agent: Agent, session: str) -> Agent:
-        """The same for an agent that was looked up before."""
+        """The same for an agent that was looked up before. The first request that shows its
+        session makes it verified, and from then on every request has to."""
         if session:
             if self.asker(session) is not agent:
                 raise NotAllowed(
@@ -2905,7 +2978,8 @@ class Directory:
         return agent
 
     def claimed(self, name: str) -> bool:
-        """Its owner is connected, or expected back after a restart of the hub."""
+        """Its owner is connected, or expected back after a restart of the hub: then for
+        CLAIM_GRACE_SECONDS nobody else is given the name."""
         key = name.lower()
         if self.board.owner(key):
             return True
@@ -2914,11 +2988,11 @@ class Directory:
     # -- coming and going
 
     def register(self, turn: Turn, request: RegisterRequest, session: str) -> Agent:
-        """The agent that the request may be, its row written; `new_session` tells whether
-        its session has to be made. Raises Conflict where the name is another's."""
-        agent = self.get(self.granted_name(request, session))
+        """The agent that the request may be, its row written. Its session is another
+        matter: `open_session` follows. Raises Conflict where the name is another's."""
+        name = self.granted_name(request, session)
+        agent = self.get(name)
         if agent is None:
-            name = self.granted_name(request, session)
             record = AgentRecord(name, registered_at=turn.now)
             agent = Agent(record, self.log.count_unread(name))
             self.agents[agent.key] = agent
@@ -2938,17 +3012,20 @@ class Directory:
 
     def granted_name(self, request: RegisterRequest, session: str) -> str:
         """The name asked for, or, where the hub may add a number, the next one that this
-        process may have: first the one it had before."""
+        process may have: first the one it had before. Raises Conflict with the reason why
+        the name asked for cannot be had."""
         names = [request.name]
         if request.auto:
             stem = self.stem_of(request.name)
-            names += [f"{stem}-{number}" for number in range(2, MAX_NAME_SUFFIX)]
+            for number in range(2, MAX_NAME_SUFFIX):
+                names.append(f"{stem}-{number}")
         for name in names[:FIRST_LOOK]:
             if self.was_before(name, request, session):
                 return name
         for name in names:
             if self.may_have(name, request):
                 return name
+        # Even the first is taken, so there is an agent of that name.
         agent = self.agents[request.name.lower()]
         if self.claimed(request.name):
             raise Conflict(
@@ -2956,7 +3033,8 @@ class Directory:
             )
         raise Conflict(
             f"the name {agent.name!r} has {agent.unread} unread messages for an agent in "
-            f"{agent.record.host}:{agent.record.cwd}; choose another, or register from there"
+            f"{agent.record.host}:{agent.record.cwd}; choose another, or register "
+            "from there"
         )
 
     def stem_of(self, name: str) -> str:
@@ -2968,20 +3046,23 @@ class Directory:
         return name[: NAME_CHARACTERS - 4]
 
     def was_before(self, name: str, request: RegisterRequest, session: str) -> bool:
-        """Was this name its session's, or the same CLI session's?"""
+        """Was this name its session's, or the same CLI session's? The first is proof, also
+        against who has the name now; the second only where nobody claims it."""
         agent = self.get(name)
         if agent is None:
             return False
-        if session and digest_of(session) in (agent.record.session_hash, *agent.record.former):
+        record = agent.record
+        if session and digest_of(session) in (record.session_hash, *record.former):
             return True
-        if not request.instance or agent.record.instance != request.instance:
+        if not request.instance or record.instance != request.instance:
             return False
-        return not self.claimed(name) and agent.is_at(
-            request.host, request.cwd, request.instance
-        )
+        if self.claimed(name):
+            return False
+        return agent.is_at(request.host, request.cwd, request.instance)
 
     def may_have(self, name: str, request: RegisterRequest) -> bool:
-        """Is the name free for a process that cannot prove to have had it?"""
+        """Is the name free for a process that cannot prove to have had it? Not while its
+        owner is there, and not with mail that another process left unread."""
         agent = self.get(name)
         if agent is None:
             return True
@@ -2993,13 +3074,14 @@ class Directory:
 
     def open_session(self, turn: Turn, agent: Agent, session: str) -> str:
         """The session with which this agent acts from now on: the one shown if it is its
-        own, or was; else a new one. Whoever held the name meanwhile has to go."""
+        own, or was; else a new one. Whoever held the name meanwhile has to go. Only the
+        digest is kept: what is returned here is said to the agent once and never again."""
         record = agent.record
-        digest = digest_of(session) if session else ""
-        if digest and digest == record.session_hash:
+        digest = digest_of(session)
+        if session and digest == record.session_hash:
             return session
         former = record.former
-        if digest and digest in former:
+        if session and digest in former:
             former = tuple(old for old in former if old != digest)
             self.expel(turn, agent)
         else:
@@ -3009,20 +3091,31 @@ class Directory:
             digest = digest_of(session)
         self.sessions.pop(record.session_hash, None)
         self.sessions[digest] = agent
-        agent.save(turn, session_hash=digest, former=former, verified=False, status="")
+        # Not verified before its first request: a client that ignores sessions, as older
+        # ones do, must not be locked out of its own name.
+        agent.save(
+            turn,
+            session_hash=digest,
+            former=former,
+            verified=False,
+            status="",
+        )
         return session
 
     def expel(self, turn: Turn, agent: Agent) -> None:
-        """The sockets of whoever acted as this agent until now have to close."""
+        """The sockets of whoever acted as this agent until now have to close: they are
+        woken and find that they are expelled. Those of older clients stay."""
         owner = self.board.owner(agent.key)
         while owner:
             self.board.leave(owner)
             owner.expelled = True
             turn.call(owner)
+            # Before a newer session there may have been an older one.
             owner = self.board.owner(agent.key)
 
     def remove(self, turn: Turn, agent: Agent) -> None:
-        """The name is free; its unread mail stays under it."""
+        """The name is free; its unread mail stays under it, for whoever has it next. The
+        sessions that it had are worth nothing from now on."""
         turn.store.delete_agent(agent.name)
         del self.agents[agent.key]
         self.sessions.pop(agent.record.session_hash, None)
@@ -3034,19 +3127,24 @@ class Directory:
     # -- presence
 
     def status(self, agent: Agent) -> Presence:
-        """Presence first, then what the agent declared."""
+        """Presence first, then what the agent declared: who is gone is offline, whatever it
+        said last. The human is there while a dashboard is open."""
         if agent.key == HUMAN:
-            return Presence.ONLINE if self.board.watchers else Presence.OFFLINE
-        declared = agent.record.status
+            if self.board.watchers:
+                return Presence.ONLINE
+            return Presence.OFFLINE
         if self.board.present(agent.key):
-            return Presence(declared) if declared else Presence.ONLINE
-        if agent.active and time.monotonic() - agent.active < ONLINE_SECONDS:
-            return Presence(declared) if declared else Presence.IDLE
-        return Presence.OFFLINE
+            undeclared = Presence.ONLINE
+        elif agent.active and time.monotonic() - agent.active < ONLINE_SECONDS:
+            undeclared = Presence.IDLE
+        else:
+            return Presence.OFFLINE
+        declared = agent.record.status
+        return Presence(declared) if declared else undeclared
 
     def show(self, turn: Turn, agent: Agent) -> None:
-        """Tell a changed status to the watchers. Not to the agents that somebody came or
-        left: a thousand would tell each other."""
+        """Tell a changed status to the watchers, if it has changed. Not to the agents that
+        somebody came or left: a thousand would tell each other."""
         self.changed[agent.key] = agent
         status = self.status(agent)
         if status != agent.shown and agent.key != HUMAN:
@@ -3055,7 +3153,7 @@ class Directory:
 
     def show_declared(self, turn: Turn, agent: Agent) -> None:
         """The same for a status that was declared or has run out: older clients hear of it
-        too."""
+        too. Those are few, and their protocol promises it."""
         self.changed[agent.key] = agent
         status = self.status(agent)
         if status != agent.shown and agent.key != HUMAN:
@@ -3063,10 +3161,13 @@ class Directory:
             self._tell_status(turn, agent, [*self.board.watchers, *self.board.legacy()])
 
     def _tell_status(self, turn: Turn, agent: Agent, listeners: Iterable[Listener]) -> None:
-        turn.tell(listeners, "agent_status", {"agent": agent.name, "status": agent.shown})
+        """The event that the protocol has for it."""
+        data = {"agent": agent.name, "status": agent.shown}
+        turn.tell(listeners, "agent_status", data)
 
     def left(self, turn: Turn, agent: Agent) -> None:
-        """A socket of this agent has gone; if it was the last one, so has the agent."""
+        """A socket of this agent has gone; if it was the last one, so has the agent: it is
+        offline at once, and not first when ONLINE_SECONDS are over."""
         if not self.board.present(agent.key):
             agent.active = 0.0
             agent.last_seen_at = turn.now
@@ -3100,11 +3201,16 @@ class Directory:
 # Knows: keys (names in lower case), depths, the time it is told.  Never: Turn, the clock.
 # ======================================================================================
 
-Pair = tuple[str, str]  # two agents, lower case, in alphabetical order
+# Agents are polite to each other without end, and each turn of theirs costs money. Refusing
+# their mail would lose what they say; so it is stored and shown as ever, and only the bell
+# is quiet: an agent that nobody rings ends its turn, and a human finds the mail unread.
+
+Pair = tuple[str, str]  # two keys in alphabetical order, made by `pair_of`
 
 
 class LoopJson(TypedDict):
-    """A quiet pair on the wire."""
+    """A quiet pair on the wire: in GET /api/loops, and told to dashboards when it
+    begins."""
 
     agents: list[str]
     thread: str
@@ -3113,16 +3219,16 @@ class LoopJson(TypedDict):
 
 
 class Loop(NamedTuple):
-    """Two agents whose bell is quiet."""
+    """Two agents whose bell is quiet, and why."""
 
-    one: str
+    one: str  # both as they are spelled
     other: str
     thread: str  # whose chain grew too long, "" if they rang each other too often
     since: str
-    reason: str
+    reason: str  # the sentence that senders and dashboards are shown
 
     def pair(self) -> Pair:
-        """What it is known by."""
+        """What it is known by, whoever spoke last."""
         return pair_of(self.one.lower(), self.other.lower())
 
     def to_json(self) -> LoopJson:
@@ -3136,7 +3242,8 @@ class Loop(NamedTuple):
 
 
 class Verdict(Enum):
-    """What the guard has to say to a message between two agents."""
+    """What the guard has to say to a message between two agents. TOO_DEEP alone is not the
+    last word: Mail looks into the thread for who has spoken in it."""
 
     RINGS = "nothing: it rings"
     QUIET = "their bell is quiet already"
@@ -3172,21 +3279,23 @@ class Guard:
         self.chain_limit = chain_limit
         self.pair_limit = pair_limit
         self.pair_minutes = pair_minutes
-        self.spoken: dict[str, int] = {}  # messages sent, by lower-case name
+        self.spoken: dict[str, int] = {}  # messages sent, by key
         self.exchanges: dict[Pair, Exchange] = {}
         self.loops: dict[Pair, Loop] = {}
         self.by_agent: dict[str, set[Pair]] = {}  # the quiet pairs of an agent
 
     def heard(self, sender: str) -> None:
         """This one has sent something, to whomever."""
-        self.spoken[sender] = self.spoken.get(sender, 0) + 1
+        before = self.spoken.get(sender, 0)
+        self.spoken[sender] = before + 1
 
     def too_deep(self, depth: int) -> bool:
-        """Is a chain of so many replies longer than allowed?"""
+        """Is a chain of so many replies longer than allowed? A limit of 0 allows any."""
         return 0 < self.chain_limit < depth
 
     def weigh(self, pair: Pair, recipient: str, depth: int, now: float) -> Verdict:
-        """A message of that depth goes from one of the pair to the other, the recipient."""
+        """A message of that depth goes from one of the pair to the other, the recipient.
+        Called once for each message and recipient, for it counts the ring."""
         if pair in self.loops:
             return Verdict.QUIET
         if self.too_deep(depth):
@@ -3200,32 +3309,37 @@ class Guard:
         return self.loops.get(pair_of(one, other))
 
     def count(self, agent: str) -> int:
-        """How many pairs of this agent are quiet."""
+        """How many pairs of this agent are quiet; its row on the dashboard shows that. The
+        number is in constant time, for a thousand rows may be asked for."""
         return len(self.by_agent.get(agent, ()))
 
     def rings_too_often(self, pair: Pair, recipient: str, now: float) -> bool:
         """Count a ring, and say whether the two have used up what they may in this time."""
         exchange = self.exchanges.get(pair)
         if exchange is None:
-            exchange = self.exchanges[pair] = Exchange()
+            exchange = Exchange()
+            self.exchanges[pair] = exchange
         spoken = self.spoken.get(recipient, 0)
+        # Rung again without having said anything since: no conversation.
         if exchange.spoke.get(recipient) == spoken:
             return False
         exchange.spoke[recipient] = spoken
         oldest = now - self.pair_minutes * 60
-        exchange.answered = [at for at in exchange.answered if at > oldest]
-        if 0 < self.pair_limit <= len(exchange.answered):
+        recent = [at for at in exchange.answered if at > oldest]
+        exchange.answered = recent
+        if 0 < self.pair_limit <= len(recent):
             return True
-        exchange.answered.append(now)
+        recent.append(now)
         return False
 
     def go_quiet(self, one: str, other: str, thread: str, since: str) -> Loop:
-        """From now on the bell between these two is quiet; `thread` is that of a chain which
-        grew too long, "" if they rang each other too often."""
+        """From now on the bell between these two is quiet; `thread` is that of a chain
+        which grew too long, "" if they rang each other too often."""
         if thread:
             why = f"a chain of more than {self.chain_limit} replies without a human"
         else:
-            why = f"{self.pair_limit} rings in {self.pair_minutes:g} minutes"
+            minutes = f"{self.pair_minutes:g} minutes"
+            why = f"{self.pair_limit} rings in {minutes}"
         names = " and ".join(sorted((one, other)))
         reason = (
             f"the bell between {names} is quiet: {why}; mail is stored and unread, "
@@ -3235,22 +3349,30 @@ class Guard:
         pair = loop.pair()
         self.loops[pair] = loop
         for name in pair:
-            self.by_agent.setdefault(name, set()).add(pair)
+            quiet = self.by_agent.setdefault(name, set())
+            quiet.add(pair)
         return loop
 
     def around(self, agents: Iterable[str]) -> list[Loop]:
-        """The quiet pairs that one of these belongs to."""
+        """The quiet pairs that one of these belongs to, each once."""
         pairs: dict[Pair, None] = {}
         for agent in agents:
-            pairs.update(dict.fromkeys(self.by_agent.get(agent, ())))
+            for pair in self.by_agent.get(agent, ()):
+                pairs[pair] = None
         return [self.loops[pair] for pair in pairs]
 
     def of_thread(self, thread: str) -> list[Loop]:
-        """The pairs that went quiet in this thread."""
-        return [loop for loop in self.loops.values() if loop.thread == thread]
+        """The pairs that went quiet in this thread: of three agents there may be
+        several."""
+        found: list[Loop] = []
+        for loop in self.loops.values():
+            if loop.thread == thread:
+                found.append(loop)
+        return found
 
     def end(self, loop: Loop) -> None:
-        """The two may ring again, and are counted anew."""
+        """The two may ring again, and are counted anew. One that has ended already is no
+        mistake: two people may click at once."""
         pair = loop.pair()
         self.loops.pop(pair, None)
         self.exchanges.pop(pair, None)
@@ -3261,24 +3383,28 @@ class Guard:
                 self.by_agent.pop(name, None)
 
     def forgive(self, agent: str) -> None:
-        """A human has spoken to this agent: its rings are counted anew."""
+        """A human has spoken to this agent: its rings are counted anew, with everybody."""
         for pair in list(self.exchanges):
             if agent in pair:
                 del self.exchanges[pair]
 
     def forget_old(self, now: float) -> None:
-        """Drop what is too old to matter, so that memory does not grow with every name."""
+        """Drop what is too old to matter, so that memory does not grow with every name.
+        Called once a minute."""
         oldest = now - self.pair_minutes * 60
-        for pair, exchange in list(self.exchanges.items()):
-            if not exchange.answered or exchange.answered[-1] < oldest:
-                del self.exchanges[pair]
         known: set[str] = set()
-        for pair in self.exchanges:
-            known.update(pair)
-        self.spoken = {name: count for name, count in self.spoken.items() if name in known}
+        for pair, exchange in list(self.exchanges.items()):
+            latest = max(exchange.answered, default=oldest)
+            if latest > oldest:
+                known.update(pair)
+            else:
+                del self.exchanges[pair]
+        for name in self.spoken.keys() - known:
+            del self.spoken[name]
 
     def load(self, loops: Iterable[Loop]) -> None:
-        """Begin with these quiet pairs, as they are stored."""
+        """Begin with these quiet pairs, as they are stored: at the start, and when a turn
+        has failed. What was counted meanwhile stays."""
         self.loops.clear()
         self.by_agent.clear()
         for loop in loops:
@@ -3290,14 +3416,17 @@ class Guard:
 # Knows: Turn, Directory, Guard, the Store.  Never: http, json, sqlite3, sockets, threads.
 # ======================================================================================
 
-BACKLOG_PAGE = 100  # messages read at once for a socket that is behind
-RECIPIENTS_SHOWN = 50  # in the answer to a send
-RESUMED_AT_ONCE = 20  # quiet pairs in one turn; the others follow with the ticks
+# What is read or done at once, so that nobody's turn takes long. What is left over follows:
+# a socket reads on when it has drained, quiet pairs are resumed with the ticks.
+BACKLOG_PAGE = 100  # messages for a socket that is behind
+RESUMED_AT_ONCE = 20  # quiet pairs
 RUNG_AGAIN = 100  # messages that one click offers to a door once more
+RECIPIENTS_SHOWN = 50  # in the answer to a send
 
 
 class RecipientJson(TypedDict):
-    """What the sender hears of a recipient."""
+    """What the sender hears of a recipient: is it there, and how much waits for it already.
+    From that it can tell whether to expect an answer soon."""
 
     agent: str
     status: Presence
@@ -3311,16 +3440,17 @@ class SentJson(TypedDict):
     status: str
     id: str
     seq: int
-    quiet: str
-    recipients: list[RecipientJson]
+    quiet: str  # why somebody is not rung, "" if everybody is
+    recipients: list[RecipientJson]  # the first of them
     recipient_count: int
 
 
 class Handed(NamedTuple):
-    """Mail that was given to an agent and of which nobody knows yet whether it arrived."""
+    """Mail that was given to an agent and of which nobody knows yet whether it arrived. It
+    becomes seen when that is known; if the connection breaks off, it stays as it was."""
 
     agent: str
-    seqs: list[int]
+    mail: dict[int, str]  # seq -> id, as receipts are told by ids
 
 
 class Page(NamedTuple):
@@ -3332,9 +3462,10 @@ class Page(NamedTuple):
 
 
 class Hush(NamedTuple):
-    """Why a message waits without a bell: not at all, muted, or the loop guard."""
+    """Why a message waits without a bell. Who is muted is not told so: the reason is for
+    the sender, and the recipient's lists are its own affair."""
 
-    quiet: str = ""
+    quiet: str = ""  # "", LOOPING or MUTED
     reason: str = ""
 
 
@@ -3343,7 +3474,11 @@ MUTED_HUSH = Hush(MUTED)
 
 
 class Mail:
-    """Sending, handing over, receipts, and who is pushed what. Runs on the I/O thread."""
+    """Sending, handing over, receipts, and who is pushed what. Runs on the I/O thread.
+
+    It writes through the Turn that it is given and reads from the log. What has to be told
+    to somebody is told to the Turn too, and leaves when the turn is on disk.
+    """
 
     def __init__(self, log: Store, directory: Directory, guard: Guard) -> None:
         self.log = log
@@ -3354,10 +3489,12 @@ class Mail:
     # -- sending
 
     def send(self, turn: Turn, request: SendRequest, session: str) -> SentJson:
-        """Store a message with a row for each recipient, then ring for those it concerns.
+        """Store a message with a row for each recipient, then ring for those it
+        concerns.
 
-        Raises NotFound for an unknown recipient, NotAllowed for a sender that needs another
-        session, Unprocessable for a client_id that had other words.
+        Raises NotFound for an unknown recipient, NotAllowed for a sender that needs
+        another session, Unprocessable for a client_id that had other words. To answer a
+        message that is not there is no mistake: it may have been deleted.
         """
         sender = self.checked_sender(turn, request.sender, session)
         if request.client_id:
@@ -3365,7 +3502,9 @@ class Mail:
             if known:
                 return self.sent_before(request, known)
         recipients = self.recipients_of(request, sender)
-        parent = self.log.message(request.in_reply_to) if request.in_reply_to else None
+        parent = None
+        if request.in_reply_to:
+            parent = self.log.message(request.in_reply_to)
         seq = self.log.last_seq + 1
         message = Message(
             seq=seq,
@@ -3405,7 +3544,7 @@ class Mail:
         return [agent for agent in members if agent.name != sender]
 
     def notify(self, turn: Turn, agent: Agent, text: str) -> None:
-        """A message of the hub itself."""
+        """A message of the hub itself, stored and rung as any other."""
         seq = self.log.last_seq + 1
         message = Message(
             seq=seq,
@@ -3419,10 +3558,13 @@ class Mail:
         self.deliver(turn, message, [agent])
 
     def deliver(self, turn: Turn, message: Message, recipients: list[Agent]) -> str:
-        """Append, count, ring: who is rung is decided once, here. Returns why somebody is
-        not rung, as the sender is told."""
+        """Append, count, ring: who is rung is decided once, here. Returns why somebody
+        is not rung, as the sender is told. This is the one way into the log, also for
+        the hub's own notices; a message and the rows of all its recipients are one
+        append."""
         sender = message.from_agent.lower()
         self.guard.heard(sender)
+        # First what the human resumes, so that this very message finds the bell ringing.
         if sender == HUMAN:
             self.human_spoke(turn, message, recipients)
         reason = ""
@@ -3438,6 +3580,7 @@ class Mail:
             reason = hush.reason or reason
         turn.store.append(message, deliveries)
         turn.announce(message.seq, recipients)
+        # The rows of agents show how much waits; they are told with the next tick.
         if turn.board.watchers:
             for agent in recipients:
                 self.directory.changed[agent.key] = agent
@@ -3469,17 +3612,23 @@ class Mail:
         }
 
     def sent_before(self, request: SendRequest, message: Message) -> SentJson:
-        """The answer to a send that was stored before, as the first one was."""
+        """The answer to a send that was stored before, as the first one was: a client that
+        lost its answer sends again and must not be heard twice. Who is quiet is looked up
+        anew, for it may have been resumed since. Raises Unprocessable for other words."""
         if not request.same_as(message):
             raise Unprocessable(
                 "this client_id was used for another message; make a new one"
             )
         names = self.log.recipients(message)
-        agents = [self.directory.get(name) for name in names]
-        recipients = [agent for agent in agents if agent]
+        recipients: list[Agent] = []
+        for name in names:
+            agent = self.directory.get(name)
+            if agent:
+                recipients.append(agent)
+        sender = message.from_agent.lower()
         reason = ""
         for receipt in self.log.receipts(message):
-            loop = self.guard.loop_of(message.from_agent.lower(), receipt.agent.lower())
+            loop = self.guard.loop_of(sender, receipt.agent.lower())
             if receipt.quiet == LOOPING and loop:
                 reason = loop.reason
         return self.sent(message, recipients, len(names), reason)
@@ -3487,7 +3636,9 @@ class Mail:
     # -- the loop guard
 
     def hush(self, turn: Turn, agent: Agent, message: Message, sender: str) -> Hush:
-        """Why this recipient is not rung for the message, if so; `sender` is a key."""
+        """Why this recipient is not rung for the message, if so; `sender` is a key. Called
+        once for each message and recipient, for the guard counts what it is asked. Neither
+        the human nor the hub can be in a loop."""
         if agent.is_choosy and not agent.record.rings_for(message.from_agent):
             return MUTED_HUSH
         if sender in (HUMAN, SERVER_NAME) or agent.key == HUMAN:
@@ -3500,6 +3651,7 @@ class Mail:
             return Hush(LOOPING, self.guard.loops[pair].reason)
         thread = ""
         if verdict is Verdict.TOO_DEEP:
+            # Looked up last, for it is the only question here that the log has to answer.
             if self.both_spoke(message, agent):
                 thread = message.thread
             elif not self.guard.rings_too_often(pair, agent.key, turn.clock):
@@ -3508,7 +3660,9 @@ class Mail:
         return Hush(LOOPING, loop.reason)
 
     def new_loop(self, turn: Turn, agent: Agent, message: Message, thread: str) -> Loop:
-        """This message makes the pair quiet: it rings no more."""
+        """This message makes the pair quiet: it is the first that does not ring.
+        `thread` is that of the chain which is too long, "" if they have rung too
+        often."""
         loop = self.guard.go_quiet(message.from_agent, agent.name, thread, turn.now)
         turn.tell_watchers("loop", {**loop.to_json(), "quiet": True})
         self.changed_pair(loop)
@@ -3517,11 +3671,12 @@ class Mail:
     def both_spoke(self, message: Message, agent: Agent) -> bool:
         """Have sender and recipient said something in this thread before? A chain counts
         for those who have: whoever joins a long one is heard."""
-        return self.log.spoke(message.thread, message.from_agent) and self.log.spoke(
-            message.thread, agent.name
-        )
+        thread = message.thread
+        sender = message.from_agent
+        return self.log.spoke(thread, sender) and self.log.spoke(thread, agent.name)
 
     def changed_pair(self, loop: Loop) -> None:
+        """The rows of both show how many of their pairs are quiet."""
         for name in loop.pair():
             agent = self.directory.get(name)
             if agent:
@@ -3548,7 +3703,8 @@ class Mail:
         self.resume_some(turn)
 
     def resume_some(self, turn: Turn) -> None:
-        """A bounded piece of the work that `resume` left."""
+        """A bounded piece of the work that `resume` left: each pair gives some of its mail
+        free, and who has more goes to the end of the line. Called with each tick."""
         for _ in range(min(RESUMED_AT_ONCE, len(self.resuming))):
             loop = self.resuming.popleft()
             left = turn.store.unquiet(loop.one, loop.other, loop.thread)
@@ -3560,11 +3716,15 @@ class Mail:
                 turn.rewind(name)
 
     def load(self) -> None:
-        """Read the quiet pairs anew; those that were resumed stay so."""
+        """Read the quiet pairs anew: at the start, and when a turn has failed. Those that
+        were resumed stay so, though some of their mail is still held back."""
         loops: list[Loop] = []
         for pair in self.log.quiet_pairs():
-            thread = pair.thread if self.guard.too_deep(pair.depth) else ""
-            loops.append(Loop(pair.sender, pair.agent, thread, pair.since, ""))
+            thread = ""
+            if self.guard.too_deep(pair.depth):
+                thread = pair.thread
+            loop = Loop(pair.sender, pair.agent, thread, pair.since, reason="")
+            loops.append(loop)
         self.guard.load(loops)
         for loop in self.resuming:
             self.guard.end(loop)
@@ -3572,21 +3732,25 @@ class Mail:
     # -- reading
 
     def fetch(self, agent: Agent, limit: int, most_bytes: int) -> Page:
-        """Unread mail, oldest first. Nothing is marked: handed over is not seen."""
+        """Unread mail, oldest first. Nothing is marked: handed over is not seen. What was
+        seen before is given again, until it is read, but does not become seen anew."""
         messages, unseen = self.log.unread(agent.name, limit, most_bytes)
-        handed = Handed(agent.name, unseen) if unseen else None
-        return Page(messages, agent.unread, handed)
+        if not unseen:
+            return Page(messages, agent.unread, None)
+        new = set(unseen)
+        mail = {one.seq: one.id for one in messages if one.seq in new}
+        return Page(messages, agent.unread, Handed(agent.name, mail))
 
-    def seen(self, turn: Turn, agent: Agent, seqs: Iterable[int]) -> int:
-        """These have arrived at who asked for them; how many had not before."""
-        mail = self.own(seqs)
+    def seen(self, turn: Turn, agent: Agent, mail: Mapping[int, str]) -> int:
+        """These have arrived at who asked for them (seq -> id); how many had not before."""
         marked = turn.store.mark_seen(agent.name, mail, turn.now)
         self.tell_receipts(turn, agent, mail, Reach.SEEN)
         self.tell_unread(turn, agent)
         return marked
 
     def read(self, turn: Turn, agent: Agent, ids: Iterable[str]) -> int:
-        """Mark messages of this agent read; how many became so."""
+        """Mark messages of this agent read; how many became so. Ids of other people's mail
+        change nothing: only rows of this agent are marked."""
         mail = self.log.seqs_of(ids)
         marked = turn.store.mark_read(agent.name, mail, turn.now)
         agent.unread -= marked
@@ -3595,7 +3759,8 @@ class Mail:
         return marked
 
     def unread_again(self, turn: Turn, agent: Agent, ids: Iterable[str]) -> int:
-        """Mark messages of this agent unread; how many became so."""
+        """Mark messages of this agent unread; how many became so. They do not ring again:
+        the agent has seen them, and asks to be reminded when it looks into its inbox."""
         mail = self.log.seqs_of(ids)
         marked = turn.store.mark_unread(agent.name, mail)
         agent.unread += marked
@@ -3603,12 +3768,8 @@ class Mail:
         self.tell_unread(turn, agent)
         return marked
 
-    def own(self, seqs: Iterable[int]) -> dict[int, str]:
-        """Sequence numbers with the ids that receipts are told by."""
-        return {message.seq: message.id for message in self.log.messages(seqs)}
-
     def move(self, turn: Turn, old: Agent, new: Agent) -> None:
-        """What one name has unread is the other's from now on."""
+        """What one name has unread is the other's from now on: the agent was renamed."""
         new.unread += turn.store.move_mail(old.name, new.name)
         old.unread = 0
 
@@ -3620,36 +3781,54 @@ class Mail:
         return dismissed
 
     def tell_receipts(
-        self, turn: Turn, agent: Agent, mail: Mapping[int, str], step: Reach
+        self,
+        turn: Turn,
+        agent: Agent,
+        mail: Mapping[int, str],
+        step: Reach,
+        report: Report | None = None,
     ) -> None:
-        """Mail got so far with an agent: the watchers hear of it."""
+        """Mail got so far with an agent: the watchers hear of it, of a ring also what its
+        doorbell reported."""
         self.directory.changed[agent.key] = agent
         if not turn.board.watchers:
             return
+        door = None
+        outcome = None
+        if report:
+            door = report.door
+            outcome = report.outcome
         for one in mail.values():
             receipt = {
                 "id": one,
                 "agent": agent.name,
                 "state": step,
                 "at": turn.now,
-                "door": None,
-                "outcome": None,
+                "door": door,
+                "outcome": outcome,
             }
             turn.tell_watchers("receipt", receipt)
 
     def tell_unread(self, turn: Turn, agent: Agent) -> None:
-        """The agent's own plugin hears what is left, and so need not ring for it."""
+        """The agent's own plugin hears what is left, and so need not ring for it. Older
+        clients do not know this event."""
         owner = turn.board.owner(agent.key)
         if owner:
             unseen = len(self.log.waiting_unseen(agent.name))
-            counts = {"agent": agent.name, "unread": agent.unread, "unseen": unseen}
+            counts = {
+                "agent": agent.name,
+                "unread": agent.unread,
+                "unseen": unseen,
+            }
             turn.tell([owner], "unread", counts)
 
     # -- pushing
 
     def listen(self, turn: Turn, listener: Listener) -> None:
-        """A socket is there: first it is given what never rang, in order, then what is new.
-        A dashboard's is given every message after its cursor."""
+        """A socket is there: first it is given what never rang, in order, then what is
+        new. A dashboard's is given every message after its cursor. It is woken in this
+        same turn, and until it has everything it reads on and is told nothing, so there
+        is no seam between what was and what comes."""
         turn.board.enter(listener)
         turn.call(listener)
         agent = self.directory.get(listener.agent or HUMAN)
@@ -3669,17 +3848,20 @@ class Mail:
             self.directory.left(turn, agent)
 
     def pull(self, turn: Turn, listener: Listener) -> Sequence[Item]:
-        """What this listener is given next; nothing once it has everything."""
+        """What this listener is given next; nothing once it has everything, and from
+        then on it is live. A dashboard that missed events while it was behind is told to
+        look at everything anew."""
         turn.moves(listener)
-        if listener.live or listener.events:  # a watcher's hello comes before its backlog
+        # A watcher's hello comes before its backlog.
+        if listener.live or listener.events:
             return self.pull_new(listener)
-        page = self.backlog(listener)
-        if page:
-            listener.cursor = page[-1].seq
+        messages = self.backlog(listener)
+        if messages:
+            listener.cursor = messages[-1].seq
             agent = self.directory.get(listener.agent)
             if listener.agent and agent:
-                self.pushed(turn, listener, agent, page)
-            return page
+                self.pushed(turn, listener, agent, messages)
+            return messages
         listener.live = True
         missed = listener.missed
         listener.missed = False
@@ -3688,7 +3870,8 @@ class Mail:
         return []
 
     def pull_new(self, listener: Listener) -> Sequence[Item]:
-        """What it was told of since the last time."""
+        """What it was told of since the last time: messages first, as they were sent, then
+        the events. How much that is, the turn bounds."""
         items: list[Item] = []
         if listener.pending:
             items += self.log.messages(listener.pending, END)
@@ -3699,7 +3882,8 @@ class Mail:
         return items
 
     def backlog(self, listener: Listener) -> list[Message]:
-        """The next page behind its cursor."""
+        """The next page behind its cursor: for an agent what has not rung, for a dashboard
+        everything."""
         if listener.agent:
             return self.log.unrung(listener.agent, listener.cursor, BACKLOG_PAGE)
         everything = Query(
@@ -3713,14 +3897,20 @@ class Mail:
     def pushed(
         self, turn: Turn, listener: Listener, agent: Agent, page: Iterable[Message]
     ) -> None:
-        """A backlog was written to an agent's socket; to an older client's that is a ring."""
+        """A backlog was written to an agent's socket; to an older client's that is a
+        ring."""
         mail = {message.seq: message.id for message in page}
         rung = not listener.shows_session
         turn.store.mark_pushed(agent.name, mail, turn.now, rung=rung)
-        self.tell_receipts(turn, agent, mail, Reach.RUNG if rung else Reach.PUSHED)
+        step = Reach.PUSHED
+        if rung:
+            step = Reach.RUNG
+        self.tell_receipts(turn, agent, mail, step)
 
     def heard(self, turn: Turn, listener: Listener, frame: Mapping[str, object]) -> None:
-        """A frame from an agent's socket: what its doorbell did. Others are ignored."""
+        """A frame from an agent's socket: what its doorbell did. Others are ignored, for a
+        newer plugin may send what this hub does not know. What could not ring stays unrung,
+        and its receipt says why."""
         agent = self.directory.get(listener.agent)
         report = Report.read(frame)
         if agent is None or report is None:
@@ -3738,19 +3928,7 @@ class Mail:
             "at": turn.now,
             "detail": report.detail,
         }
-        self.directory.changed[agent.key] = agent
-        if not turn.board.watchers:
-            return
-        for one in mail.values():
-            receipt = {
-                "id": one,
-                "agent": agent.name,
-                "state": step,
-                "at": turn.now,
-                "door": report.door,
-                "outcome": report.outcome,
-            }
-            turn.tell_watchers("receipt", receipt)
+        self.tell_receipts(turn, agent, mail, step, report)
 
     def ring_again(self, turn: Turn, agent: Agent) -> tuple[int, bool]:
         """Offer the newest unread mail of an agent to its door once more; how much that is,
@@ -3763,19 +3941,23 @@ class Mail:
         return len(mail), owner is not None
 
     def ring_anew(self, turn: Turn, agent: Agent) -> None:
-        """A new process has the name: what rang for the last one and was not seen, rings."""
+        """A new process has the name: what rang for the last one and was not seen, rings.
+        The terminal in which it rang may be gone."""
         mail = self.log.waiting_unseen(agent.name)
         if mail:
             turn.store.unring(agent.name, mail)
 
 
 def new_id(seq: int) -> str:
-    """The id of the message that will have this seq."""
+    """The id of the message that will have this seq. Nobody can guess it from another
+    one's, for who knows an id may look at its message."""
     return message_id(seq, int.from_bytes(os.urandom(4)))
 
 
 def is_question(message: Message) -> bool:
-    """Does an agent ask the human something? With answers to choose from, or in words."""
+    """Does an agent ask the human something? With answers to choose from, or in words. A
+    question mark anywhere will do: a question too many in the list is soon dismissed, one
+    that is missing there is never answered."""
     if message.to_agent != HUMAN or message.from_agent in (HUMAN, SERVER_NAME):
         return False
     return bool(message.choices) or "?" in message.content
@@ -3785,11 +3967,14 @@ def thread_of(parent: Message | None) -> str:
     """The thread of an answer to this message: the id of its first one."""
     if parent is None:
         return ""
-    return parent.thread or parent.id
+    if parent.thread:
+        return parent.thread
+    return parent.id
 
 
 def depth_after(parent: Message | None, sender: str) -> int:
-    """How many replies without a human an answer to this message would be."""
+    """How many replies without a human an answer to this message would be. The hub's own
+    notices are not answers, and begin no chain."""
     if parent is None or sender == HUMAN:
         return 0
     return parent.depth + 1
@@ -4289,7 +4474,7 @@ class Api:
         """What was handed over has reached its reader."""
         agent = self.directory.get(handed.agent)
         if agent:
-            self.mail.seen(turn, agent, handed.seqs)
+            self.mail.seen(turn, agent, handed.mail)
 
     def mark_seen(self, turn: Turn, ask: Ask) -> object:
         """The reader says that these have arrived at who asked for them."""
