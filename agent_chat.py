@@ -3038,8 +3038,8 @@ class Directory:
         )
 
     def stem_of(self, name: str) -> str:
-        """What a number is added to: the sixth of the agents shop is shop-6, whatever number
-        it asks with."""
+        """What a number is added to: the sixth of the agents shop is shop-6, whatever
+        number it asks with."""
         numbered = re.fullmatch(r"(.+)-[0-9]{1,3}", name)
         if numbered and self.get(numbered[1]):
             name = numbered[1]
@@ -3525,8 +3525,8 @@ class Mail:
         return self.sent(message, recipients, len(recipients), reason)
 
     def checked_sender(self, turn: Turn, name: str, session: str) -> str:
-        """The sender's name as it is registered. Others may send without a registration,
-        but not with a session, nor under a reserved name: NotAllowed."""
+        """The sender's name as it is registered. Others may send without a registration, as
+        scripts do, but not with a session, nor under a reserved name: NotAllowed."""
         agent = self.directory.get(name)
         if agent:
             return self.directory.act_as(turn, agent, session).name
@@ -3537,7 +3537,8 @@ class Mail:
         return name
 
     def recipients_of(self, request: SendRequest, sender: str) -> list[Agent]:
-        """Whom this is for, fixed now; a group's message is not for its sender."""
+        """Whom this is for, fixed now; a group's message is not for its sender. Who
+        joins the group later does not get it. Raises NotFound with close matches."""
         if request.to:
             return [self.directory.find(request.to)]
         members = self.directory.members(request.group)
@@ -3564,7 +3565,7 @@ class Mail:
         append."""
         sender = message.from_agent.lower()
         self.guard.heard(sender)
-        # First what the human resumes, so that this very message finds the bell ringing.
+        # First what the human resumes: it is older, and is read before this.
         if sender == HUMAN:
             self.human_spoke(turn, message, recipients)
         reason = ""
@@ -3592,7 +3593,8 @@ class Mail:
     def sent(
         self, message: Message, recipients: list[Agent], count: int, reason: str
     ) -> SentJson:
-        """The answer to a send; of a large group it names the first."""
+        """The answer to a send; of a large group it names the first, for a thousand rows
+        would be longer than any message."""
         rows: list[RecipientJson] = []
         for agent in recipients[:RECIPIENTS_SHOWN]:
             row: RecipientJson = {
@@ -3695,7 +3697,8 @@ class Mail:
 
     def resume(self, turn: Turn, loops: list[Loop]) -> None:
         """Let these pairs ring again, at once. The mail that they held back follows, some
-        pairs in this turn and the others with the ticks."""
+        pairs in this turn and the others with the ticks: a click that resumes everything
+        must not stop the hub for a second."""
         for loop in loops:
             self.guard.end(loop)
             self.changed_pair(loop)
@@ -3774,7 +3777,8 @@ class Mail:
         old.unread = 0
 
     def dismiss(self, turn: Turn, ids: Iterable[str]) -> list[str]:
-        """The human will not answer these; the ids of those that waited for it."""
+        """The human will not answer these; the ids of those that waited for it. Nothing is
+        sent, and their receipts stay as they are."""
         dismissed = turn.store.dismiss(self.log.seqs_of(ids))
         for one in dismissed:
             turn.tell_watchers("waiting", {"id": one, "waiting": False})
@@ -3931,8 +3935,9 @@ class Mail:
         self.tell_receipts(turn, agent, mail, step, report)
 
     def ring_again(self, turn: Turn, agent: Agent) -> tuple[int, bool]:
-        """Offer the newest unread mail of an agent to its door once more; how much that is,
-        and whether anybody is there to ring."""
+        """Offer the newest unread mail of an agent to its door once more, whatever came of
+        that before: a human has asked for it. Returns how much that is, and whether anybody
+        is there to ring."""
         mail = self.log.waiting_unread(agent.name, RUNG_AGAIN)
         turn.store.unring(agent.name, mail)
         owner = turn.board.owner(agent.key)
@@ -4137,6 +4142,9 @@ class Archive:
 # Knows: Turn, Directory, Guard, Mail, the clock.  Never: http, json, sqlite3, sockets.
 # ======================================================================================
 
+# A tick happens between two turns of everybody else, so no piece of work may take long: it
+# does so much and goes on from there with the next tick. All of it may be done twice, or be
+# broken off at any place.
 SWEEP_MESSAGES = 500  # looked at per tick by retention and by the notice of unseen mail
 SWEEP_BYTES = 8 << 20  # of content that one tick may delete
 SWEEP_AGENTS = 200  # rows told, saved or looked at per tick
@@ -4147,9 +4155,11 @@ DAY_SECONDS = 86400
 
 
 class Keeping:
-    """Background work, in small pieces, each in a turn of its own."""
+    """Background work, in small pieces. What it does is part of a turn, like a request."""
 
-    def __init__(self, log: Store, directory: Directory, mail: Mail, settings: Settings) -> None:
+    def __init__(
+        self, log: Store, directory: Directory, mail: Mail, settings: Settings
+    ) -> None:
         self.log = log
         self.directory = directory
         self.mail = mail
@@ -4160,8 +4170,10 @@ class Keeping:
         self.looking_at: list[str] = []  # agents that retention has yet to look at
 
     def tick(self, turn: Turn, guard: Guard) -> None:
-        """Once a second."""
+        """Once a second. Raises what the Store raises; the next tick tries again."""
         self.ticks += 1
+        # A socket that is behind reads on when it has drained. Should that ever be
+        # missed, it is made up for here, a second later.
         for listener in turn.board.behind():
             turn.call(listener)
         if self.ticks % PRESENCE_TICKS == 0:
@@ -4178,47 +4190,55 @@ class Keeping:
             turn.store.forget_names()
 
     def notice_absence(self, turn: Turn) -> None:
-        """A status that has run out is told."""
-        for agent in self.directory.agents.values():
-            if agent.shown != self.directory.status(agent):
-                self.directory.show_declared(turn, agent)
+        """A status that has run out is told: nobody comes to say that he is not there."""
+        directory = self.directory
+        for agent in directory.agents.values():
+            if agent.shown != directory.status(agent):
+                directory.show_declared(turn, agent)
 
     def tell_rows(self, turn: Turn, guard: Guard) -> None:
-        """The watchers are given the rows that have changed, some of many at a time."""
+        """The watchers are given the rows that have changed, some of many at a time. A row
+        that changes a hundred times in a second is told once."""
         changed = self.directory.changed
         if not turn.board.watchers:
             changed.clear()
             return
-        for key in list(itertools.islice(changed, SWEEP_AGENTS)):
+        some = list(itertools.islice(changed, SWEEP_AGENTS))
+        for key in some:
             agent = changed.pop(key)
-            row = self.directory.row(agent, guard.count(agent.key))
+            quiet = guard.count(agent.key)
+            row = self.directory.row(agent, quiet)
             turn.tell_watchers("agent", {**row})
 
     def save_presence(self, turn: Turn) -> None:
         """When an agent was last seen reaches the disk every half minute, each in its own
-        second of it."""
+        second of it: a thousand rows at once would be a slow turn."""
         due = self.ticks % SAVE_TICKS
-        for number, agent in enumerate(self.directory.agents.values()):
+        agents = self.directory.agents.values()
+        for number, agent in enumerate(agents):
             stale = agent.last_seen_at != agent.record.last_seen_at
             if stale and number % SAVE_TICKS == due:
                 agent.save(turn)
 
     def tell_unseen(self, turn: Turn) -> None:
-        """Tell senders, once, that mail has stayed unseen. A cursor walks over the log."""
+        """Tell senders, once, that mail has stayed unseen. A cursor walks over the log,
+        and is saved with the notices in one turn, so that none is sent twice."""
         minutes = self.settings.unseen_minutes
         cursor = self.log.fact("unseen")
         if not minutes or cursor >= self.log.last_seq:
             return
-        limit = self.log.seq_at(utc(time.time() - minutes * 60))
-        high = min(limit, cursor + SWEEP_MESSAGES + 1)
-        if high <= cursor + 1:
+        low = cursor + 1
+        limit = self.log.seq_at(seconds_ago(minutes * 60))
+        high = min(limit, low + SWEEP_MESSAGES)
+        if high <= low:
             return
-        for unseen in self.log.unseen_mail(cursor + 1, high):
+        for unseen in self.log.unseen_mail(low, high):
             self.tell_sender(turn, unseen)
         turn.store.save_fact("unseen", high - 1)
 
     def tell_sender(self, turn: Turn, unseen: UnseenMail) -> None:
-        """One notice to the sender, if both are still there."""
+        """One notice to the sender, if both are still there. Nobody is told about what he
+        sent to himself."""
         agent = self.directory.get(unseen.agent)
         author = self.directory.get(unseen.sender)
         if agent is None or author is None or agent is author:
@@ -4235,33 +4255,41 @@ class Keeping:
         """Delete old mail that everybody has read. Unread mail is kept, however old, and so
         is the newest message: it holds the place of the next seq."""
         days = self.settings.retention
-        if not days or time.monotonic() < self.next_sweep:
+        now = time.monotonic()
+        if not days or now < self.next_sweep:
             return
-        limit = self.log.seq_at(utc(time.time() - days * DAY_SECONDS))
+        limit = self.log.seq_at(seconds_ago(days * DAY_SECONDS))
         high = min(self.swept + SWEEP_MESSAGES, limit, self.log.last_seq)
         if high > self.swept:
             self.swept = turn.store.prune(self.swept, high, SWEEP_BYTES)
         else:
+            # Through with it. Tomorrow from the start: what was unread may be read by then.
             self.swept = 0
-            self.next_sweep = time.monotonic() + DAY_SECONDS
+            self.next_sweep = now + DAY_SECONDS
 
     def forget_agents(self, turn: Turn) -> None:
-        """An agent that was not seen for the time of retention and has no mail is forgotten;
-        whoever registers ten thousand names does not leave them for ever."""
+        """An agent that was not seen for the time of retention and has no mail is
+        forgotten; whoever registers ten thousand names does not leave them for ever."""
         days = self.settings.retention
         if not days:
             return
+        directory = self.directory
         if not self.looking_at:
-            self.looking_at = [agent.key for agent in self.directory.registered()]
-        limit = utc(time.time() - days * DAY_SECONDS)
+            self.looking_at = [agent.key for agent in directory.registered()]
+        limit = seconds_ago(days * DAY_SECONDS)
         looked_at = self.looking_at[-SWEEP_AGENTS:]
         del self.looking_at[-SWEEP_AGENTS:]
         for key in looked_at:
-            agent = self.directory.get(key)
+            agent = directory.get(key)
             if agent is None or agent.unread or agent.last_seen_at > limit:
                 continue
-            if self.directory.status(agent) == Presence.OFFLINE:
-                self.directory.remove(turn, agent)
+            if directory.status(agent) == Presence.OFFLINE:
+                directory.remove(turn, agent)
+
+
+def seconds_ago(seconds: float) -> str:
+    """RFC 3339 of a moment that is so long past, by the clock of the log."""
+    return utc(time.time() - seconds)
 
 
 # ======================================================================================
