@@ -8912,8 +8912,8 @@ class Bell:
             news = True
         else:
             news = word not in (self.blocked, Ring.UNAVAILABLE)
-            self.pause = min(
-                max(2 * self.pause, FIRST_BLOCKED_SECONDS), LONGEST_BLOCKED_SECONDS)
+            longer = max(2 * self.pause, FIRST_BLOCKED_SECONDS)
+            self.pause = min(longer, LONGEST_BLOCKED_SECONDS)
             self.blocked = word
             self.due = now + self.pause
         if not self.mail:
@@ -8934,7 +8934,9 @@ class Bell:
         self.pause = 0.0
 
 
-def doorbell_line(messages: Sequence[Mapping[str, object]], preview: bool = True) -> str:
+def doorbell_line(
+    messages: Sequence[Mapping[str, object]], *, preview: bool = True
+) -> str:
     """The line that tells an agent of these unread messages (wire form, at
     least one). The wording is protocol; what senders wrote is only in the
     sanitised preview."""
@@ -8964,13 +8966,16 @@ def senders(messages: Iterable[Mapping[str, object]]) -> str:
     of many."""
     names: dict[str, None] = {}
     for message in messages:
-        sender = plain(message.get("from_agent"), NAME_CHARACTERS)
+        name = plain(message.get("from_agent"), NAME_CHARACTERS)
         group = plain(message.get("group"), NAME_CHARACTERS)
-        names[f"{sender} ({group})" if group else sender] = None
-    shown = ", ".join([*names][:NAMES_SHOWN])
-    if len(names) > NAMES_SHOWN:
-        shown += f" and {len(names) - NAMES_SHOWN} more"
-    return shown
+        if group:
+            name += f" ({group})"
+        names[name] = None
+    first = [*names][:NAMES_SHOWN]
+    more = len(names) - len(first)
+    if not more:
+        return ", ".join(first)
+    return f"{', '.join(first)} and {more} more"
 
 
 def plain(value: object, limit: int) -> str:
@@ -8980,12 +8985,13 @@ def plain(value: object, limit: int) -> str:
     text = unicodedata.normalize("NFKC", str(value or "")[: limit * 20])
     kept = []
     for character in INVISIBLE.sub(" ", text):
-        harmless = character in PREVIEW_PUNCTUATION
-        if harmless or unicodedata.category(character)[0] in "LMN":
+        category = unicodedata.category(character)
+        if category.startswith(("L", "M", "N")) or character in PREVIEW_PUNCTUATION:
             kept.append(character)
         else:
             kept.append(" ")
-    line = " ".join("".join(kept).split())
+    words = "".join(kept).split()
+    line = " ".join(words)
     if len(line) > limit:
         return line[: limit - 3] + "..."
     return line
@@ -10143,7 +10149,7 @@ class Plugin:
         batch = bell.take(time.monotonic())
         if not batch:
             return
-        line = doorbell_line(batch, self.settings.preview)
+        line = doorbell_line(batch, preview=self.settings.preview)
         outcome = await self.aside(self.ways.ring, line)
         ids = [message["id"] for message in batch]
         if bell.rang(ids, outcome.word, time.monotonic()):
@@ -10220,8 +10226,9 @@ class Plugin:
         count = self.inherited
         self.inherited = 0
         return {"notice": (
-            f"{count} of the unread messages were sent to an earlier session of {self.name}; "
-            "if you do not know what one is about, ask your user before you act on it")}
+            f"{count} of the unread messages were sent to an earlier session of "
+            f"{self.name}; if you do not know what one is about, ask your user before you "
+            "act on it")}
 
     def to_be_read(self, request: str) -> int:
         """How many messages of the answer to this request will be read when it
@@ -10583,6 +10590,66 @@ def mcp_server(plugin: Plugin) -> SdkObject:
     return server
 
 
+def stdio_transport() -> SdkObject:
+    """The SDK's stdio_server, with all that a call may need later imported: the files
+    of a package can be replaced while we run. BadConfig if one is missing."""
+    try:
+        from pydantic import BaseModel
+        # validators of messages that nobody sends: 75 ms
+        BaseModel.model_config["defer_build"] = True
+        import websockets.asyncio.client  # noqa: F401
+        from mcp.server.stdio import stdio_server
+    except ImportError as error:
+        program = os.path.basename(__file__)
+        sentence = NEEDS.format(python=sys.executable, program=program, error=error)
+        raise BadConfig(sentence) from None
+    return stdio_server
+
+
+async def lasting(work: Callable[[], Awaitable[None]]) -> None:
+    """A loop that outlives its own mistakes."""
+    import asyncio
+    import traceback
+    while True:
+        try:
+            await work()
+        except Exception:
+            # a mistake of this program
+            complain(traceback.format_exc())
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def watch_parent(parent: int) -> None:
+    """Ends the process when that parent is gone: it may leave our stdin open."""
+    import asyncio
+    while os.getppid() == parent:
+        await asyncio.sleep(LOOK_SECONDS)
+    os._exit(0)
+
+
+async def serve_host(settings: Settings, ways: Ways, transport: SdkObject) -> None:
+    """The plugin, its server and its loops, until the process ends."""
+    import asyncio
+    import gc
+    from concurrent.futures import ThreadPoolExecutor
+    parent = os.getppid()
+    plugin = Plugin(settings, ways)
+    server = mcp_server(plugin)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(CALL_THREADS))
+    gc.freeze()
+    gc.enable()
+    async with transport(plugin.host, plugin.host) as (reader, writer):
+        plugin.host.start()
+        loops = asyncio.gather(
+            lasting(plugin.listen),
+            lasting(plugin.attend),
+            watch_parent(parent),
+        )
+        await server.run(reader, writer, server.create_initialization_options())
+        await loops
+
+
 def run_plugin(settings: Settings, ways: Ways) -> int:
     """Speaks MCP on stdin and stdout until stdin ends or the parent dies, then
     ends the process. BadConfig if a package is missing."""
@@ -10592,52 +10659,8 @@ def run_plugin(settings: Settings, ways: Ways) -> int:
     gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     import asyncio
-    try:
-        from pydantic import BaseModel
-        # validators of messages that nobody sends: 75 ms
-        BaseModel.model_config["defer_build"] = True
-        import websockets.asyncio.client  # noqa: F401
-        from mcp.server.stdio import stdio_server
-    except ImportError as error:
-        program = os.path.basename(__file__)
-        raise BadConfig(NEEDS.format(
-            python=sys.executable, program=program, error=error)) from None
-    parent = os.getppid()
-
-    async def watch() -> None:
-        """A host that is killed may leave our stdin open."""
-        while os.getppid() == parent:
-            await asyncio.sleep(1)
-        os._exit(0)
-
-    async def lasting(work: Callable[[], Awaitable[None]]) -> None:
-        """A loop that outlives its own mistakes."""
-        import traceback
-        while True:
-            try:
-                await work()
-            except Exception:
-                # a mistake of this program
-                complain(traceback.format_exc())
-            await asyncio.sleep(5)
-
-    async def main() -> None:
-        """Everything, in one event loop."""
-        from concurrent.futures import ThreadPoolExecutor
-        plugin = Plugin(settings, ways)
-        host: Any = plugin.host
-        server = mcp_server(plugin)
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CALL_THREADS))
-        gc.freeze()
-        gc.enable()
-        loops = [lasting(work) for work in (plugin.listen, plugin.attend, watch)]
-        async with stdio_server(host, host) as (reader, writer):
-            host.start()
-            running = asyncio.gather(*loops)
-            await server.run(reader, writer, server.create_initialization_options())
-            await running
-
-    asyncio.run(main())
+    transport = stdio_transport()
+    asyncio.run(serve_host(settings, ways, transport))
     return 0
 
 
@@ -12180,7 +12203,7 @@ def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
     # A prompt that is our own line: the bell rang in the terminal just now.
     if str(event.get("prompt", "")).lstrip().startswith(DOORBELL):
         return None
-    line = doorbell_line(mail.fresh, settings.preview)
+    line = doorbell_line(mail.fresh, preview=settings.preview)
     return reply(row.reply, str(event["hook_event_name"]), moment, line)
 
 
