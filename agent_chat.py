@@ -13156,17 +13156,15 @@ def terminal_columns() -> int:
     everything."""
     if not sys.stdout.isatty():
         return 0
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(sys.stdout.fileno())
+        if size.columns:
+            return size.columns
+    # A terminal that does not know. Nor may COLUMNS, which often is that of another one.
     told = environ().get("COLUMNS", "")
     if re.fullmatch(r"[1-9][0-9]{0,4}", told):
         return int(told)
-    try:
-        size = os.get_terminal_size(sys.stdout.fileno())
-    except OSError:
-        return 80
-    # A terminal that does not know says 0.
-    if size.columns == 0:
-        return 80
-    return size.columns
+    return 80
 
 
 def columns_of(text: str) -> int:
