@@ -73,8 +73,6 @@ import collections
 import contextlib
 import errno
 import functools
-import hashlib
-import hmac
 import io
 import itertools
 import json
@@ -258,6 +256,8 @@ def environ() -> Mapping[str, str]:
 def fingerprint() -> str:
     """First 12 hex digits of sha256 over this file: tells copies of one version apart.
     `version` and /health show it, `doctor` compares them."""
+    import hashlib
+
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()[:12]
 
@@ -2846,6 +2846,8 @@ def lower_case(names: Iterable[str]) -> frozenset[str]:
 def digest_of(session: str) -> str:
     """What is stored of a session: nobody who reads the file can act as its agent. A
     session is 18 random bytes, so a plain hash of it cannot be guessed."""
+    import hashlib
+
     return hashlib.sha256(session.encode()).hexdigest()
 
 
@@ -5116,6 +5118,7 @@ def page_policy(body: bytes) -> str:
     """The page runs its own inline script and style, known by their hashes, and talks to
     this hub; nothing else."""
     import base64
+    import hashlib
 
     policy = (
         "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -6206,6 +6209,8 @@ class HubServer:
 
     def is_key(self, given: str) -> bool:
         """Is this the hub's key? Compared in constant time."""
+        import hmac
+
         return hmac.compare_digest(given.encode(), self.settings.api_key.encode())
 
     def head_of(
@@ -9460,6 +9465,8 @@ def project_word(path: str) -> str:
     """The last part of an agent's name, from its directory. Where letters of
     another script had to go, a few digits of the path's hash tell two such
     directories apart."""
+    import hashlib
+
     name = os.path.basename(path.rstrip("/"))
     kept = unfit_to_dash(name)
     told_apart = kept != "agent" or name in ("agent", "")

@@ -10044,6 +10044,7 @@ HEAVY = {
     "asyncio",
     "compileall",
     "difflib",
+    "hashlib",
     "http.server",
     "mcp",
     "pydantic",
