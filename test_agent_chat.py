@@ -12559,6 +12559,7 @@ def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @NEEDS_TMUX
 @pytest.mark.tmux
+@pytest.mark.timeout(300)  # a dozen starts, and doctor
 def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[str, str]) -> None:
     """A shell reads all blocks that a person would, and stops at the first that fails."""
     assert len(blocks("sh")) >= 3
@@ -12573,7 +12574,7 @@ def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[s
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     exported = (tmp_path / "chat.md").read_text()
