@@ -5243,6 +5243,7 @@ class Connection:
         self.handed: Handed | None = None  # mail that the client may not have received yet
         self.waiter: Listener | None = None  # what a parked request waits with
         self.stream: Job | None = None  # makes the next piece of a long answer
+        self.stream_head = b""  # of that answer, until its first piece is there
         self.websocket: WebSocket | None = None
 
     def enter(self, phase: Phase, seconds: float | None = None) -> None:
@@ -5493,9 +5494,12 @@ class Connection:
         page = cast("PageMaker", endpoint.call(self.api, turn, ask))
         self.stream = lambda archive: b"".join(map(form.show, page(archive)))
         transfer = (("Transfer-Encoding", "chunked"),)
-        head = self.server.head_of(200, form.kind, transfer, closing=self.last_answer)
-        turn.say(self, head + b"\r\n")
-        self.enter(Phase.STREAMING)  # the first piece is asked for when this has left
+        self.stream_head = self.server.head_of(
+            200, form.kind, transfer, closing=self.last_answer
+        )
+        turn.say(self, b"")
+        self.enter(Phase.STREAMING)
+        self.next_piece(turn)
 
     def serve_health(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
         """That the hub is there."""
@@ -5557,9 +5561,15 @@ class Connection:
         self.answer(turn, body, error.http_status, extra=extra)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
-        """Its share of the turn came to nothing, and was undone."""
+        """Its share of the turn came to nothing, and was undone. A chunked answer that is cut
+        is how HTTP says: incomplete."""
+        begun = self.stream is not None and not self.stream_head
+        self.stream = None
+        self.stream_head = b""
         if self.websocket:
             self.websocket.fail(turn, error)
+        elif begun:
+            self.drop(turn)
         elif self.phase in (*ASKING, Phase.ANSWERING, Phase.PARKED, Phase.POOLED):
             self.answer_error(turn, error)
         else:
@@ -5573,14 +5583,16 @@ class Connection:
         if self.stream is None:
             self.take_answer(turn, result)
         elif isinstance(result, bytes):
+            if self.stream_head:
+                turn.say(self, self.stream_head + b"\r\n")
+                self.stream_head = b""
             turn.say(self, chunk(result))
             self.enter(Phase.STREAMING)
             if not result:
                 self.stream = None
                 self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
-        else:
-            self.drop(turn)  # a cut chunked answer is how HTTP says: incomplete
-            return
+        elif isinstance(result, ChatError):
+            self.failed(turn, result)
         turn.keep(self)
 
     def take_answer(self, turn: Turn, result: object) -> None:
