@@ -3688,7 +3688,8 @@ class Mail:
 
     def human_spoke(self, turn: Turn, message: Message, recipients: list[Agent]) -> None:
         """Whatever was quiet around those the human speaks to may ring again, and what they
-        asked is answered."""
+        asked is answered: by any message to them alone, for people seldom choose to reply.
+        What is said to a group answers nobody."""
         loops = self.guard.around(agent.key for agent in recipients)
         for agent in recipients:
             self.guard.forgive(agent.key)
@@ -3844,7 +3845,8 @@ class Mail:
 
     def leave(self, turn: Turn, listener: Listener) -> None:
         """A socket has gone. Closing an old one never deafens a newer one of the same name:
-        what it was given and did not ring is offered to the one that takes over."""
+        what it was given and did not ring is offered to the one that takes over. A socket
+        that was left before, because it was expelled, has nothing more to leave."""
         if not turn.board.leave(listener):
             return
         if listener.shows_session:
@@ -3956,8 +3958,8 @@ class Mail:
 
 
 def new_id(seq: int) -> str:
-    """The id of the message that will have this seq. Nobody can guess it from another
-    one's, for who knows an id may look at its message."""
+    """The id of the message that will have this seq. Its random part tells it from one
+    whose turn failed: that seq is given again."""
     return message_id(seq, int.from_bytes(os.urandom(4)))
 
 
@@ -3998,7 +4000,9 @@ SLOW_SECONDS = 5  # of one question to the log; then it is given up
 
 
 class ShownJson(MessageJson):
-    """A message as people look at it: with its thread and how far it got."""
+    """A message as people look at it: with its thread and how far it got. Dashboards,
+    history and export have it so; agents are given the plain one, which costs no look at
+    receipts."""
 
     thread: str
     receipts: list[ReceiptJson]
@@ -4023,7 +4027,7 @@ class BucketJson(TypedDict):
 
 
 class SeenJson(TypedDict):
-    """How long it takes until mail is seen."""
+    """How long it takes until mail is seen, in seconds; both are 0 where none was."""
 
     count: int
     median_s: float
@@ -4031,7 +4035,7 @@ class SeenJson(TypedDict):
 
 
 class StatsJson(TypedDict):
-    """The picture of the traffic."""
+    """The picture of the traffic: who with whom, and how much when."""
 
     range: str
     since: str
@@ -4043,7 +4047,8 @@ class StatsJson(TypedDict):
 
 
 class Range(NamedTuple):
-    """A stretch of time for the picture of the traffic."""
+    """A stretch of time for the picture of the traffic, and how many bars it is drawn
+    with."""
 
     seconds: int
     buckets: int
@@ -4057,16 +4062,23 @@ RANGES = {
 
 
 class Archive:
-    """Reads what is committed. Raises NotFound, and what its Log raises."""
+    """Reads what is committed. Raises NotFound, and what its Log raises.
+
+    It holds a Log and nothing else, so a thread may have an Archive of its own: what may
+    take long is asked there, and the I/O thread goes on.
+    """
 
     def __init__(self, log: Log) -> None:
         self.log = log
 
     def shown(self, message: Message) -> ShownJson:
-        """A message as people look at it."""
+        """A message as people look at it: the first one of a thread is shown as its own."""
         receipts = [receipt.to_json() for receipt in self.log.receipts(message)]
-        thread = message.thread or message.id
-        return {**message.to_json(), "thread": thread, "receipts": receipts}
+        return {
+            **message.to_json(),
+            "thread": message.thread or message.id,
+            "receipts": receipts,
+        }
 
     def history(self, query: Query) -> list[ShownJson]:
         """All that the query is after."""
@@ -4079,22 +4091,25 @@ class Archive:
 
     def searched(self, query: Query) -> Query:
         """The query with whole words if they are found, else with a beginning."""
-        if self.log.find(query._replace(limit=1)):
+        one = query._replace(limit=1)
+        if self.log.find(one):
             return query
         return query._replace(text=query.text + "*")
 
     def count(self, query: Query) -> int:
-        """How many there are; it stops at COUNT_MOST."""
+        """How many there are; it stops at COUNT_MOST, for nobody reads on so far and each
+        more would take its time."""
         if query.text:
             query = self.searched(query)
         return self.log.count(query, COUNT_MOST)
 
     def message(self, message_id: str) -> ThreadJson:
-        """One message with its thread."""
+        """One message with its thread, which is cut at MAX_PAGE. Raises NotFound."""
         message = self.log.message(message_id)
         if message is None:
             raise NotFound(f"message {message_id!r} not found")
-        thread = self.log.thread(message.thread or message.id, MAX_PAGE)
+        root = message.thread or message.id
+        thread = self.log.thread(root, MAX_PAGE)
         return {
             "message": self.shown(message),
             "thread": [self.shown(one) for one in thread],
@@ -4102,24 +4117,34 @@ class Archive:
 
     def stats(self, name: str, now: float) -> StatsJson:
         """The traffic of the last hour, day or week: who with whom, how much when, how long
-        until it is seen. Counted by bisection: 10 ms at a million messages."""
+        until it is seen. `name` is a key of RANGES, `now` a UNIX time.
+
+        Seqs have no gaps, so how many messages a stretch of time has is the difference of
+        two of them, found by bisection: 10 ms at a million messages.
+        """
         spans = RANGES[name]
         step = spans.seconds / spans.buckets
         since = now - spans.seconds
         moments = [utc(since + number * step) for number in range(spans.buckets + 1)]
+        # What is older than the log is older than its first message.
         first = self.log.first_seq()
         seqs = [max(first, self.log.seq_at(moment)) for moment in moments]
         buckets: list[BucketJson] = []
         for number in range(spans.buckets):
-            count = seqs[number + 1] - seqs[number]
-            buckets.append({"at": moments[number], "count": count})
+            bucket: BucketJson = {
+                "at": moments[number],
+                "count": seqs[number + 1] - seqs[number],
+            }
+            buckets.append(bucket)
         traffic = self.log.traffic(seqs[0], END)
         pairs: list[PairJson] = []
         for pair in traffic.pairs:
-            pairs.append({"from": pair.sender, "to": pair.target, "count": pair.number})
-        seen = traffic.seen
-        median = seen[len(seen) // 2] if seen else 0.0
-        worst = seen[-1] if seen else 0.0
+            row: PairJson = {
+                "from": pair.sender,
+                "to": pair.target,
+                "count": pair.number,
+            }
+            pairs.append(row)
         return {
             "range": name,
             "since": moments[0],
@@ -4127,16 +4152,30 @@ class Archive:
             "total": seqs[-1] - seqs[0],
             "pairs": pairs,
             "buckets": buckets,
-            "seen": {"count": len(seen), "median_s": median, "worst_s": worst},
+            "seen": seen_json(traffic.seen),
         }
 
     def export_page(self, query: Query) -> tuple[list[ShownJson], Query | None]:
-        """The next page of an export, oldest first, and what is left of the query."""
-        page = self.log.find(query._replace(limit=EXPORT_PAGE, newest=False))
-        if not page:
+        """The next page of an export, oldest first, and what is left of the query: None
+        after the last page. An export is as long as the log, and is never held as a
+        whole."""
+        asked = query._replace(limit=EXPORT_PAGE, newest=False)
+        messages = self.log.find(asked)
+        if not messages:
             return [], None
-        rest = query._replace(low=page[-1].seq + 1)
-        return [self.shown(message) for message in page], rest
+        rest = query._replace(low=messages[-1].seq + 1)
+        return [self.shown(message) for message in messages], rest
+
+
+def seen_json(seconds: Sequence[float]) -> SeenJson:
+    """How long it took, out of the seconds of each message in their order."""
+    if not seconds:
+        return {"count": 0, "median_s": 0.0, "worst_s": 0.0}
+    return {
+        "count": len(seconds),
+        "median_s": seconds[len(seconds) // 2],
+        "worst_s": seconds[-1],
+    }
 
 
 # ======================================================================================
@@ -4153,6 +4192,7 @@ SWEEP_AGENTS = 200  # rows told, saved or looked at per tick
 PRESENCE_TICKS = 5  # a status that has run out is noticed this often
 SAVE_TICKS = 30  # in which each agent's last_seen_at reaches the disk once
 FORGET_TICKS = 60  # between two looks at what may be forgotten
+FIRST_SWEEP_SECONDS = 5  # after the start
 DAY_SECONDS = 86400
 
 
@@ -4167,8 +4207,10 @@ class Keeping:
         self.mail = mail
         self.settings = settings
         self.ticks = 0
-        self.swept = 0  # seq that retention has reached
-        self.next_sweep = time.monotonic() + 5  # soon after start, then daily
+        # The seq that retention has reached, and when it begins: soon after the start, when
+        # those who were waiting for the hub have been served, then daily.
+        self.swept = 0
+        self.next_sweep = time.monotonic() + FIRST_SWEEP_SECONDS
         self.looking_at: list[str] = []  # agents that retention has yet to look at
 
     def tick(self, turn: Turn, guard: Guard) -> None:
@@ -4180,6 +4222,7 @@ class Keeping:
             turn.call(listener)
         if self.ticks % PRESENCE_TICKS == 0:
             self.notice_absence(turn)
+        # Rows are told behind what may change them, and before what may take long.
         self.tell_rows(turn, guard)
         self.save_presence(turn)
         self.mail.resume_some(turn)
@@ -4192,10 +4235,12 @@ class Keeping:
             turn.store.forget_names()
 
     def notice_absence(self, turn: Turn) -> None:
-        """A status that has run out is told: nobody comes to say that he is not there."""
+        """A status that has run out is told: nobody comes to say that he is not there. The
+        last request of an agent without a socket may be ONLINE_SECONDS old by now."""
         directory = self.directory
         for agent in directory.agents.values():
-            if agent.shown != directory.status(agent):
+            status = directory.status(agent)
+            if agent.shown != status:
                 directory.show_declared(turn, agent)
 
     def tell_rows(self, turn: Turn, guard: Guard) -> None:
@@ -4218,8 +4263,9 @@ class Keeping:
         due = self.ticks % SAVE_TICKS
         agents = self.directory.agents.values()
         for number, agent in enumerate(agents):
-            stale = agent.last_seen_at != agent.record.last_seen_at
-            if stale and number % SAVE_TICKS == due:
+            if number % SAVE_TICKS != due:
+                continue
+            if agent.last_seen_at != agent.record.last_seen_at:
                 agent.save(turn)
 
     def tell_unseen(self, turn: Turn) -> None:
@@ -4230,7 +4276,8 @@ class Keeping:
         if not minutes or cursor >= self.log.last_seq:
             return
         low = cursor + 1
-        limit = self.log.seq_at(seconds_ago(minutes * 60))
+        past = seconds_ago(minutes * 60)
+        limit = self.log.seq_at(past)
         high = min(limit, low + SWEEP_MESSAGES)
         if high <= low:
             return
@@ -4241,15 +4288,17 @@ class Keeping:
     def tell_sender(self, turn: Turn, unseen: UnseenMail) -> None:
         """One notice to the sender, if both are still there. Nobody is told about what he
         sent to himself."""
-        agent = self.directory.get(unseen.agent)
-        author = self.directory.get(unseen.sender)
+        directory = self.directory
+        agent = directory.get(unseen.agent)
+        author = directory.get(unseen.sender)
         if agent is None or author is None or agent is author:
             return
         minutes = self.settings.unseen_minutes
+        status = directory.status(agent)
         text = (
             f"Your mail to {agent.name} is still unseen after {minutes:g} minutes: "
-            f"{unseen.number} waiting, the last is {unseen.last_id}. {agent.name} is "
-            f"{self.directory.status(agent)}, last seen {agent.last_seen_at}."
+            f"{unseen.number} waiting, the last is {unseen.last_id}. "
+            f"{agent.name} is {status}, last seen {agent.last_seen_at}."
         )
         self.mail.notify(turn, author, text)
 
@@ -4260,7 +4309,8 @@ class Keeping:
         now = time.monotonic()
         if not days or now < self.next_sweep:
             return
-        limit = self.log.seq_at(seconds_ago(days * DAY_SECONDS))
+        past = seconds_ago(days * DAY_SECONDS)
+        limit = self.log.seq_at(past)
         high = min(self.swept + SWEEP_MESSAGES, limit, self.log.last_seq)
         if high > self.swept:
             self.swept = turn.store.prune(self.swept, high, SWEEP_BYTES)
@@ -4290,8 +4340,11 @@ class Keeping:
 
 
 def seconds_ago(seconds: float) -> str:
-    """RFC 3339 of a moment that is so long past, by the clock of the log."""
-    return utc(time.time() - seconds)
+    """RFC 3339 of a moment that is so long past. By the wall clock: messages have its
+    times, and it may jump, which shifts what is swept and loses nothing that is
+    unread."""
+    moment = time.time() - seconds
+    return utc(moment)
 
 
 # ======================================================================================
