@@ -7979,11 +7979,6 @@ def why_not_its_own(cli: Process, tty: int, leader: int) -> str:
     it. The sentence goes to doctor, to the agent's row and to receipts.
     """
     who = f"{cli.name} ({cli.pid})"
-    if not cli.tty:
-        return (
-            f"{who}, which started this plugin, has no terminal: it is a background "
-            "service or runs without a screen"
-        )
     if cli.tty != tty or (cli.session and cli.session != leader):
         inner = inner_terminal(cli)
         return f"{who} runs in another terminal, which {inner} shows inside the pane"
@@ -8130,6 +8125,11 @@ class Tmux(Terminal):
         cli, pids = agent_cli()
         if not cli:
             return "no agent's CLI is to be seen above this plugin"
+        if not cli.tty:
+            return (
+                f"{cli.name} ({cli.pid}), which started this plugin, has no terminal: "
+                "it is a background service or runs without a screen"
+            )
         refusal = f"{cli.name} ({cli.pid}) does not run inside tmux"
         tried = set()
         for variables in (environ(), *map(variables_of, reversed(pids))):
@@ -8717,7 +8717,7 @@ class TerminalDoor(Door):
         for _ in range(MOST_LOOKS):
             screen = self.terminal.look()
             obstacle = self.pane_obstacle(screen)
-            if obstacle and obstacle.word is not Ring.DIALOG:
+            if obstacle and obstacle.word != Ring.DIALOG:
                 return obstacle
             composer = composer_on(screen, self.cli, self.settings.prompts)
             if not obstacle and self.has_our_line(screen, composer):
@@ -8887,7 +8887,7 @@ class Doors:
             if not door.available():
                 continue
             outcome = door.ring(f"{clean} #{os.urandom(2).hex()}")
-            if outcome.word is not Ring.UNAVAILABLE:
+            if outcome.word != Ring.UNAVAILABLE:
                 return outcome
             reasons.append(f"{door.name}: {outcome.detail}")
         reasons.append(self.note())

@@ -6016,6 +6016,38 @@ age from human: "hello there my
 ❯⍽␛7m
 ␛0m␛38;5;244m␛49m⟪─*60⟫
   ? for shortcuts · ← for agents
+=== Claude Code 2.1.197: vim mode, inserting = empty @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  -- INSERT -- ← for agents⟪ *75⟫● high · /effort
+=== Claude Code 2.1.197: vim mode, a draft = draft @ 8,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽fix it␛7m
+␛0m␛38;5;244m␛49m⟪─*120⟫
+  -- INSERT --⟪ *88⟫● high · /effort
+=== Claude Code 2.1.197: vim mode, a draft, not inserting = draft @ 7,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽fix i␛7mt␛0m␛39m␛49m
+␛38;5;244m⟪─*120⟫
+⟪ *102⟫● high · /effort
+=== Claude Code 2.1.197: vim mode, caret at its beginning = draft @ 2,4 of 120
+  ▘▘ ▝▝    ~/shop
+
+
+⟪─*120⟫
+␛39m❯⍽␛7mf␛0m␛39m␛49mix it
+␛38;5;244m⟪─*120⟫
+⟪ *102⟫● high · /effort
 === Claude Code 2.1.332: idle = empty @ 2,4 of 120
 ▎ https://code.claude.com/docs/en/permission-modes
   1 more notice hidden (ctrl+o to expand)
