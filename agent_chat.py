@@ -76,7 +76,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import re
 import struct
@@ -952,11 +951,12 @@ def printable(text: str) -> str:
 # Knows: the schema, one connection.  Never: sockets, HTTP, the rules, writing.
 # ======================================================================================
 
-# A send writes a row of `messages` and one of `inbox` for each recipient, and no more: each
-# further tree would cost a page of the write-ahead log and its share of the disk's time. The
-# other ways into the log (who sent it, to whom, in which group and thread, its words) are
-# brought up to date for many messages at once. Up to `facts.indexed` they are complete; what
-# was stored since then, the tail, is short, and readers look through it themselves.
+# A send writes a row of `messages` and one of `inbox` for each recipient, and
+# no more: each further tree would cost a page of the write-ahead log and its
+# share of the disk's time. The other ways into the log (who sent it, to whom,
+# in which group and thread, its words) are brought up to date for many
+# messages at once. Up to `facts.indexed` they are complete; what was stored
+# since then, the tail, is short, and readers look through it themselves.
 WORDS = """detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2" """
 SCHEMA = """
     -- Everybody who ever wrote or was written to, one whatever its case. A group has a # in
@@ -974,13 +974,13 @@ SCHEMA = """
         recipients TEXT,           -- its recipients in the order of the send, as JSON
         verified INTEGER NOT NULL,
         in_reply_to,               -- packed id
-        thread,                    -- packed id of its first message, NULL for that one itself
+        thread,                    -- packed id of its first message; NULL for that itself
         depth INTEGER NOT NULL,
         choices TEXT,              -- JSON
         content TEXT NOT NULL);
     CREATE TABLE foreign_ids (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-    -- One row per recipient. The key is the only index: mail that waits lies together, in the
-    -- order of its state. Times are microseconds since the message was created.
+    -- One row per recipient. The key is the only index: mail that waits lies together, in
+    -- the order of its state. Times are microseconds since the message was created.
     CREATE TABLE inbox (
         agent INTEGER, state INTEGER, seq INTEGER, quiet TEXT,
         pushed INTEGER, rung INTEGER, seen INTEGER, read INTEGER, door TEXT, outcome TEXT,
@@ -997,7 +997,8 @@ SCHEMA = """
     -- What waits for an answer of the human.
     CREATE TABLE questions (seq INTEGER PRIMARY KEY, agent INTEGER NOT NULL);
     CREATE INDEX questions_of ON questions (agent);
-    -- The trees that lag. A target is a recipient or a group; nth counts the messages of a pair.
+    -- The trees that lag. A target is a recipient or a group; nth counts the messages of
+    -- such a pair.
     CREATE TABLE sent (
         sender INTEGER, seq INTEGER, PRIMARY KEY (sender, seq)) WITHOUT ROWID;
     CREATE TABLE routes (
@@ -1028,28 +1029,44 @@ IS_ANY = f"state IN ({UNRUNG}, {RUNG}, {SILENT}, {READ})"
 
 MOST_SENDS = 1 << 31  # the seq of our own ids stays below, a clock of older ones above
 OWN_ID = re.compile(r"msg-([1-9][0-9]{0,9})-([0-9a-f]{8})")
-SEARCH_SECONDS = 3  # on a reader's thread; nearly all take a thousandth of that
+PROGRESS_STEPS = 20_000  # of SQLite's machine, about a millisecond
+SPOKEN = 1000  # replies of a thread, the newest, in which somebody is looked for
 SAMPLE = 1000  # messages looked at for how long it takes until they are seen
 MOST_PAIRS = 200  # of the picture of the traffic
 
 
-DAMAGED = ("{0} is damaged or not a database ({1}); move it away and start again, "
-           "`sqlite3 FILE .recover` saves what can still be read")
+DAMAGED = (
+    "{0} is damaged or not a database ({1}); move it away and start again, "
+    "`sqlite3 FILE .recover` saves what can still be read"
+)
 LOCKED = "another program holds {0} locked; try again in a moment"
 FAILURES = (  # the beginning of SQLite's name for it, what it is to us, and the sentence
-    ("SQLITE_INTERRUPT", StoreBusy, "this takes too long; ask for less at a time"),
-    ("SQLITE_FULL", StoreFull, "the disk that holds {0} is full; free some space and send again"),
+    (
+        "SQLITE_FULL",
+        StoreFull,
+        "the disk that holds {0} is full; free some space and send again",
+    ),
     ("SQLITE_BUSY", StoreBusy, LOCKED),
     ("SQLITE_LOCKED", StoreBusy, LOCKED),
-    ("SQLITE_READONLY", StoreBusy, "{0} cannot be written to; make it writable and send again"),
-    ("SQLITE_INTERRUPT", StoreBusy, "this search takes too long; ask for less: a rarer word, "
-     "fewer days, one agent"),
-    ("SQLITE_CORRUPT", Damaged, DAMAGED), ("SQLITE_NOTADB", Damaged, DAMAGED),
-    ("", StoreBusy, "{0} cannot be used now ({1}); try again in a moment"))
+    (
+        "SQLITE_READONLY",
+        StoreBusy,
+        "{0} cannot be written to; make it writable and send again",
+    ),
+    (
+        "SQLITE_INTERRUPT",
+        StoreBusy,
+        "this search takes too long; ask for less: a rarer word, fewer days, one agent",
+    ),
+    ("SQLITE_CORRUPT", Damaged, DAMAGED),
+    ("SQLITE_NOTADB", Damaged, DAMAGED),
+    ("", StoreBusy, "{0} cannot be used now ({1}); try again in a moment"),
+)
 
 
 class QuietPair(NamedTuple):
-    """Two agents whose bell the loop guard keeps quiet, by the first message that it silenced."""
+    """Two agents whose bell the loop guard keeps quiet, by the first message
+    that it silenced."""
 
     sender: str
     agent: str
@@ -1076,16 +1093,29 @@ class PairCount(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Who wrote to whom, and the seconds until mail was seen, in order: of all direct messages
-    of the range, or of SAMPLE of them that lie evenly in it."""
+    """Who wrote to whom, and the seconds until mail was seen, in order: of
+    all direct messages of the range, or of SAMPLE of them that lie evenly in
+    it."""
 
     pairs: list[PairCount]  # the busiest first, at most MOST_PAIRS
     seen: list[float]
 
 
 def message_id(seq: int, tag: int) -> str:
-    """The id of a message: its seq, and 32 random bits that nobody can guess."""
+    """The id of a message: its seq, and 32 random bits that nobody can
+    guess."""
     return f"msg-{seq}-{tag:08x}"
+
+
+def packed(text: str) -> int | str | None:
+    """An id as it is stored: seq and tag in one number if it has our form,
+    else as it is."""
+    match = OWN_ID.fullmatch(text)
+    if match and int(match[1]) < MOST_SENDS:
+        return int(match[1]) << 32 | int(match[2], 16)
+    if not text:
+        return None
+    return text
 
 
 def byte_length(text: str) -> int:
@@ -1095,25 +1125,20 @@ def byte_length(text: str) -> int:
     return len(text.encode())
 
 
-def packed(text: str) -> int | str | None:
-    """An id as it is stored: seq and tag in one number if it has our form, else as it is."""
-    match = OWN_ID.fullmatch(text)
-    if match and int(match[1]) < MOST_SENDS:
-        return int(match[1]) << 32 | int(match[2], 16)
-    return text or None
-
-
 def unpacked(value: int | str | None) -> str:
     """The id that `packed` was given."""
     if isinstance(value, int):
         return message_id(value >> 32, value & 0xFFFFFFFF)
-    return value or ""
+    if value is None:
+        return ""
+    return value
 
 
 @functools.lru_cache(256)
 def micros(moment: str) -> int:
     """Microseconds since 1970 of an RFC 3339 time. Raises ValueError."""
     from datetime import UTC, datetime, timedelta
+
     since = datetime.fromisoformat(moment) - datetime(1970, 1, 1, tzinfo=UTC)
     return since // timedelta(microseconds=1)
 
@@ -1131,8 +1156,9 @@ def rfc3339(micro: int) -> str:
 
 
 def words_of(text: str) -> str:
-    """What full-text search is asked for a text: every word of it, "" if it has none. With a *
-    at its end the last word may be the beginning of one, if it has three letters."""
+    """What full-text search is asked for a text: every word of it, "" if it
+    has none. With a * at its end the last word may be the beginning of one,
+    if it has three letters."""
     words = re.findall(r"[^\W_]+", text)
     asked = " ".join(f'"{word}"' for word in words)
     if words and text.endswith("*") and len(words[-1]) > 2:
@@ -1141,19 +1167,32 @@ def words_of(text: str) -> str:
 
 
 class Side(NamedTuple):
-    """A sender and a recipient that messages must have, as ids of names; 0 is anybody."""
+    """A sender and a recipient that messages must have, as ids of names; 0 is
+    anybody."""
 
     sender: int = 0
     recipient: int = 0
 
 
 class IndexWalk(NamedTuple):
-    """Messages in their order, as one index has them: the beginning of a SELECT of `key`."""
+    """Messages in their order, as one index has them: the beginning of a
+    SELECT of `key`."""
 
     select: str
     values: tuple[object, ...] = ()
     key: str = "x.seq"
     lags: bool = True  # the index holds nothing of the tail
+
+    def branch(self, conditions: Iterable[tuple[str, int]], order: str) -> str:
+        """A SELECT of those between two seqs that meet the conditions, with
+        a limit: its values are those of the stream, of the bounds, of the
+        conditions and of the limit."""
+        where = [f"{self.key} >= ?", f"{self.key} < ?"]
+        where += [condition for condition, _ in conditions]
+        return (
+            f"SELECT * FROM ({self.select} AND {' AND '.join(where)} "
+            f"ORDER BY {self.key} {order} LIMIT ?)"
+        )
 
 
 ALL_MESSAGES = IndexWalk("SELECT x.seq FROM messages x WHERE TRUE", lags=False)
@@ -1169,8 +1208,8 @@ class Search(NamedTuple):
     group: int
 
     def streams(self, side: Side) -> list[IndexWalk]:
-        """The narrowest way to what fits a side. Each is walked in the order of seq, so that
-        no cost grows with the log."""
+        """The narrowest way to what fits a side. Each is walked in the order
+        of seq, so that no cost grows with the log."""
         target = self.group or side.recipient
         if self.text:
             words = "SELECT x.rowid FROM words x WHERE x.words MATCH ?"
@@ -1179,24 +1218,38 @@ class Search(NamedTuple):
             routes = "SELECT x.seq FROM routes x WHERE x.sender = ? AND x.target = ?"
             return [IndexWalk(routes, (side.sender, target))]
         if self.group:
-            return [IndexWalk("SELECT x.seq FROM grouped x WHERE x.grp = ?", (self.group,))]
+            return [
+                IndexWalk("SELECT x.seq FROM grouped x WHERE x.grp = ?", (self.group,))
+            ]
         if side.sender:
-            return [IndexWalk("SELECT x.seq FROM sent x WHERE x.sender = ?", (side.sender,))]
+            return [
+                IndexWalk("SELECT x.seq FROM sent x WHERE x.sender = ?", (side.sender,))
+            ]
         if side.recipient:
             inbox = "SELECT x.seq FROM inbox x WHERE x.agent = ? AND x.state = ?"
-            return [IndexWalk(inbox, (side.recipient, state), lags=False) for state in STATES]
+            return [
+                IndexWalk(inbox, (side.recipient, state), lags=False)
+                for state in STATES
+            ]
         return [ALL_MESSAGES]
 
     def conditions(self, side: Side, key: str) -> list[tuple[str, int]]:
-        """All that the message of that key must be, whatever index it was found by."""
+        """All that the message of that key must be, whatever index it was
+        found by."""
         column = f"(SELECT %s FROM messages m WHERE m.seq = {key}) = ?"
-        received = (f"EXISTS (SELECT 1 FROM inbox i WHERE i.agent = ? AND i.{IS_ANY} "
-                    f"AND i.seq = {key})")
+        received = (
+            f"EXISTS (SELECT 1 FROM inbox i WHERE i.agent = ? AND i.{IS_ANY} "
+            f"AND i.seq = {key})"
+        )
         alone = side.sender and side.recipient and not self.group
         to_side = column % "m.recipient" if alone else received
-        wanted = [(column % "m.sender", side.sender), (to_side, side.recipient),
-                  (column % "m.sender", self.sender), (received, self.recipient),
-                  (column % "m.grp", self.group)]
+        wanted = [
+            (column % "m.sender", side.sender),
+            (to_side, side.recipient),
+            (column % "m.sender", self.sender),
+            (received, self.recipient),
+            (column % "m.grp", self.group),
+        ]
         return [(condition, value) for condition, value in wanted if value]
 
 
@@ -1210,10 +1263,14 @@ MESSAGE = """
             ELSE m.depth END,
         m.choices
     FROM messages m WHERE m.seq = ?"""
-RECEIPT = "n.name, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet"
+RECEIPT = f"""
+    SELECT ?1, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet FROM inbox x
+    WHERE x.agent = (SELECT id FROM names WHERE name = ?1)
+        AND x.{IS_ANY} AND x.seq = ?2"""
 RECEIPTS = f"""
-    SELECT {RECEIPT} FROM messages m
-        CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
+    SELECT n.name, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet
+    FROM messages m
+        CROSS JOIN json_each(m.recipients) r
         CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_ANY} AND x.seq = m.seq
         CROSS JOIN names n ON n.id = r.value
     WHERE m.seq = ? LIMIT ?"""
@@ -1234,22 +1291,30 @@ QUIET_PAIRS = """
         JOIN names s ON s.id = q.sender
         JOIN names a ON a.id = q.agent
         LEFT JOIN messages m ON m.seq = q.first"""
-# The pairs are found one by one, in the order of the index, and so is the first and the last
-# message of each: 10 us a pair, however many messages it has.
+# The pairs are found one by one, by their place in the index, and so are the
+# first and the last message of each: 10 us a pair, however many messages it
+# has.
 TRAFFIC = """
-    WITH RECURSIVE pair (sender, target) AS (
-        SELECT * FROM (SELECT sender, target FROM routes ORDER BY 1, 2 LIMIT 1)
-        UNION ALL
-        SELECT r.sender, r.target FROM pair p JOIN routes r ON (r.sender, r.target, r.seq) = (
-            SELECT n.sender, n.target, n.seq FROM routes n
-            WHERE (n.sender, n.target) > (p.sender, p.target)
-            ORDER BY n.sender, n.target, n.seq LIMIT 1))
-    SELECT sender, target,
+    WITH RECURSIVE
+        author (id) AS (
+            SELECT min(sender) FROM routes
+            UNION ALL
+            SELECT (SELECT min(sender) FROM routes r WHERE r.sender > a.id)
+            FROM author a WHERE a.id IS NOT NULL),
+        pair (sender, target) AS (
+            SELECT a.id, (SELECT min(target) FROM routes r WHERE r.sender = a.id)
+            FROM author a WHERE a.id IS NOT NULL
+            UNION ALL
+            SELECT p.sender, (SELECT min(target) FROM routes r
+                WHERE r.sender = p.sender AND r.target > p.target)
+            FROM pair p WHERE p.target IS NOT NULL)
+    SELECT (SELECT name FROM names WHERE id = p.sender),
+        (SELECT name FROM names WHERE id = p.target),
+        (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
+            AND r.seq >= ?1 ORDER BY r.seq LIMIT 1),
         (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
             AND r.seq < ?2 ORDER BY r.seq DESC LIMIT 1)
-        - (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
-            AND r.seq >= ?1 ORDER BY r.seq LIMIT 1) + 1 AS count
-    FROM pair p WHERE count > 0 ORDER BY count DESC LIMIT ?3"""
+    FROM pair p WHERE p.target IS NOT NULL"""
 SEEN_SAMPLE = f"""
     WITH RECURSIVE sample (seq) AS (
         SELECT ?1 UNION ALL SELECT seq + ?3 FROM sample WHERE seq + ?3 < ?2)
@@ -1258,21 +1323,27 @@ SEEN_SAMPLE = f"""
         CROSS JOIN inbox x ON x.agent = m.recipient AND x.{IS_ANY} AND x.seq = m.seq
     WHERE x.seen IS NOT NULL ORDER BY 1"""
 
-
-PROGRESS_STEPS = 20_000  # of SQLite's machine, about a millisecond
 SPOKE = """
-    SELECT count(*) FROM threads t CROSS JOIN messages m ON m.seq = t.seq
-    WHERE t.thread = ?1 AND m.sender = ?2 AND t.seq <= ?3"""
+    SELECT 1 FROM (
+        SELECT seq FROM threads WHERE thread = ?1 ORDER BY seq DESC LIMIT ?3) t
+        CROSS JOIN messages m ON m.seq = t.seq
+    WHERE m.sender = ?2 LIMIT 1"""
 SPOKE_LATELY = """
-    SELECT count(*) FROM messages WHERE seq > ?3 AND thread = ?1 AND sender = ?2"""
+    SELECT 1 FROM messages WHERE thread = ?1 AND sender = ?2 AND seq > ?3 LIMIT 1"""
 
 
 def of_states(columns: str, states: Sequence[int], order: str = "") -> str:
-    """A SELECT from an agent's (?1) inbox with a limit (?2), in the order of seq over several
-    states: each of them lies in order already. With ?3, a seq that they come after."""
-    branch = (f"SELECT * FROM (SELECT {columns} FROM inbox WHERE agent = ?1 AND state = %d "
-              f"ORDER BY seq {order} LIMIT ?2)")
-    return " UNION ALL ".join(branch % state for state in states) + f" ORDER BY 1 {order} LIMIT ?2"
+    """A SELECT from an agent's (?1) inbox with a limit (?2), in the order of
+    seq over several states: each of them lies in order already. With ?3, a
+    seq that they come after."""
+    branch = (
+        f"SELECT * FROM (SELECT {columns} FROM inbox WHERE agent = ?1 AND state = %d "
+        f"ORDER BY seq {order} LIMIT ?2)"
+    )
+    return (
+        " UNION ALL ".join(branch % state for state in states)
+        + f" ORDER BY 1 {order} LIMIT ?2"
+    )
 
 
 OLDEST_UNREAD = of_states("seq, seen", WAITING)
@@ -1285,24 +1356,59 @@ def store_error(error: Exception, path: str) -> ChatError:
     if isinstance(error, UnicodeError):
         return BadRequest("this text cannot be stored: it is not Unicode")
     name = getattr(error, "sqlite_errorname", "")
+    # Python's own words, of a text that is none.
+    if str(error).startswith("Could not decode"):
+        name = "SQLITE_CORRUPT"
     kind, sentence = next(row[1:] for row in FAILURES if name.startswith(row[0]))
     return kind(sentence.format(path, error))
 
 
+def receipt(
+    message: Message,
+    agent: str,
+    pushed: int | None,
+    rung: int | None,
+    seen: int | None,
+    read: int | None,
+    door: str | None,
+    outcome: str | None,
+    quiet: str | None,
+) -> Receipt:
+    """A row of RECEIPTS as people read it."""
+    stored = micros(message.created_at)
+
+    def at(delay: int | None) -> str | None:
+        return None if delay is None else rfc3339(stored + delay)
+
+    return Receipt(
+        agent,
+        message.created_at,
+        at(pushed),
+        at(rung),
+        at(seen),
+        at(read),
+        door,
+        outcome,
+        quiet or "",
+    )
+
+
 class Log:
-    """The reading side, over one connection of one thread. Sees what is committed, and, on
-    the writer's own connection, what this turn has written. Raises ChatErrors only."""
+    """The reading side, over one connection of one thread. Sees what is
+    committed, and, on the writer's own connection, what this turn has
+    written. Raises ChatErrors only."""
 
     lately: Mapping[int, Message] = {}  # what need not be fetched again
 
-    def __init__(self, path: str, connection: sqlite3.Connection,
-                 lockable: Callable[[], None]) -> None:
-        """`lockable` raises an OSError where the file system refuses locks. SQLite takes that
-        for a busy file and tries again for 12 s, during which nothing can reach it."""
+    def __init__(
+        self, path: str, connection: sqlite3.Connection, lockable: Callable[[], None]
+    ) -> None:
+        """`lockable` raises an OSError where the file system refuses locks.
+        SQLite takes that for a busy file and tries again for 12 s, during
+        which nothing can reach it."""
         self.path = path
         self.connection = connection
         self._lockable = lockable
-        self._deadline = math.inf  # of what `find` and `count` do, by the monotonic clock
 
     # -- statements
 
@@ -1314,6 +1420,20 @@ class Log:
             return self.connection.execute(sql, values).fetchall()
         except (self.connection.Error, OSError, UnicodeError) as error:
             raise store_error(error, self.path) from None
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """One view of the log for several statements, which also saves each
+        the cost of its own locks. Within a turn there is one already."""
+        if self.connection.in_transaction:
+            yield
+            return
+        self._rows("BEGIN")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(self.connection.Error):
+                self.connection.execute("COMMIT")
 
     def _seqs(self, sql: str, *values: object) -> list[int]:
         """The first column of a SELECT."""
@@ -1333,22 +1453,31 @@ class Log:
         return str(self._seqs("SELECT name FROM names WHERE id = ?", number)[0])
 
     def fact(self, key: str) -> int:
-        """A number that outlives the process, 0 at first: cursors of background work."""
+        """A number that outlives the process, 0 at first: cursors of
+        background work."""
         return self._number("SELECT value FROM facts WHERE key = ?", key)
 
-    def overdue(self) -> bool:
-        """Whether a search has had its time; SQLite asks that now and then, and then ends it."""
-        return time.monotonic() > self._deadline
+    @contextlib.contextmanager
+    def given_up_when(self, stop: Callable[[], bool]) -> Iterator[None]:
+        """Within it, what takes long is given up once `stop` says so:
+        StoreBusy."""
+        self.connection.set_progress_handler(stop, PROGRESS_STEPS)
+        try:
+            yield
+        finally:
+            self.connection.set_progress_handler(None, 0)
 
-    def cancel(self) -> None:
-        """End what another thread reads here: who asked for it is gone. It raises StoreBusy."""
-        self.connection.interrupt()
+    def first_seq(self) -> int:
+        """The seq of the oldest message that is there, 0 if there is none."""
+        return self._number("SELECT min(seq) FROM messages")
 
     # -- messages
 
-    def messages(self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES) -> list[Message]:
-        """Those of these messages that exist, cut once they have so many characters together;
-        at least one."""
+    def messages(
+        self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES
+    ) -> list[Message]:
+        """Those of these messages that exist, cut once they have so many
+        characters together; at least one."""
         page: list[Message] = []
         for seq in seqs:
             message = self.lately.get(seq) or self._stored(seq)
@@ -1362,13 +1491,36 @@ class Log:
 
     def _stored(self, seq: int) -> Message | None:
         """A message as it was sent, out of its row."""
-        for (_, tag, foreign_id, sender, recipient, group, content, in_reply_to, created,
-             verified, thread, depth, choices) in self._rows(MESSAGE, seq):
+        for (
+            _,
+            tag,
+            foreign_id,
+            sender,
+            recipient,
+            group,
+            content,
+            in_reply_to,
+            created,
+            verified,
+            thread,
+            depth,
+            choices,
+        ) in self._rows(MESSAGE, seq):
             return Message(
-                seq, foreign_id or message_id(seq, tag), sender, recipient or "",
-                (group or "")[1:], content, unpacked(in_reply_to), rfc3339(created),
-                bool(verified), unpacked(thread), depth, None,
-                tuple(json.loads(choices)) if choices else ())
+                seq,
+                foreign_id or message_id(seq, tag),
+                sender,
+                recipient or "",
+                (group or "")[1:],
+                content,
+                unpacked(in_reply_to),
+                rfc3339(created),
+                bool(verified),
+                unpacked(thread),
+                depth,
+                None,
+                tuple(json.loads(choices)) if choices else (),
+            )
         return None
 
     def seqs_of(self, ids: Iterable[str]) -> dict[int, str]:
@@ -1391,9 +1543,13 @@ class Log:
         return next(iter(self.messages(self.seqs_of([message_id]))), None)
 
     def by_client(self, sender: str, client_id: str) -> Message | None:
-        """What this sender has sent under an id of its own, None if nothing or long ago."""
-        seqs = self._seqs("SELECT seq FROM clients WHERE sender = ? AND client_id = ?",
-                          self._id(sender), client_id)
+        """What this sender has sent under an id of its own, None if nothing
+        or long ago."""
+        seqs = self._seqs(
+            "SELECT seq FROM clients WHERE sender = ? AND client_id = ?",
+            self._id(sender),
+            client_id,
+        )
         return next(iter(self.messages(seqs)), None)
 
     def recipients(self, message: Message) -> list[str]:
@@ -1402,106 +1558,102 @@ class Log:
 
     def receipts(self, message: Message, limit: int = 50) -> list[Receipt]:
         """How far a message got, per recipient, in the order of the send."""
-        stored = micros(message.created_at)
-
-        def at(delay: int | None) -> str | None:
-            return None if delay is None else rfc3339(stored + delay)
-
-        return [Receipt(name, message.created_at, at(pushed), at(rung), at(seen), at(read),
-                        door, outcome, quiet or "")
-                for name, pushed, rung, seen, read, door, outcome, quiet
-                in self._rows(RECEIPTS, message.seq, limit)]
+        if message.to_agent:
+            rows = self._rows(RECEIPT, message.to_agent, message.seq)
+        else:
+            rows = self._rows(RECEIPTS, message.seq, limit)
+        return [receipt(message, *row) for row in rows]
 
     def thread(self, root: str, limit: int) -> list[Message]:
-        """A thread, oldest first: the message of that id, and so many of those that it led to."""
-        key, indexed = packed(root), self.fact("indexed")
+        """A thread, oldest first: the message of that id, and so many of
+        those that it led to."""
+        key = packed(root)
+        indexed = self.fact("indexed")
         replies = self._seqs(
             "SELECT seq FROM threads WHERE thread = ?1 UNION "
             "SELECT seq FROM messages WHERE seq > ?2 AND thread = ?1 ORDER BY 1 LIMIT ?3",
-            key, indexed, limit)
+            key,
+            indexed,
+            limit,
+        )
         return self.messages([*self.seqs_of([root]), *replies])
 
-    def first_seq(self) -> int:
-        """The seq of the oldest message that is there, 0 if there is none."""
-        return self._number("SELECT min(seq) FROM messages")
-
     def spoke(self, thread: str, agent: str) -> bool:
-        """Has this agent said anything in this thread?"""
+        """Has this agent said anything in this thread? Of a very long one,
+        lately."""
         root = self.message(thread)
         if root and root.from_agent.lower() == agent.lower():
             return True
-        values = (packed(thread), self._id(agent), self.fact("indexed"))
-        return bool(self._number(SPOKE, *values) or self._number(SPOKE_LATELY, *values))
-
-    @contextlib.contextmanager
-    def given_up_when(self, stop: Callable[[], bool]) -> Iterator[None]:
-        """Within it, a question that takes long is given up once `stop` says so: StoreBusy."""
-        self.connection.set_progress_handler(stop, PROGRESS_STEPS)
-        try:
-            yield
-        finally:
-            self.connection.set_progress_handler(None, 0)
+        key = packed(thread)
+        number = self._id(agent)
+        indexed = self.fact("indexed")
+        return bool(
+            self._number(SPOKE_LATELY, key, number, indexed)
+            or self._number(SPOKE, key, number, SPOKEN)
+        )
 
     def seq_at(self, moment: str, *, after: bool = False) -> int:
-        """The first seq stored at or after (`after`: only after) an RFC 3339 time, found by
-        bisection over the log. A clock that jumped shifts a time filter, never an order."""
+        """The first seq stored at or after (`after`: only after) an RFC 3339
+        time, found by bisection over the log. A clock that jumped shifts a
+        time filter, never an order."""
         wanted = micros(moment) + after
-        low, high = 0, self._number("SELECT max(seq) FROM messages") + 1
-        while low < high:
-            middle = (low + high) // 2
-            next_one = "SELECT seq, created FROM messages WHERE seq >= ? LIMIT 1"
-            seq, created = next(iter(self._rows(next_one, middle)), (high, wanted))
-            if created < wanted:
-                low = seq + 1
-            else:
-                high = middle
+        next_one = "SELECT seq, created FROM messages WHERE seq >= ? LIMIT 1"
+        with self._snapshot():
+            low = self.first_seq()
+            high = self._number("SELECT max(seq) FROM messages") + 1
+            while low < high:
+                middle = (low + high) // 2
+                seq, created = next(iter(self._rows(next_one, middle)), (high, wanted))
+                if created < wanted:
+                    low = seq + 1
+                else:
+                    high = middle
         return low
 
     # -- what somebody looks for
 
     def find(self, query: Query) -> list[Message]:
-        """The messages that a query is after, the newest or the oldest first, cut at its limit
-        and its bytes."""
-        return self.messages(self._found(query), query.most_bytes)
+        """The messages that a query is after, the newest or the oldest first,
+        cut at its limit and its bytes."""
+        with self._snapshot():
+            return self.messages(self._found(query), query.most_bytes)
 
     def count(self, query: Query, most: int = 10_000) -> int:
         """How many messages a query is after; it stops counting at `most`."""
         return len(self._found(query._replace(limit=most)))
 
     def _found(self, query: Query) -> list[int]:
-        """The seqs of what a query is after, in its order: out of the indexes, and out of the
-        tail, which they do not hold yet."""
+        """The seqs of what a query is after, in its order: out of the
+        indexes, and out of the tail, which they do not hold yet."""
         search = self._search(query)
         if search is None:
             return []
-        indexed = self.fact("indexed")  # read first: what is indexed meanwhile is found twice
+        # Read first: what is indexed meanwhile is found twice, and given once.
+        indexed = self.fact("indexed")
         order = "DESC" if query.newest else "ASC"
-        branches, values = [], []
+        branches: list[str] = []
+        values: list[object] = []
         for side in search.sides:
             streams = search.streams(side)
-            if streams[0].lags:
+            if any(stream.lags for stream in streams):
                 streams.append(self._tail(search, indexed))
             for stream in streams:
                 conditions = search.conditions(side, stream.key)
-                where = "".join(f" AND {condition}" for condition, _ in conditions)
-                branches.append(
-                    f"SELECT * FROM ({stream.select} AND {stream.key} >= ? AND {stream.key} < ?"
-                    f"{where} ORDER BY {stream.key} {order} LIMIT ?)")
-                asked = [value for _, value in conditions]
-                values += [*stream.values, query.low, query.high, *asked, query.limit]
-        self._deadline = time.monotonic() + SEARCH_SECONDS
-        try:
-            sql = f"{' UNION '.join(branches)} ORDER BY 1 {order} LIMIT ?"
-            return self._seqs(sql, *values, query.limit)
-        finally:
-            self._deadline = math.inf
+                branches.append(stream.branch(conditions, order))
+                values += [*stream.values, query.low, query.high]
+                values += [value for _, value in conditions]
+                values.append(query.limit)
+        union = " UNION ".join(branches)
+        return self._seqs(f"{union} ORDER BY 1 {order} LIMIT ?", *values, query.limit)
 
     def _search(self, query: Query) -> Search | None:
         """A query with the ids of its names; None if nothing can fit it."""
         group = query.group and "#" + query.group
         names = [query.agent, query.other, query.sender, query.recipient, group]
         ids = [self._id(name) if name else 0 for name in names]
-        unknown = any(name and not number for name, number in zip(names, ids, strict=True))
+        unknown = any(
+            name and not number for name, number in zip(names, ids, strict=True)
+        )
         text = words_of(query.text)
         if unknown or (query.text and not text):
             return None
@@ -1512,35 +1664,51 @@ class Log:
         return Search(text, tuple(sides), sender, recipient, group_id)
 
     def _tail(self, search: Search, indexed: int) -> IndexWalk:
-        """What was stored since the indexes were brought up to date. For words, those of its
-        messages that hold them, by the same rules: indexed in memory, for this one search."""
+        """What was stored since the indexes were brought up to date. For
+        words, those of its messages that hold them, by the same rules:
+        indexed in memory, for this one search."""
         since = "SELECT x.seq FROM messages x WHERE x.seq > ?"
         if not search.text:
             return IndexWalk(since, (indexed,))
         import sqlite3
+
         tail = self._rows("SELECT seq, content FROM messages WHERE seq > ?", indexed)
         with contextlib.closing(sqlite3.connect(":memory:")) as memory:
             memory.execute(f"CREATE VIRTUAL TABLE words USING fts5 (content, {WORDS})")
             memory.executemany("INSERT INTO words (rowid, content) VALUES (?,?)", tail)
             match = "SELECT rowid FROM words WHERE words MATCH ?"
             hits = [row[0] for row in memory.execute(match, [search.text])]
-        return IndexWalk("SELECT x.seq FROM messages x WHERE x.seq > ? AND x.seq IN "
-                      "(SELECT value FROM json_each(?))", (indexed, json.dumps(hits)))
+        return IndexWalk(
+            "SELECT x.seq FROM messages x WHERE x.seq > ? AND x.seq IN "
+            "(SELECT value FROM json_each(?))",
+            (indexed, json.dumps(hits)),
+        )
 
     # -- an agent's mail
 
-    def unread(self, agent: str, limit: int, most: int = MAX_PAGE_BYTES,
-               ) -> tuple[list[Message], list[int]]:
-        """The oldest unread messages of an agent, cut by number and by bytes (at least one),
-        and the seqs of those among them that it never saw."""
-        seen = dict(self._rows(OLDEST_UNREAD, self._id(agent), limit))
-        page = self.messages(seen, most)
+    def unread(
+        self,
+        agent: str,
+        limit: int,
+        most: int = MAX_PAGE_BYTES,
+    ) -> tuple[list[Message], list[int]]:
+        """The oldest unread messages of an agent, cut by number and by bytes
+        (at least one), and the seqs of those among them that it never saw."""
+        with self._snapshot():
+            seen = dict(self._rows(OLDEST_UNREAD, self._id(agent), limit))
+            page = self.messages(seen, most)
         return page, [message.seq for message in page if seen[message.seq] is None]
 
     def unrung(self, agent: str, after: int, limit: int) -> list[Message]:
-        """What still has to ring for an agent, after a cursor, oldest first."""
-        seqs = self._seqs(f"SELECT seq FROM inbox WHERE agent = ? AND state = {UNRUNG} "
-                          "AND seq > ? ORDER BY seq LIMIT ?", self._id(agent), after, limit)
+        """What still has to ring for an agent, after a cursor, oldest
+        first."""
+        seqs = self._seqs(
+            f"SELECT seq FROM inbox WHERE agent = ? AND state = {UNRUNG} "
+            "AND seq > ? ORDER BY seq LIMIT ?",
+            self._id(agent),
+            after,
+            limit,
+        )
         return self.messages(seqs, OUT_HIGH_WATER)
 
     def waiting_unread(self, agent: str, limit: int = 100) -> dict[int, str]:
@@ -1548,8 +1716,8 @@ class Log:
         return self._ids_of(self._seqs(NEWEST_UNREAD, self._id(agent), limit))
 
     def waiting_unseen(self, agent: str, limit: int = 100) -> dict[int, str]:
-        """Of an agent's mail what may ring: unread, unseen and not quiet. The newest, oldest
-        first: seq -> id."""
+        """Of an agent's mail what may ring: unread, unseen and not quiet. The
+        newest, oldest first: seq -> id."""
         return self._ids_of(self._seqs(NEWEST_RINGING, self._id(agent), limit))
 
     def _ids_of(self, newest_first: list[int]) -> dict[int, str]:
@@ -1563,38 +1731,55 @@ class Log:
 
     def count_unread(self, agent: str) -> int:
         """How much unread mail an agent has."""
-        return self._number(f"SELECT count(*) FROM inbox WHERE agent = ? AND {IS_UNREAD}",
-                            self._id(agent))
+        return self._number(
+            f"SELECT count(*) FROM inbox WHERE agent = ? AND {IS_UNREAD}",
+            self._id(agent),
+        )
 
     def quiet_pairs(self) -> list[QuietPair]:
-        """The pairs that the loop guard keeps quiet, whatever became of their mail since."""
-        return [QuietPair(sender, agent, unpacked(thread), depth or 0,
-                          "" if created is None else rfc3339(created))
-                for sender, agent, thread, depth, created in self._rows(QUIET_PAIRS)]
+        """The pairs that the loop guard keeps quiet, whatever became of their
+        mail since."""
+        return [
+            QuietPair(
+                sender,
+                agent,
+                unpacked(thread),
+                depth or 0,
+                "" if created is None else rfc3339(created),
+            )
+            for sender, agent, thread, depth, created in self._rows(QUIET_PAIRS)
+        ]
 
     def unseen_mail(self, low: int, high: int) -> list[UnseenMail]:
-        """What of low <= seq < high nobody has seen, by sender and agent. Notices of the
-        server do not count."""
+        """What of low <= seq < high nobody has seen, by sender and agent.
+        Notices of the server do not count."""
         found = []
         for sender, agent, number, last in self._rows(UNSEEN_MAIL, low, high):
-            author, (message,) = self._name(sender), self.messages([last])
+            author = self._name(sender)
+            (message,) = self.messages([last])
             if author != SERVER_NAME:
                 found.append(UnseenMail(author, self._name(agent), number, message.id))
         return found
 
     def open_questions(self, limit: int) -> list[Message]:
         """What waits for an answer of the human, newest first."""
-        return self.messages(self._seqs(
-            "SELECT seq FROM questions ORDER BY seq DESC LIMIT ?", limit))
+        return self.messages(
+            self._seqs("SELECT seq FROM questions ORDER BY seq DESC LIMIT ?", limit)
+        )
 
     def traffic(self, low: int, high: int) -> Traffic:
-        """Who wrote to whom in low <= seq < high, and how long it took until mail was seen. The
-        messages of a span of time are counted by `seq_at`: seqs have no gaps."""
-        pairs = [PairCount(self._name(sender), self._name(target), number)
-                 for sender, target, number in self._rows(TRAFFIC, low, high, MOST_PAIRS)]
+        """Who wrote to whom in low <= seq < high, and how long it took until
+        mail was seen. The messages of a span of time are counted by `seq_at`:
+        seqs have no gaps."""
+        pairs = []
+        for sender, target, first, last in self._rows(TRAFFIC, low, high):
+            if first is not None and last is not None and first <= last:
+                pairs.append(PairCount(sender, target, last - first + 1))
+        pairs.sort(key=lambda pair: -pair.number)
         high = min(high, self._number("SELECT max(seq) FROM messages") + 1)
         step = max(1, (high - low) // SAMPLE)
-        return Traffic(pairs, [row[0] for row in self._rows(SEEN_SAMPLE, low, high, step)])
+        seen = [row[0] for row in self._rows(SEEN_SAMPLE, low, high, step)]
+        return Traffic(pairs[:MOST_PAIRS], seen)
 
 
 # ======================================================================================
@@ -1609,14 +1794,30 @@ UNQUIET_ROWS = 500  # at a time
 MOST_QUESTIONS = 100  # of one agent; the oldest waits no longer
 CLIENT_ID_SECONDS = 86_400  # a repeated send is known for so long
 FORGET_ROWS = 500  # looked at at a time
+DAMAGED_SECONDS = 5  # a disk that cannot be read for so long is no passing fault
 BUSY_SECONDS = 0.04  # the I/O thread may not wait longer for a lock
 PAGE_BYTES = 2048  # a send touches three pages, whatever their size
-PER_CONNECTION = ("synchronous = FULL",  # a 200 survives a power cut
-                  "wal_autocheckpoint = 800", "journal_size_limit = 16777216")  # keeps p99 flat
-MOVED = ("it or its -wal or -shm file was moved or deleted under the hub; put it back, "
-         "or restart the hub")
-# struct flock of Linux: to write, from the start of the file, one byte far behind those that
-# SQLite locks.
+PER_CONNECTION = (
+    "synchronous = FULL",  # a 200 survives a power cut
+    "wal_autocheckpoint = 800",  # pages; keeps p99 flat
+    "journal_size_limit = 16777216",
+    "cache_size = -4000",  # KiB
+)
+MOVED = (
+    "it or its -wal or -shm file was moved or deleted under the hub; put it back, "
+    "or restart the hub"
+)
+TAKEN = (
+    "another hub (pid {1}) already serves {0}; stop it first, or choose another --db"
+)
+CLOSED = "{0} cannot be opened: {1}; choose another --db"
+UNLOCKABLE = "{0} cannot be locked: {1}; choose a --db on another file system"
+HARD_LINK = (
+    "{0} has a second name (a hard link), beside which a hub may have left the newest "
+    "messages in its -wal file; use that name, or a copy made while no hub runs"
+)
+# struct flock of Linux: to write, from the start of the file, one byte far
+# behind those that SQLite locks.
 LOCK_REQUEST = struct.pack("hhqqi4x", 1, os.SEEK_SET, 1 << 62, 1, 0)
 
 INSERT_MESSAGE = """
@@ -1651,17 +1852,31 @@ UNRING = f"""
     WHERE {UNREAD_ROW}"""
 UNQUIET = f"""
     UPDATE inbox SET state = {UNRUNG}, quiet = NULL
-    WHERE agent = ? AND state = {SILENT} AND seq = ? AND quiet = '{LOOPING}' AND seen IS NULL"""
-# The values are those of the old name, of the new one, and a seq.
-MOVE_MAIL = (
-    f"UPDATE inbox SET agent = ?2 WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3",
-    "UPDATE messages SET recipient = ?2 WHERE recipient = ?1 AND seq = ?3",
+    WHERE agent = ? AND state = {SILENT} AND seq = ?
+        AND quiet = '{LOOPING}' AND seen IS NULL"""
+# What was unread of the name ?1 is that of ?2, by seq ?3.
+DROP_SHARED = f"""
+    DELETE FROM inbox WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3 AND EXISTS (
+        SELECT 1 FROM inbox i WHERE i.agent = ?2 AND i.{IS_ANY} AND i.seq = ?3)"""
+MOVE_MAIL = f"UPDATE inbox SET agent = ?2 WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3"
+MOVE_MESSAGES = (
+    """
+    UPDATE messages SET recipient = ?2 WHERE seq = ?3 AND recipient = ?1""",
     """
     UPDATE messages SET recipients = (
-        SELECT json_group_array(CASE WHEN r.value = ?1 THEN ?2 ELSE r.value END)
+        SELECT json_group_array(DISTINCT iif(r.value = ?1, ?2, r.value))
         FROM json_each(recipients) r)
-    WHERE recipients IS NOT NULL AND seq = ?3""",
-    "UPDATE OR IGNORE routes SET target = ?2 WHERE target = ?1 AND seq = ?3",
+    WHERE seq = ?3 AND recipients IS NOT NULL""",
+    """
+    INSERT INTO routes
+        SELECT o.sender, ?2, o.seq, coalesce((
+            SELECT nth FROM routes n WHERE n.sender = o.sender AND n.target = ?2
+                AND n.seq < o.seq ORDER BY n.seq DESC LIMIT 1), 0)
+        FROM routes o JOIN messages m ON m.sender = o.sender
+        WHERE m.seq = ?3 AND o.target = ?1 AND o.seq = ?3""",
+    """
+    DELETE FROM routes WHERE target = ?1 AND seq = ?3
+        AND sender = (SELECT sender FROM messages m WHERE m.seq = ?3)""",
 )
 
 # The trees that lag, for what came after the seq ?1.
@@ -1670,7 +1885,9 @@ INDEX_SENT = """
 INDEX_ROUTES = """
     INSERT INTO routes SELECT m.sender, m.target, m.seq,
         row_number() OVER (PARTITION BY m.sender, m.target ORDER BY m.seq)
-        + coalesce((SELECT nth FROM routes r WHERE r.sender = m.sender AND r.target = m.target
+        + coalesce((
+            SELECT nth FROM routes r
+            WHERE r.sender = m.sender AND r.target = m.target
             ORDER BY r.seq DESC LIMIT 1), 0)
     FROM (SELECT seq, sender, coalesce(recipient, grp) AS target FROM messages
         WHERE seq > ?1) m"""
@@ -1683,7 +1900,14 @@ INDEX_THREADS = """
 INDEX_WORDS = """
     INSERT INTO words (rowid, content) SELECT seq, content FROM messages WHERE seq > ?1"""
 INDEX_TREES = (INDEX_SENT, INDEX_ROUTES, INDEX_GROUPED, INDEX_THREADS)
+# All of it after a migration. The words of schema 1 have stayed, and only
+# lag.
 INDEXED = "(SELECT coalesce(max(value), 0) FROM facts WHERE key = 'indexed')"
+INDEX_ALL = f"""
+    {";".join(INDEX_TREES).replace("?1", "0")};
+    {INDEX_WORDS.replace("?1", INDEXED)};
+    INSERT OR REPLACE INTO facts SELECT 'indexed', coalesce(max(seq), 0) FROM messages;
+    """
 
 PRUNABLE = f"""
     SELECT m.seq, length(m.content) + 8 * length(coalesce(m.recipients, '')) + 512,
@@ -1693,22 +1917,28 @@ PRUNABLE = f"""
     FROM messages m WHERE m.seq >= ? AND m.seq < ? ORDER BY m.seq"""
 PRUNE = (
     "INSERT INTO words (words, rowid, content) "
-    "SELECT 'delete', seq, content FROM messages WHERE seq = ?", f"""
+    "SELECT 'delete', seq, content FROM messages WHERE seq = ?",
+    f"""
     DELETE FROM inbox WHERE (agent, state, seq) IN (
         SELECT x.agent, x.state, x.seq FROM messages m
             CROSS JOIN json_each(coalesce(m.recipients, json_array(m.recipient))) r
             CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_ANY} AND x.seq = m.seq
-        WHERE m.seq = ?)""", """
+        WHERE m.seq = ?)""",
+    """
     DELETE FROM sent WHERE (sender, seq) IN (
-        SELECT sender, seq FROM messages WHERE seq = ?)""", """
+        SELECT sender, seq FROM messages WHERE seq = ?)""",
+    """
     DELETE FROM routes WHERE (sender, target, seq) IN (
-        SELECT sender, coalesce(recipient, grp), seq FROM messages WHERE seq = ?)""", """
+        SELECT sender, coalesce(recipient, grp), seq FROM messages WHERE seq = ?)""",
+    """
     DELETE FROM grouped WHERE (grp, seq) IN (
-        SELECT grp, seq FROM messages WHERE seq = ?)""", """
+        SELECT grp, seq FROM messages WHERE seq = ?)""",
+    """
     DELETE FROM threads WHERE (thread, seq) IN (
         SELECT thread, seq FROM messages WHERE seq = ?)""",
     "DELETE FROM foreign_ids WHERE seq = ?",
-    "DELETE FROM messages WHERE seq = ?")
+    "DELETE FROM messages WHERE seq = ?",
+)
 NEXT_CLIENTS = """
     SELECT sender, client_id, seq FROM clients WHERE (sender, client_id) > (?, ?)
     ORDER BY sender, client_id LIMIT ?"""
@@ -1729,12 +1959,15 @@ AGENTS = f"""
 
 
 def micros_of(column: str) -> str:
-    """SQL for a time of schema 1, "2026-11-22T14:03:14.514393Z", in microseconds since 1970."""
-    return f"(strftime('%s', substr({column}, 1, 19)) * 1000000 + substr({column}, 21, 6))"
+    """SQL for a time of schema 1, "2026-11-22T14:03:14.514393Z", in
+    microseconds since 1970."""
+    return (
+        f"(strftime('%s', substr({column}, 1, 19)) * 1000000 + substr({column}, 21, 6))"
+    )
 
 
-# Schema 1, its tables renamed to old_*, as rows of the tables of LOG. What is done with goes
-# at once, so that the file hardly grows.
+# Schema 1, its tables renamed to old_*, as rows of the tables of LOG. What is
+# done with goes at once, so that the file hardly grows.
 MIGRATION = f"""
     INSERT OR IGNORE INTO names (name) SELECT name FROM old_agents ORDER BY rowid;
     INSERT OR IGNORE INTO names (name)
@@ -1792,7 +2025,9 @@ MIGRATION = f"""
     DROP TABLE old_groups;
     DROP TABLE old_agents;
     """
-# What the existing Go program of this protocol leaves behind, as the tables of schema 1.
+SCHEMA_1_TABLES = ("agents", "messages", "inbox")
+# What the existing Go program of this protocol leaves behind, as the tables
+# of schema 1.
 GO_TABLES = ("agents", "messages", "message_reads", "agent_groups")
 GO_MIGRATION = """
     CREATE TABLE old_agents AS
@@ -1804,18 +2039,19 @@ GO_MIGRATION = """
             '' AS doors, '' AS mute, '' AS allow
         FROM go_agents WHERE is_name(name);
     CREATE TABLE old_messages (
-        seq INTEGER PRIMARY KEY, id, from_agent, to_agent, grp, content, in_reply_to, created_at,
-        verified, thread, depth, client_id);
+        seq INTEGER PRIMARY KEY, id, from_agent, to_agent, grp, content, in_reply_to,
+        created_at, verified, thread, depth, client_id);
     INSERT INTO old_messages
-        SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent, to_agent, grp,
-            content, in_reply_to, adopted_time(created_at), 0, '', 0, NULL
+        SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent, to_agent,
+            grp, content, in_reply_to, adopted_time(created_at), 0, '', 0, NULL
         FROM go_messages;
     CREATE UNIQUE INDEX old_ids ON old_messages (id);
     CREATE TABLE old_inbox (
         seq, agent, pushed_at, rung_at, seen_at, read_at, door, outcome, quiet DEFAULT '',
         PRIMARY KEY (seq, agent));
     INSERT OR IGNORE INTO old_inbox (seq, agent)
-        SELECT seq, to_agent FROM old_messages WHERE to_agent != '' AND to_agent != from_agent
+        SELECT seq, to_agent FROM old_messages
+            WHERE to_agent != '' AND to_agent != from_agent
         UNION ALL SELECT seq, agent_name
             FROM old_messages JOIN go_agent_groups ON group_name = grp
             WHERE agent_name != from_agent
@@ -1830,36 +2066,69 @@ GO_MIGRATION = """
         SELECT 1 FROM old_messages p
         WHERE p.id = old_messages.in_reply_to AND p.seq < old_messages.seq);
     INSERT INTO facts SELECT 'unseen', coalesce(max(seq), 0) FROM old_messages;
+    DROP TABLE go_agents;
+    DROP TABLE go_messages;
+    DROP TABLE go_message_reads;
+    DROP TABLE go_agent_groups;
     """
 
 
-def migration(version: int, adopts: bool) -> str:
-    """The script that brings a file up to date in one transaction: of schema 0, which is a new
-    one or, if it `adopts`, that of the Go program, or of schema 1."""
-    aside, script = {}, ["BEGIN IMMEDIATE;"]
+class InboxRow(NamedTuple):
+    """A row of an inbox as INSERT_DELIVERY wants it."""
+
+    agent: int
+    state: int
+    seq: int
+    quiet: str | None
+    pushed: int | None
+    rung: int | None
+
+
+def delivered(delivery: Delivery, agent: int, seq: int, created: int) -> InboxRow:
+    """The row with which the way of a message to one recipient begins."""
+    pushed = rung = None
+    state = UNRUNG
+    if delivery.pushed_at:
+        pushed = micros(delivery.pushed_at) - created
+    if delivery.rung_at:
+        rung = micros(delivery.rung_at) - created
+        state = RUNG
+    if delivery.quiet:
+        state = SILENT
+    return InboxRow(agent, state, seq, delivery.quiet or None, pushed, rung)
+
+
+def migration(version: int, *, adopts: bool) -> str:
+    """The script that brings a file up to date in one transaction: of schema
+    0, which is a new one or, if it `adopts`, that of the Go program, or of
+    schema 1."""
     if version == 1:
-        aside = {name: f"old_{name}" for name in ("agents", "messages", "inbox")}
-        script.append("DROP INDEX quieted;")
+        steps = [set_aside("old", SCHEMA_1_TABLES), SCHEMA, MIGRATION, INDEX_ALL]
     elif adopts:
-        aside = {name: f"go_{name}" for name in GO_TABLES}
-    script += [f"ALTER TABLE {name} RENAME TO {old};" for name, old in aside.items()]
-    script.append(SCHEMA)
-    if version == 0:
-        script.append(SCHEMA_KEPT)
-    if adopts:
-        script.append(GO_MIGRATION)
-        script += [f"DROP TABLE go_{name};" for name in GO_TABLES]
-    if aside:
-        script += [MIGRATION, *(tree.replace("?1", "0") + ";" for tree in INDEX_TREES)]
-        script.append(INDEX_WORDS.replace("?1", INDEXED) + ";")
-        script.append("INSERT OR REPLACE INTO facts "
-                      "SELECT 'indexed', coalesce(max(seq), 0) FROM messages;")
-    script.append(f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    return "\n".join(script)
+        steps = [
+            set_aside("go", GO_TABLES),
+            SCHEMA,
+            SCHEMA_KEPT,
+            GO_MIGRATION,
+            MIGRATION,
+            INDEX_ALL,
+        ]
+    else:
+        steps = [SCHEMA, SCHEMA_KEPT]
+    script = "\n".join(steps)
+    return f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+
+
+def set_aside(prefix: str, tables: Iterable[str]) -> str:
+    """Statements that rename tables, and free the one name that a new one
+    needs."""
+    renamed = [f"ALTER TABLE {name} RENAME TO {prefix}_{name};" for name in tables]
+    return "\n".join(["DROP INDEX IF EXISTS quieted;", *renamed])
 
 
 def adopted_time(text: str | None) -> str | None:
-    """A time as another program wrote it, in any usual form, in RFC 3339; 1970 if it is none."""
+    """A time as another program wrote it, in any usual form, in RFC 3339;
+    1970 if it is none."""
     if text is None:
         return None
     form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d(?:\.\d+)?))? ?([+-]\d\d:?\d\d)?"
@@ -1874,8 +2143,8 @@ def adopted_time(text: str | None) -> str | None:
 
 
 def agent_record(*columns: object) -> str:
-    """A row of agents of schema 1 as it is stored now. Its lists were words with blanks
-    between them."""
+    """A row of agents of schema 1 as it is stored now. Its lists were words
+    with blanks between them."""
     fields = dict(zip(AgentRecord._fields, columns, strict=False))
     for name in ("groups", "doors", "mute", "allow"):
         fields[name] = str(fields[name]).split()
@@ -1890,30 +2159,42 @@ def is_name(text: str) -> bool:
 
 # What MIGRATION and GO_MIGRATION call, with the number of arguments.
 SQL_FUNCTIONS: Sequence[tuple[str, int, Callable[..., str | int | None]]] = (
-    ("adopted_time", 1, adopted_time), ("is_name", 1, is_name), ("packed", 1, packed),
-    ("agent_record", 13, agent_record))
+    ("adopted_time", 1, adopted_time),
+    ("is_name", 1, is_name),
+    ("packed", 1, packed),
+    ("agent_record", 13, agent_record),
+)
 
 
 class Store(Log):
-    """The one writer. Callers write inside a turn; `commit` ends it, synced to disk. Raises
-    ChatErrors only. Any failed write makes the turn fail: `commit` then raises, and the caller
-    forgets what it has not yet said to anybody."""
+    """The one writer. Callers write inside a turn; `commit` ends it, synced
+    to disk. Raises ChatErrors only. Any failed write makes the turn fail:
+    `commit` then raises, and the caller forgets what it has not yet said to
+    anybody."""
 
     def __init__(self, path: str) -> None:
         """Open the database at this path, or make one. Raises BadConfig."""
         import sqlite3
         import threading
+
         self.path = os.path.realpath(path)
         self._lock = FileLock(self.path)
         self._parts = [self.path, self.path + "-wal", self.path + "-shm"]
         self._readers = threading.local()
-        self.failed: ChatError | None = None  # why this turn must fail: what it wrote is incomplete
+        # Why this turn must fail: what it wrote is incomplete.
+        self.failed: ChatError | None = None
         self.lately: dict[int, Message] = {}
         self._name_ids: dict[str, int] = {}
-        self.statements: list[tuple[str, Sequence[Sequence[object]]]] = []  # of this turn
-        self._next_client: tuple[int, str] = (0, "")  # where `forget_names` goes on
+        # What this turn has written so far, in its order.
+        self.statements: list[tuple[str, Sequence[Sequence[object]]]] = []
+        # Where `forget_names` goes on.
+        self._next_client: tuple[int, str] = (0, "")
         self._next_name = 0
-        self._suspect = False  # nobody knows what reached the disk: the file is opened anew first
+        # Nobody knows what reached the disk: the file is opened anew before
+        # anything is written. Since when it cannot even be read back is
+        # a time of the monotonic clock, 0 if it can.
+        self._suspect = False
+        self._damaged_since = 0.0
         try:
             super().__init__(self.path, self._connect(), self._lock.check)
             self._prepare()
@@ -1929,16 +2210,21 @@ class Store(Log):
     def _connect(self) -> sqlite3.Connection:
         """A connection to the file. Raises sqlite3.Error."""
         import sqlite3
+
         connection = sqlite3.connect(
-            self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False,
-            cached_statements=256)
-        for pragma in ("cache_size = -4000", *PER_CONNECTION):  # KiB
+            self.path,
+            BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        for pragma in PER_CONNECTION:
             connection.execute("PRAGMA " + pragma)
         return connection
 
     def _prepare(self) -> None:
-        """Check the file, choose durability, bring the schema up to date. A file that is
-        refused stays untouched. Raises BadConfig."""
+        """Check the file, choose durability, bring the schema up to date. A
+        file that is refused stays untouched. Raises BadConfig."""
         version = self._number("PRAGMA user_version")
         tables = set(self._seqs("SELECT name FROM sqlite_master WHERE type = 'table'"))
         if os.path.getsize(self.path) < QUICK_CHECK_BYTES:
@@ -1946,23 +2232,33 @@ class Store(Log):
             if verdict != "ok":
                 raise BadConfig(DAMAGED.format(self.path, verdict.splitlines()[-1]))
         if version > SCHEMA_VERSION:
-            raise BadConfig(f"{self.path} was made by a newer agent-chat (schema {version}); "
-                            "upgrade this one")
+            raise BadConfig(
+                f"{self.path} was made by a newer agent-chat (schema {version}); "
+                "upgrade this one"
+            )
         if not version and tables and not tables.issuperset(GO_TABLES):
-            raise BadConfig(f"{self.path} holds tables of another program; choose another --db")
+            raise BadConfig(
+                f"{self.path} holds tables of another program; choose another --db"
+            )
         self.connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         if version < SCHEMA_VERSION:
             self._migrate(migration(version, adopts=bool(tables) and not version))
         self.connection.execute("PRAGMA journal_mode = WAL")
-        self._number("SELECT max(seq) FROM messages")  # makes the -wal file, to know it by
+        self._number(
+            "SELECT max(seq) FROM messages"
+        # Makes the -wal file, to know it by.
+        )
 
     def _migrate(self, script: str) -> None:
-        """Run a migration, whole or not at all. Not in WAL mode, where all that is new would be
-        written twice; until it is through, a journal holds what was there before."""
+        """Run a migration, whole or not at all. Not in WAL mode, where all
+        that is new would be written twice; until it is through, a journal
+        holds what was there before."""
         self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.execute("PRAGMA cache_size = -65536")
         for name, arguments, function in SQL_FUNCTIONS:
-            self.connection.create_function(name, arguments, function, deterministic=True)
+            self.connection.create_function(
+                name, arguments, function, deterministic=True
+            )
         self.connection.executescript(script)
         self.connection.close()
         self.connection = self._connect()
@@ -1975,32 +2271,34 @@ class Store(Log):
                 connection.execute("PRAGMA query_only = ON")
             except self.connection.Error as error:
                 raise store_error(error, self.path) from None
-            log = Log(self.path, connection, self._lock.check)
-            connection.set_progress_handler(log.overdue, 50_000)  # every 5 ms or so
-            self._readers.log = log
+            self._readers.log = Log(self.path, connection, self._lock.check)
         return cast(Log, self._readers.log)
 
     # -- a turn: begun by the first write, ended by commit or rollback
 
     def undo(self, count: int) -> bool:
-        """Forget all but the first statements of this turn, so many; whether there were any.
-        Those are written once more: that is rare, and a savepoint of SQL's costs each request
-        20 us."""
+        """Forget all but the first statements of this turn, so many; whether
+        there were any. Those are written once more: that is rare, and a
+        savepoint of SQL's costs each request 20 us."""
         kept = self.statements[:count]
         if len(kept) == len(self.statements):
             return False
         self.rollback()
-        for sql, rows in kept:
-            self._write_many(sql, rows)
-        self._reload()
+        # What fails now makes the turn fail, as `commit` will say.
+        with contextlib.suppress(StoreBusy, StoreFull, Damaged):
+            for sql, rows in kept:
+                self._write_many(sql, rows)
+            self._reload()
         return True
 
     def _write(self, sql: str, *values: object) -> int:
-        """One statement of this turn; returns the number of rows it changed."""
+        """One statement of this turn; returns the number of rows it
+        changed."""
         return self._write_many(sql, [values])
 
     def _write_many(self, sql: str, rows: Sequence[Sequence[object]]) -> int:
-        """A statement of this turn for each of the rows; how many rows it changed."""
+        """A statement of this turn for each of the rows; how many rows it
+        changed."""
         if self.failed:
             raise self.failed
         try:
@@ -2014,26 +2312,33 @@ class Store(Log):
             raise self._fail(error) from None
 
     def _begin(self) -> None:
-        """Begin a turn with its first write. Raises what `_write_many` understands."""
+        """Begin a turn with its first write. Raises what `_write_many`
+        understands."""
         if self._suspect:
-            self._recover()
+            try:
+                self._recover()
+            except ChatError as error:
+                self.failed = error
+                raise
         self._lockable()
         if self._files != self._identity():
             raise OSError(MOVED)
         self.connection.execute("BEGIN IMMEDIATE")
 
     def _fail(self, error: Exception) -> ChatError:
-        """Make this turn fail; returns why. After anything but a lock that another program
-        holds, what reached the disk is not known any more."""
-        busy = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+        """Make this turn fail; returns why. After anything but a lock that
+        another program holds, what reached the disk is not known any more."""
+        busy = getattr(error, "sqlite_errorname", "").startswith(
+            ("SQLITE_BUSY", "SQLITE_LOCKED")
+        )
         if isinstance(error, self.connection.Error) and not busy:
             self._suspect = True
         self.failed = store_error(error, self.path)
         return self.failed
 
     def _identity(self) -> list[tuple[int, int]]:
-        """Database, write-ahead log and its index as the file system knows them; zeros for
-        what is not there."""
+        """Database, write-ahead log and its index as the file system knows
+        them; zeros for what is not there."""
         found = []
         for part in self._parts:
             try:
@@ -2044,8 +2349,9 @@ class Store(Log):
         return found
 
     def commit(self) -> None:
-        """End the turn. Returns when it is on disk. If it is not, raises why, and then nothing
-        of it is; raises Unservable if the file has to be given up."""
+        """End the turn. Returns when it is on disk. If it is not, raises why,
+        and then nothing of it is; raises Unservable if the file has to be
+        given up."""
         try:
             if self._unindexed > INDEX_BATCH and not self.failed:
                 self.index_words()
@@ -2064,54 +2370,69 @@ class Store(Log):
             self._try_to_recover()
 
     def rollback(self) -> None:
-        """Forget the turn. Raises Unservable if the file has to be given up."""
+        """Forget the turn. Raises Unservable if the file has to be given
+        up."""
         self.failed = None
         self.statements = []
-        self.lately.clear()  # a seq that was rolled back is given again
+        # A seq that was rolled back is given again.
+        self.lately.clear()
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             if not self._suspect:
                 self._reload()
-        except (self.connection.Error, StoreBusy):
+        except (self.connection.Error, StoreBusy, Damaged):
             self._suspect = True
-        except Damaged as error:
-            raise Unservable(str(error)) from None
         if self._suspect:
             self._try_to_recover()
 
     def _try_to_recover(self) -> None:
-        """Recover, if that can be done now; else every write fails, until it can. Raises
-        Unservable only."""
-        with contextlib.suppress(StoreBusy, StoreFull):
+        """Recover, if that can be done now; else every write fails, until it
+        can. Raises Unservable only."""
+        with contextlib.suppress(StoreBusy, StoreFull, Damaged):
             self._recover()
 
     def _recover(self) -> None:
-        """Open the file anew, and bring into it all that was committed. A write or a sync that
-        failed may have left pages that the system has given up, but still shows: no later commit
-        may build on them. Raises StoreBusy or StoreFull while that cannot be done, Unservable
-        if what is read back is damaged."""
+        """Open the file anew, and bring into it all that was committed. A
+        write or a sync that failed may have left pages that the system has
+        given up, but still shows: no later commit may build on them. Raises
+        StoreBusy, StoreFull or Damaged while that cannot be done, Unservable
+        when it has been damaged for long."""
         try:
             self._lockable()
             if self._files != self._identity():
                 raise OSError(MOVED)
-            self.connection.close()
-            self._files = self._identity()
-            self.connection = self._connect()
+            # The new connection comes before the old one goes: if nobody were
+            # left, SQLite would read the log anew, with what failed in it.
+            anew = self._connect()
+            with contextlib.suppress(self.connection.Error):
+                self.connection.close()
+            self.connection = anew
             if self._number("PRAGMA wal_checkpoint(TRUNCATE)"):
                 raise StoreBusy(LOCKED.format(self.path))
-            self._files = self._identity()
             self._reload()
         except (OSError, self.connection.Error) as error:
-            raise store_error(error, self.path) from None
-        except Damaged as error:
-            raise Unservable(str(error)) from None
+            self._bear(store_error(error, self.path))
+        except ChatError as error:
+            self._bear(error)
         self._suspect = False
+        self._damaged_since = 0.0
+
+    def _bear(self, error: ChatError) -> NoReturn:
+        """Raise why the file cannot be opened anew; Unservable if it has been
+        damaged for long."""
+        if isinstance(error, Damaged):
+            if self._damaged_since == 0:
+                self._damaged_since = time.monotonic()
+            if time.monotonic() - self._damaged_since > DAMAGED_SECONDS:
+                raise Unservable(str(error))
+        raise error
 
     def _reload(self) -> None:
         """Read anew what is kept in memory of the file."""
         self.last_seq = self._number("SELECT max(seq) FROM messages")
-        self._indexed, self._unindexed = self.fact("indexed"), 0
+        self._indexed = self.fact("indexed")
+        self._unindexed = 0
         self.lately.clear()
         self._name_ids.clear()
 
@@ -2142,41 +2463,65 @@ class Store(Log):
 
     def append(self, message: Message, deliveries: Sequence[Delivery]) -> None:
         """Store a message with an inbox row for each of its recipients."""
-        created, seq = micros(message.created_at), message.seq
+        seq = message.seq
+        created = micros(message.created_at)
         sender = self._intern(message.from_agent)
-        inbox, quieted = [], []
+        inbox = []
         for delivery in deliveries:
             agent = self._intern(delivery.agent)
-            inbox.append((agent, state_of(delivery), seq, delivery.quiet or None,
-                          delay(delivery.pushed_at, created), delay(delivery.rung_at, created)))
+            inbox.append(delivered(delivery, agent, seq, created))
             if delivery.quiet == LOOPING:
-                quieted.append((agent, sender, seq))
-        group = recipient = recipients = None
-        if message.group:
-            group = self._intern("#" + message.group)
-            recipients = json.dumps([row[0] for row in inbox], separators=(",", ":"))
-        else:
-            recipient = self._intern(message.to_agent)
-        own_id = packed(message.id)
-        tag = None
-        if isinstance(own_id, int) and own_id >> 32 == seq:
-            tag = own_id & 0xFFFFFFFF
-        else:
-            self._write("INSERT INTO foreign_ids VALUES (?,?)", seq, message.id)
-        choices = json.dumps(message.choices) if message.choices else None
-        self._write(INSERT_MESSAGE, seq, tag, created, sender, recipient, group, recipients,
-                    int(message.verified), packed(message.in_reply_to), packed(message.thread),
-                    message.depth, choices, message.content)
+                self._write("INSERT INTO quieted VALUES (?,?,?)", agent, sender, seq)
+        recipients = [row.agent for row in inbox]
+        self._write_many(
+            INSERT_MESSAGE, [self._row(message, sender, created, recipients)]
+        )
         self._write_many(INSERT_DELIVERY, inbox)
-        if quieted:
-            self._write_many("INSERT INTO quieted VALUES (?,?,?)", quieted)
         if message.client_id:
-            self._write("INSERT OR REPLACE INTO clients VALUES (?,?,?)",
-                        sender, message.client_id, seq)
+            known = "INSERT OR REPLACE INTO clients VALUES (?,?,?)"
+            self._write(known, sender, message.client_id, seq)
         self.last_seq = seq
         self._unindexed += len(message.content) + 512
         if len(message.content) < 4096:
             self._keep(message)
+
+    def _row(
+        self,
+        message: Message,
+        sender: int,
+        created: int,
+        recipients: list[int],
+    ) -> tuple[object, ...]:
+        """A message as INSERT_MESSAGE wants it. An id that is not of our form
+        is stored aside."""
+        group = recipient = listed = tag = choices = None
+        if message.group:
+            group = self._intern("#" + message.group)
+            listed = json.dumps(recipients, separators=(",", ":"))
+        else:
+            recipient = self._intern(message.to_agent)
+        own_id = packed(message.id)
+        if isinstance(own_id, int) and own_id >> 32 == message.seq:
+            tag = own_id & 0xFFFFFFFF
+        else:
+            self._write("INSERT INTO foreign_ids VALUES (?,?)", message.seq, message.id)
+        if message.choices:
+            choices = json.dumps(message.choices)
+        return (
+            message.seq,
+            tag,
+            created,
+            sender,
+            recipient,
+            group,
+            listed,
+            int(message.verified),
+            packed(message.in_reply_to),
+            packed(message.thread),
+            message.depth,
+            choices,
+            message.content,
+        )
 
     def _keep(self, message: Message) -> None:
         """Keep a message in memory, instead of the oldest that is there."""
@@ -2185,19 +2530,24 @@ class Store(Log):
             del self.lately[next(iter(self.lately))]
 
     def index_words(self) -> None:
-        """Bring the trees that lag up to date. Not at each append: in a batch of 500 a message
-        costs 5 us and a part of a page, in a transaction of its own 50 us and eight pages."""
+        """Bring the trees that lag up to date. Not at each append: in a batch
+        of 500 a message costs 5 us and a part of a page, in a transaction of
+        its own 50 us and eight pages."""
         if self._indexed < self.last_seq:
             for statement in (*INDEX_TREES, INDEX_WORDS):
                 self._write(statement, self._indexed)
             self.save_fact("indexed", self.last_seq)
-            self._indexed, self._unindexed = self.last_seq, 0
+            self._indexed = self.last_seq
+            self._unindexed = 0
 
     def prune(self, low: int, high: int, most_bytes: int) -> int:
-        """Delete messages of low <= seq < high that nobody has left unread and that ask
-        nothing of the human, until so many bytes went; returns the seq it reached."""
+        """Delete messages of low <= seq < high that nobody has left unread
+        and that ask nothing of the human, until so many bytes went; returns
+        the seq it reached."""
+        # Else there would be no words to take out.
+        self.index_words()
         gone = []
-        for seq, size, waits in self._rows(PRUNABLE, low, min(high, self._indexed + 1)):
+        for seq, size, waits in self._rows(PRUNABLE, low, high):
             if most_bytes <= 0:
                 high = seq
                 break
@@ -2214,23 +2564,29 @@ class Store(Log):
     # -- how far mail got
 
     def _mark(self, sql: str, agent: str, seqs: Iterable[int], *setting: object) -> int:
-        """One of the statements above for some mail of an agent; how many rows changed."""
+        """One of the statements above for some mail of an agent; how many
+        rows changed."""
         number = self._id(agent)
         return self._write_many(sql, [(*setting, number, seq) for seq in seqs])
 
-    def mark_pushed(self, agent: str, seqs: Iterable[int], at: str, *, rung: bool) -> None:
-        """Written to an agent's socket. `rung`: an older client, which never says what it rang,
-        counts as rung by that."""
+    def mark_pushed(
+        self, agent: str, seqs: Iterable[int], at: str, *, rung: bool
+    ) -> None:
+        """Written to an agent's socket. `rung`: an older client, which never
+        says what it rang, counts as rung by that."""
         mail = list(seqs)
         self._mark(MARK_PUSHED, agent, mail, micros(at))
         if rung:
             self._mark(MARK_GIVEN, agent, mail, micros(at))
 
     def mark_rung(self, agent: str, seqs: Iterable[int], at: str, door: str) -> None:
-        """A door rang for it, at this time, whether or not one rang before."""
+        """A door rang for it, at this time, whether or not one rang
+        before."""
         self._mark(MARK_RUNG, agent, seqs, micros(at), door)
 
-    def mark_blocked(self, agent: str, seqs: Iterable[int], door: str, outcome: str) -> None:
+    def mark_blocked(
+        self, agent: str, seqs: Iterable[int], door: str, outcome: str
+    ) -> None:
         """A door could not ring for it, and says why."""
         self._mark(MARK_BLOCKED, agent, seqs, door, outcome)
 
@@ -2248,35 +2604,64 @@ class Store(Log):
         return self._mark(MARK_UNREAD, agent, seqs)
 
     def unring(self, agent: str, seqs: Iterable[int]) -> None:
-        """As if unread mail had never rung, been seen or kept quiet: it rings anew."""
+        """As if unread mail had never rung, been seen or kept quiet: it rings
+        anew."""
         self._mark(UNRING, agent, seqs)
 
     def unquiet(self, one: str, other: str, thread: str) -> int:
-        """Let mail between two agents that the loop guard silenced ring, a bounded piece of it;
-        how much is left. A chain of replies in that thread is counted from here."""
+        """Let mail between two agents that the loop guard silenced ring, a
+        bounded piece of it; how much is left. A chain of replies in that
+        thread is counted from here."""
         if thread:
-            self._write("INSERT OR REPLACE INTO chains VALUES (?,?)",
-                        packed(thread), self.last_seq)
+            self._write(
+                "INSERT OR REPLACE INTO chains VALUES (?,?)",
+                packed(thread),
+                self.last_seq,
+            )
             self.lately.clear()
         left = 0
-        for agent, sender in ((self._id(one), self._id(other)), (self._id(other), self._id(one))):
-            rows = self._rows("SELECT agent, seq, sender FROM quieted WHERE agent = ? AND "
-                              "sender = ? ORDER BY seq LIMIT ?", agent, sender, UNQUIET_ROWS)
+        for agent, sender in (
+            (self._id(one), self._id(other)),
+            (self._id(other), self._id(one)),
+        ):
+            rows = self._rows(
+                "SELECT agent, seq, sender FROM quieted WHERE agent = ? AND "
+                "sender = ? ORDER BY seq LIMIT ?",
+                agent,
+                sender,
+                UNQUIET_ROWS,
+            )
             self._write_many(UNQUIET, [(agent, seq) for agent, seq, _ in rows])
-            self._write_many("DELETE FROM quieted WHERE agent = ? AND seq = ? AND sender = ?", rows)
-            left += self._number("SELECT count(*) FROM quieted WHERE agent = ? AND sender = ?",
-                                 agent, sender)
+            self._write_many(
+                "DELETE FROM quieted WHERE agent = ? AND seq = ? AND sender = ?", rows
+            )
+            left += self._number(
+                "SELECT count(*) FROM quieted WHERE agent = ? AND sender = ?",
+                agent,
+                sender,
+            )
         return left
 
     def move_mail(self, old: str, new: str) -> int:
-        """What one name has unread is the other's from now on; how much that is."""
-        old_id = self._intern(old)
-        new_id = self._intern(new)
-        seqs = self._seqs(f"SELECT seq FROM inbox WHERE agent = ? AND {IS_UNREAD}", old_id)
-        for statement in MOVE_MAIL:
-            self._write_many(statement, [(old_id, new_id, seq) for seq in seqs])
-        self.lately.clear()
-        return len(seqs)
+        """What one name has unread is the other's from now on; how much that
+        is. What both got stays with the other as it is there."""
+        giver = self._intern(old)
+        taker = self._intern(new)
+        unread = self._seqs(
+            f"SELECT seq FROM inbox WHERE agent = ? AND {IS_UNREAD}", giver
+        )
+        rows = [(giver, taker, seq) for seq in unread]
+        moved = 0
+        if rows:
+            self._write_many(DROP_SHARED, rows)
+            moved = self._write_many(MOVE_MAIL, rows)
+            for statement in MOVE_MESSAGES:
+                self._write_many(statement, rows)
+            self._write(
+                "UPDATE OR IGNORE quieted SET agent = ? WHERE agent = ?", taker, giver
+            )
+            self.lately.clear()
+        return moved
 
     # -- what is asked of the human
 
@@ -2284,43 +2669,61 @@ class Store(Log):
         """The message waits for an answer of the human."""
         agent = self._intern(message.from_agent)
         self._write("INSERT OR IGNORE INTO questions VALUES (?,?)", message.seq, agent)
-        self._write("DELETE FROM questions WHERE seq IN (SELECT seq FROM questions WHERE "
-                    "agent = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)", agent, MOST_QUESTIONS)
+        self._write(
+            "DELETE FROM questions WHERE seq IN (SELECT seq FROM questions WHERE "
+            "agent = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)",
+            agent,
+            MOST_QUESTIONS,
+        )
 
     def answered(self, agent: str) -> list[str]:
-        """The human wrote to that agent; the ids of its questions, which wait no longer."""
-        return self.dismiss(self._seqs("SELECT seq FROM questions WHERE agent = ?",
-                                       self._id(agent)))
+        """The human wrote to that agent; the ids of its questions, which wait
+        no longer."""
+        return self.dismiss(
+            self._seqs("SELECT seq FROM questions WHERE agent = ?", self._id(agent))
+        )
 
     def dismiss(self, seqs: Iterable[int]) -> list[str]:
         """These questions wait no longer; the ids of those that did."""
-        waited = [seq for seq in seqs
-                  if self._number("SELECT count(*) FROM questions WHERE seq = ?", seq)]
+        waited = [
+            seq
+            for seq in seqs
+            if self._number("SELECT count(*) FROM questions WHERE seq = ?", seq)
+        ]
         if waited:
-            self._write_many("DELETE FROM questions WHERE seq = ?", [(seq,) for seq in waited])
+            self._write_many(
+                "DELETE FROM questions WHERE seq = ?", [(seq,) for seq in waited]
+            )
         return [message.id for message in self.messages(waited, END)]
 
     # -- agents
 
     def save_agent(self, record: AgentRecord) -> None:
-        """Store an agent. Its name is spelt everywhere as this record spells it."""
+        """Store an agent. Its name is spelt everywhere as this record spells
+        it."""
         number = self._intern(record.name)
         if self._name(number) != record.name:
             self._write("UPDATE names SET name = ? WHERE id = ?", record.name, number)
             self.lately.clear()
-        self._write("INSERT OR REPLACE INTO agents VALUES (?,?)",
-                    number, json.dumps(record._asdict(), ensure_ascii=False))
+        self._write(
+            "INSERT OR REPLACE INTO agents VALUES (?,?)",
+            number,
+            json.dumps(record._asdict(), ensure_ascii=False),
+        )
 
     def delete_agent(self, name: str) -> None:
-        """Forget an agent. Its mail stays with its name, whoever has it next."""
+        """Forget an agent. Its mail stays with its name, whoever has it
+        next."""
         self._write("DELETE FROM agents WHERE id = ?", self._id(name))
 
     def load_agents(self) -> list[tuple[AgentRecord, int]]:
         """All agents with the number of their unread messages."""
         found = []
         for name, record, unread in self._rows(AGENTS):
-            fields = {key: tuple(value) if isinstance(value, list) else value
-                      for key, value in json.loads(record).items()}
+            fields = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in json.loads(record).items()
+            }
             found.append((AgentRecord(**{**fields, "name": name}), unread))
         return found
 
@@ -2331,10 +2734,12 @@ class Store(Log):
         self._write("INSERT OR REPLACE INTO facts VALUES (?,?)", key, value)
 
     def forget_names(self) -> int:
-        """Forget a bounded piece of what nobody needs any more: names of no agent and no
-        message, ids of senders' own that are a day old, chains that were ended in messages
-        which are gone. How much it was. Each call goes on where the last one stopped."""
-        self.index_words()  # who has just sent something is known as a sender
+        """Forget a bounded piece of what nobody needs any more: names of no
+        agent and no message, ids of senders' own that are a day old, chains
+        that were ended in messages which are gone. How much it was. Each call
+        goes on where the last one stopped."""
+        # Who has just sent something is known as a sender.
+        self.index_words()
         return self._forget_clients() + self._forget_unused() + self._forget_chains()
 
     def _forget_clients(self) -> int:
@@ -2350,13 +2755,18 @@ class Store(Log):
         if len(rows) < FORGET_ROWS:
             self._next_client = (0, "")
         if old:
-            self._write_many("DELETE FROM clients WHERE sender = ? AND client_id = ?", old)
+            self._write_many(
+                "DELETE FROM clients WHERE sender = ? AND client_id = ?", old
+            )
         return len(old)
 
     def _forget_unused(self) -> int:
         """Forget the unused ones among the next FORGET_ROWS names."""
-        ids = self._seqs("SELECT id FROM names WHERE id > ? ORDER BY id LIMIT ?",
-                         self._next_name, FORGET_ROWS)
+        ids = self._seqs(
+            "SELECT id FROM names WHERE id > ? ORDER BY id LIMIT ?",
+            self._next_name,
+            FORGET_ROWS,
+        )
         unused = self._rows(UNUSED_NAMES, self._next_name, ids[-1]) if ids else []
         self._next_name = ids[-1] if len(ids) == FORGET_ROWS else 0
         if unused:
@@ -2373,62 +2783,82 @@ class Store(Log):
         return len(gone)
 
 
-def state_of(delivery: Delivery) -> int:
-    """The state in which a row of an inbox begins."""
-    if delivery.quiet:
-        return SILENT
-    return RUNG if delivery.rung_at else UNRUNG
-
-
-def delay(moment: str | None, created: int) -> int | None:
-    """A time as microseconds since a message was created, None for none."""
-    return None if moment is None else micros(moment) - created
-
-
 class FileLock:
-    """Keeps a second hub off a database, whatever it is called there: a lock file beside it,
-    which says who holds it, and, where the system can, a lock on the database itself, which a
-    hard link in another directory leads to as well. That one is of a kind that SQLite's own locks,
-    which a process loses whenever it closes the file, do not touch. The kernel frees both,
-    however the process ends."""
+    """Keeps a second hub off a database, whatever it is called there: a lock
+    file beside it, which says who holds it, and, where the system can, a lock
+    on the database itself, which a hard link in another directory leads to as
+    well. That one is of a kind that SQLite's own locks, which a process loses
+    whenever it closes the file, do not touch. The kernel frees both, however
+    the process ends."""
 
     def __init__(self, path: str) -> None:
-        """Make directory and file for their owner alone, and lock them. Raises BadConfig."""
-        flags = os.O_RDWR | os.O_CREAT
+        """Make directory and file for their owner alone, and lock them.
+        Raises BadConfig."""
+        self.path = path
+        self._holder: TextIO | None = None
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            self._database = os.open(path, flags, 0o600)
-            no_link = getattr(os, "O_NOFOLLOW", 0)
-            self._holder = os.fdopen(os.open(path + ".lock", flags | no_link, 0o600), "r+")
+            self._database = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise BadConfig(f"{path} cannot be opened: {error.strerror}; choose another --db"
-                            ) from None
+            raise BadConfig(CLOSED.format(path, error.strerror)) from None
         try:
-            lock_whole(self._holder)
-            self.check()
-        except OSError as error:
-            pid = self._holder.read(20).strip()
+            self._take()
+        except BaseException:
             self.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise BadConfig(f"{path} cannot be locked: {error.strerror}; choose a --db on "
-                                "another file system") from None
-            raise BadConfig(f"another hub (pid {pid or 'unknown'}) already serves {path}; stop it "
-                            "first, or choose another --db") from None
+            raise
+
+    def _take(self) -> None:
+        """Lock the database, then the file beside it, and write down who did.
+        Raises BadConfig."""
+        try:
+            self.check()
+            if os.fstat(self._database).st_nlink > 1 and not os.path.exists(
+                self.path + ".lock"
+            ):
+                raise BadConfig(HARD_LINK.format(self.path))
+            self._holder = self._open_holder()
+            lock_whole(self._holder)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise BadConfig(
+                    TAKEN.format(self.path, self._pid() or "unknown")
+                ) from None
+            raise BadConfig(UNLOCKABLE.format(self.path, error.strerror)) from None
         self._holder.truncate(0)
         self._holder.write(str(os.getpid()))
         self._holder.flush()
 
+    def _open_holder(self) -> TextIO:
+        """The lock file beside the database. Raises BadConfig."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            return os.fdopen(os.open(self.path + ".lock", flags, 0o600), "r+")
+        except OSError as error:
+            raise BadConfig(
+                CLOSED.format(self.path + ".lock", error.strerror)
+            ) from None
+
+    def _pid(self) -> str:
+        """Who holds the lock, as far as the file beside the database
+        knows."""
+        with contextlib.suppress(OSError), open(self.path + ".lock") as file:
+            return file.read(20).strip()
+        return ""
+
     def check(self) -> None:
-        """Lock the database, or be told that it is locked still. Raises OSError if somebody
-        else has it, and where the file system refuses locks."""
+        """Lock the database, or be told that it is locked still. Raises
+        OSError if somebody else has it, and where the file system refuses
+        locks."""
         if sys.platform != "linux":
             return
         import fcntl
+
         fcntl.fcntl(self._database, fcntl.F_OFD_SETLK, LOCK_REQUEST)
 
     def close(self) -> None:
         """Unlock."""
-        self._holder.close()
+        if self._holder:
+            self._holder.close()
         os.close(self._database)
 
 
@@ -2436,10 +2866,13 @@ def lock_whole(file: TextIO) -> None:
     """Lock a file, or raise OSError at once."""
     if os.name == "nt":
         import msvcrt
-        lock_it: Any = vars(msvcrt)["locking"]  # not there for a type checker on Linux
-        lock_it(file.fileno(), 2, 1)  # LK_NBLCK
+
+        # Not there for a type checker on Linux.
+        lock_it: Any = vars(msvcrt)["locking"]
+        lock_it(file.fileno(), 2, 1)
     else:
         import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
