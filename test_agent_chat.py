@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 
 # ======================================================================================
-# FIXTURES -- a ladder: a hub process, its sockets, a private tmux.
+# FIXTURES -- a ladder: a TCP connection, a WebSocket on it, a hub process, a private tmux.
 # ======================================================================================
 
 HERE = Path(__file__).resolve().parent
@@ -54,14 +54,19 @@ import agent_chat  # noqa: E402
 
 def needs(tool: str) -> pytest.MarkDecorator:
     """Skip on a laptop that lacks a tool; in CI its absence is a failure."""
-    return pytest.mark.skipif(not CI and shutil.which(tool) is None, reason=f"{tool} not installed")
+    return pytest.mark.skipif(
+        not CI and shutil.which(tool) is None, reason=f"{tool} not installed"
+    )
 
 
 NEEDS_TMUX = needs("tmux")
 NEEDS_CHROMIUM = needs("chromium")
+NEEDS_STRACE = needs("strace")
 
 
-def eventually(condition: Callable[[], T], seconds: float = 8, every: float = 0.05) -> T:
+def eventually(
+    condition: Callable[[], T], seconds: float = 8, every: float = 0.05
+) -> T:
     """The condition's first true value; the test fails if there is none in time."""
     end = time.monotonic() + seconds
     while True:
@@ -75,30 +80,172 @@ def eventually(condition: Callable[[], T], seconds: float = 8, every: float = 0.
 
 def clean_environment(home: Path, **more: str) -> dict[str, str]:
     """An environment without anybody's tmux, agents or keys."""
-    env = {k: v for k, v in os.environ.items()
-           if not k.startswith(("AGENT_", "TMUX", "CLAUDE", "CODEX", "CI"))}
+    foreign = ("AGENT_", "TMUX", "CLAUDE", "CODEX", "CI")
+    env = {}
+    for name, value in os.environ.items():
+        if not name.startswith(foreign):
+            env[name] = value
     return {**env, "HOME": str(home), **more}
 
 
-class Socket:
-    """A WebSocket to the hub on a raw socket, so that no library hides what the hub does."""
+class Answer(NamedTuple):
+    """What the hub says to one request. Status 0: nothing, the connection is gone."""
 
-    def __init__(self, port: int, path: str, headers: dict[str, str] | None = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), 10)
-        key = base64.b64encode(os.urandom(16)).decode()
-        lines = {"Host": f"127.0.0.1:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
-                 "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key, **(headers or {})}
-        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value)
-        self.sock.sendall(f"GET {path} HTTP/1.1\r\n{head}\r\n".encode())
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def value(self) -> Any:
+        """The body as JSON, else as text."""
+        if self.headers.get("content-type") == "application/json":
+            return json.loads(self.body)
+        return self.body.decode()
+
+
+GONE = Answer(0, {}, b"")
+
+
+class Wire:
+    """The one HTTP client of these tests: a TCP connection on which they say every byte
+    themselves. In a text, ~ is a line end and @ the Host."""
+
+    def __init__(self, port: int, text: str = "", seconds: float = 8) -> None:
+        self.port = port
+        self.sock = socket.create_connection(("127.0.0.1", port), seconds)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.data = b""
+        self.say(self.spelled(text))
+
+    def spelled(self, text: str) -> bytes:
+        """The bytes that a text stands for."""
+        text = text.replace("~", "\r\n")
+        return text.replace("@", f"127.0.0.1:{self.port}").encode("latin-1")
+
+    def say(self, data: bytes) -> Wire:
+        """Send; a hub that refuses while we still talk is heard by `answer`."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(data)
+        return self
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Wire:
+        """Say a well-formed request."""
+        lines = [f"{method} {path} HTTP/1.1"]
+        fields = {"Host": f"127.0.0.1:{self.port}", **(headers or {})}
+        if body is not None:
+            fields = {"Content-Type": "application/json", **fields}
+            fields["Content-Length"] = str(len(body))
+        lines += [f"{name}: {value}" for name, value in fields.items() if value]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        return self.say(head + (body or b""))
+
+    def more(self) -> bool:
+        """Take what has come; False at the end."""
+        try:
+            chunk = self.sock.recv(1 << 16)
+        except ConnectionError:
+            chunk = b""
+        self.data += chunk
+        return bool(chunk)
+
+    def taken(self, size: int) -> bytes:
+        """The next so many bytes, fewer at the end."""
+        while len(self.data) < size and self.more():
+            pass
+        found = self.data[:size]
+        self.data = self.data[size:]
+        return found
+
+    def line(self) -> bytes:
+        """The next line, without its end."""
+        while b"\r\n" not in self.data and self.more():
+            pass
+        found, _, self.data = self.data.partition(b"\r\n")
+        return found
+
+    def chunks(self) -> bytes:
+        """A chunked body; what a cut one had."""
+        whole = b""
+        while size := int(self.line() or b"0", 16):
+            whole += self.taken(size)
+            self.line()
+        self.line()
+        return whole
+
+    def answer(self, head_only: bool = False) -> Answer:
+        """The next answer, whole. Whatever it is, it grants no other origin anything, names
+        no Python, and an error has a sentence."""
         while b"\r\n\r\n" not in self.data:
-            chunk = self.sock.recv(65536)
-            if not chunk:
-                break
-            self.data += chunk
-        answer, _, self.data = self.data.partition(b"\r\n\r\n")
-        self.status = int(answer.split()[1]) if answer else 0
-        self.answer = answer.decode()
+            if not self.more():
+                return GONE._replace(body=self.data)
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {}
+        for name, _, value in (line.partition(":") for line in lines):
+            headers[name.lower()] = value.strip()
+        status = int(first.split()[1])
+        self.harmless(status, head.decode("latin-1"), headers)
+        if head_only or status in (100, 101):
+            return Answer(status, headers, b"")
+        if headers.get("transfer-encoding") == "chunked":
+            return Answer(status, headers, self.chunks())
+        size = int(headers.get("content-length", "0"))
+        body = self.taken(size)
+        if len(body) < size:
+            return GONE._replace(body=body)
+        assert status < 400 or len(json.loads(body)["error"]) > 10, (status, body)
+        return Answer(status, headers, body)
+
+    def harmless(self, status: int, head: str, headers: dict[str, str]) -> None:
+        """What holds for every answer."""
+        assert not re.search("(?i)access-control|set-cookie|python", head)
+        if status >= 200:
+            policy = ("nosniff", "no-store", "no-referrer")
+            names = ("x-content-type-options", "cache-control", "referrer-policy")
+            assert tuple(headers[name] for name in names) == policy, head
+
+    def over(self) -> bool:
+        """True once the hub has closed; fails the test if it says more before."""
+        while self.more():
+            pass
+        assert not self.data, f"a second answer: {self.data[:200]!r}"
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+
+
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "MDAwMDAwMDAwMDAwMDAwMA==",
+}
+TEXT_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 1, 8, 9, 10
+
+
+class Socket:
+    """The one WebSocket client of these tests, on a raw connection, so that no library hides
+    what the hub does."""
+
+    def __init__(
+        self, port: int, path: str, headers: dict[str, str] | None = None
+    ) -> None:
+        self.wire = Wire(port, seconds=10)
+        self.sock = self.wire.sock
+        self.wire.request("GET", path, None, {**UPGRADE, **(headers or {})})
+        found = self.wire.answer()
+        self.status = found.status
+        self.headers = found.headers
+        self.answer = repr(found)
         self.close_code = 0
 
     def frame(self, timeout: float = 8) -> tuple[int, bytes] | None:
@@ -113,29 +260,28 @@ class Socket:
                 return None
             self.sock.settimeout(left)
             try:
-                chunk = self.sock.recv(1 << 20)
-            except TimeoutError:
-                return None
+                alive = self.wire.more()
             except OSError:
-                chunk = b""
-            if not chunk:
+                return None
+            if not alive:
                 self.close_code = self.close_code or 1006
                 return None
-            self.data += chunk
 
     def parse(self) -> tuple[int, bytes] | None:
-        if len(self.data) < 2:
+        """A frame out of what has come, None if it is not whole yet."""
+        data = self.wire.data
+        if len(data) < 2:
             return None
-        size, start = self.data[1] & 127, 2
-        if size == 126:
-            size, start = int.from_bytes(self.data[2:4], "big"), 4
-        elif size == 127:
-            size, start = int.from_bytes(self.data[2:10], "big"), 10
-        if len(self.data) < start + size or (start > 2 and len(self.data) < start):
+        size = data[1] & 127
+        start = {126: 4, 127: 10}.get(size, 2)
+        if len(data) < start:
             return None
-        opcode, payload = self.data[0] & 15, self.data[start:start + size]
-        self.data = self.data[start + size:]
-        return opcode, payload
+        if start > 2:
+            size = int.from_bytes(data[2:start], "big")
+        if len(data) < start + size:
+            return None
+        self.wire.data = data[start + size :]
+        return data[0] & 15, data[start : start + size]
 
     def receive(self, timeout: float = 8) -> dict[str, Any]:
         """The next JSON message; pings are answered, a close or silence is {}."""
@@ -145,59 +291,85 @@ class Socket:
             if found is None:
                 return {}
             opcode, payload = found
-            if opcode == 1:
+            if opcode == TEXT_FRAME:
                 value: dict[str, Any] = json.loads(payload)
                 return value
-            if opcode == 9:
-                self.write(10, payload)
-            if opcode == 8:
-                self.close_code = int.from_bytes(payload[:2], "big") if payload else 1005
+            if opcode == PING_FRAME:
+                self.write(PONG_FRAME, payload)
+            if opcode == CLOSE_FRAME:
+                self.close_code = (
+                    int.from_bytes(payload[:2], "big") if payload else 1005
+                )
                 return {}
         return {}
 
-    def until(self, wanted: Callable[[dict[str, Any]], Any], timeout: float = 8) -> dict[str, Any]:
+    def until(
+        self, wanted: Callable[[dict[str, Any]], Any], timeout: float = 8
+    ) -> dict[str, Any]:
         """The first message that the predicate likes."""
         end = time.monotonic() + timeout
         seen = []
         while (left := end - time.monotonic()) > 0:
             found = self.receive(left)
-            if found and wanted(found):
-                return found
             if not found:
                 break
+            if wanted(found):
+                return found
             seen.append(found)
         pytest.fail(f"no such frame in {timeout} s, only {seen}")
 
     def mail(self, timeout: float = 8) -> dict[str, Any]:
         """The data of the next new_message."""
-        data: dict[str, Any] = self.until(lambda f: f["type"] == "new_message", timeout)["data"]
+        return self.event("new_message", timeout)
+
+    def event(self, kind: str, timeout: float = 8) -> dict[str, Any]:
+        """The data of the next message of a type."""
+        data: dict[str, Any] = self.until(lambda f: f["type"] == kind, timeout)[
+            "data"
+        ]
         return data
 
     def write(self, opcode: int, payload: bytes, fin: int = 128) -> None:
+        """Say one frame, masked with zeros."""
         size = len(payload)
-        head = bytes([fin | opcode]) + (
-            bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-            if size < 65536 else b"\xff" + size.to_bytes(8, "big"))
-        self.sock.sendall(head + b"\0\0\0\0" + payload)
+        if size < 126:
+            length = bytes([128 | size])
+        elif size < 65536:
+            length = b"\xfe" + size.to_bytes(2, "big")
+        else:
+            length = b"\xff" + size.to_bytes(8, "big")
+        self.sock.sendall(bytes([fin | opcode]) + length + b"\0\0\0\0" + payload)
 
     def send(self, value: dict[str, Any]) -> None:
-        self.write(1, json.dumps(value).encode())
+        """Say JSON."""
+        self.write(TEXT_FRAME, json.dumps(value).encode())
 
     def close(self) -> None:
+        """Go without a word."""
         self.sock.close()
 
 
 class Hub:
     """A real hub process on a port of its own."""
 
-    def __init__(self, home: Path, key: str = "", config: str = "", env: dict[str, str] | None = None,
-                 db: Path | None = None, **flags: Any) -> None:
-        self.home, self.key = home, key
+    def __init__(
+        self,
+        home: Path,
+        key: str = "",
+        config: str = "",
+        env: dict[str, str] | None = None,
+        db: Path | None = None,
+        **flags: Any,
+    ) -> None:
+        self.home = home
+        self.key = key
         self.db = db or home / "hub" / "agent-chat.db"
         self.log = home / "hub.log"
         self.port = 0
+        self.patience = 70  # seconds for one answer
         self.flags = {"port": 0, "db": self.db, **flags}
         self.env = clean_environment(home, **(env or {}))
+        self.process: subprocess.Popen[bytes] | None = None
         if key:
             self.env["AGENT_CHAT_API_KEY"] = key
         if config:
@@ -205,34 +377,48 @@ class Hub:
             path.write_text(config)
             path.chmod(0o600)
             self.flags["config"] = path
-        self.process: subprocess.Popen[bytes] | None = None
+
+    # -- the process
 
     @property
     def url(self) -> str:
+        """Where it is."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
+        """Of the process that runs or ran last."""
         assert self.process
         return self.process.pid
 
     def launch(self) -> subprocess.Popen[bytes]:
-        flags = {**self.flags, "port": self.port or self.flags["port"]}
-        argv = [PYTHON, str(PROGRAM), "serve", *(
-            word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value)))]
+        """A process, with its words in the log file; it may or may not come up."""
+        argv = [PYTHON, str(PROGRAM), "serve"]
+        for key, value in {
+            **self.flags,
+            "port": self.port or self.flags["port"],
+        }.items():
+            argv += [f"--{key.replace('_', '-')}", str(value)]
         with open(self.log, "ab") as log:
-            return subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=log, cwd=self.home, start_new_session=True)
+            return subprocess.Popen(
+                argv,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.home,
+                start_new_session=True,
+            )
 
     def start(self) -> Hub:
+        """Launch it and wait until it answers."""
         begun = self.log.stat().st_size if self.log.exists() else 0
-        self.process = self.launch()
+        process = self.process = self.launch()
 
         def port() -> int:
-            assert self.process
             text = self.log.read_bytes()[begun:].decode()
-            if self.process.poll() is not None:
-                pytest.fail(f"the hub ended with {self.process.returncode}: {text}")
+            if process.poll() is not None:
+                pytest.fail(f"the hub ended with {process.returncode}: {text}")
             found = re.search(r"http://\S+?:(\d+)", text)
             return int(found[1]) if found else 0
 
@@ -247,69 +433,124 @@ class Hub:
         return self.process.wait(10)
 
     def kill(self) -> None:
+        """SIGKILL."""
         assert self.process
         self.process.kill()
         self.process.wait()
 
     def restart(self) -> None:
+        """Stop it if it runs, and start it."""
         if self.process and self.process.poll() is None:
             self.stop()
         self.start()
 
-    def call(self, method: str, path: str, body: Any = None,
-             headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """(status, decoded body); (0, None) when nobody answers."""
-        sent = {"Content-Type": "application/json"} if body is not None else {}
-        if self.key:
-            sent["Authorization"] = f"Bearer {self.key}"
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=70)
+    # -- requests
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        session: str = "",
+        **headers: str,
+    ) -> Answer:
+        """One request on a connection of its own; GONE when nobody answers."""
+        data = None if body is None else json.dumps(body).encode()
+        fields = {**self.headers(), "X-Agent-Session": session, **headers}
         try:
-            connection.request(method, path, None if body is None else json.dumps(body),
-                               {**sent, **(headers or {})})
-            answer = connection.getresponse()
-            text = answer.read()
+            wire = Wire(self.port, seconds=self.patience)
+            with contextlib.closing(wire):
+                return wire.request(method, path, data, fields).answer(
+                    method == "HEAD"
+                )
         except OSError:
-            return 0, None
-        finally:
-            connection.close()
-        kind = answer.headers.get("Content-Type", "")
-        return answer.status, json.loads(text) if kind == "application/json" else text.decode()
+            return GONE
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, Any]:
+        """(status, decoded body); (0, None) when nobody answers."""
+        found = self.ask(method, path, body, **(headers or {}))
+        return (found.status, found.value) if found.status else (0, None)
 
     def get(self, path: str, session: str = "", **query: Any) -> Any:
+        """The value of a GET that must be answered 200."""
         full = path + ("?" + urllib.parse.urlencode(query) if query else "")
-        status, value = self.call("GET", full, None, {"X-Agent-Session": session} if session else {})
-        assert status == 200, (status, value)
-        return value
+        found = self.ask("GET", full, None, session)
+        assert found.status == 200, found
+        return found.value
 
     def post(self, path: str, body: Any, session: str = "") -> Any:
-        status, value = self.call("POST", path, body, {"X-Agent-Session": session} if session else {})
-        assert status == 200, (status, value)
-        return value
+        """The value of a POST that must be answered 200."""
+        found = self.ask("POST", path, body, session)
+        assert found.status == 200, found
+        return found.value
 
-    def register(self, name: str, groups: tuple[str, ...] = (), session: str = "", **more: Any) -> Any:
-        return self.post("/api/register", {"name": name, "groups": list(groups), **more}, session)
+    def register(
+        self,
+        name: str,
+        groups: tuple[str, ...] = (),
+        session: str = "",
+        **more: Any,
+    ) -> Any:
+        """Take a name."""
+        return self.post(
+            "/api/register", {"name": name, "groups": list(groups), **more}, session
+        )
 
-    def send(self, sender: str, to: str = "", content: str = "hi", session: str = "", **more: Any) -> Any:
-        body = {"from": sender, "content": content, **({"to": to} if to else {}), **more}
+    def send(
+        self,
+        sender: str,
+        to: str = "",
+        content: str = "hi",
+        session: str = "",
+        **more: Any,
+    ) -> Any:
+        """Say something to an agent, or to the group that `more` names."""
+        body = {"from": sender, "content": content, **more}
+        if to:
+            body["to"] = to
         return self.post("/api/send", body, session)
 
-    def unread(self, name: str, session: str = "", limit: int = 1000) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.get("/api/messages", session, agent=name, limit=limit)
+    def unread(
+        self, name: str, session: str = "", limit: int = 1000
+    ) -> list[dict[str, Any]]:
+        """The mail that waits for an agent."""
+        found: list[dict[str, Any]] = self.get(
+            "/api/messages", session, agent=name, limit=limit
+        )
         return found
 
+    def agent(self, name: str) -> dict[str, Any]:
+        """An agent's row."""
+        rows = {row["name"]: row for row in self.get("/api/agents")}
+        found: dict[str, Any] = rows[name]
+        return found
+
+    def receipts(self, message_id: str) -> dict[str, dict[str, Any]]:
+        """How far a message got, by recipient."""
+        found = self.get(f"/api/messages/{message_id}")["message"]["receipts"]
+        return {receipt["agent"]: receipt for receipt in found}
+
     def socket(self, agent: str, session: str = "", **headers: str) -> Socket:
-        return Socket(self.port, f"/ws?agent={urllib.parse.quote(agent)}",
-                      {**self.headers(), "X-Agent-Session": session, **headers})
+        """An agent's push channel."""
+        return Socket(
+            self.port,
+            f"/ws?agent={urllib.parse.quote(agent)}",
+            {**self.headers(), "X-Agent-Session": session, **headers},
+        )
 
     def watch(self, after: int = -1) -> Socket:
+        """A dashboard's push channel."""
         return Socket(self.port, f"/ws?watch=1&after={after}", self.headers())
 
     def headers(self) -> dict[str, str]:
+        """What shows the key."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
-
-    def receipts(self, message_id: str) -> dict[str, dict[str, Any]]:
-        found = self.get(f"/api/messages/{message_id}")["message"]["receipts"]
-        return {receipt["agent"]: receipt for receipt in found}
 
 
 @pytest.fixture
@@ -331,6 +572,7 @@ def make_hub(tmp_path: Path) -> Iterator[Callable[..., Hub]]:
 
 @pytest.fixture
 def hub(make_hub: Callable[..., Hub]) -> Hub:
+    """A hub with its defaults."""
     return make_hub()
 
 
@@ -341,29 +583,50 @@ class Tmux:
         self.socket = folder / "tmux.sock"
 
     def run(self, *words: str, check: bool = True) -> str:
+        """One tmux command; what it printed."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("TMUX")}
-        done = subprocess.run(["tmux", "-S", str(self.socket), "-f", "/dev/null", *words], env=env,
-                              capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+        command = ["tmux", "-S", str(self.socket), "-f", "/dev/null", *words]
+        done = subprocess.run(
+            command,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            stdin=subprocess.DEVNULL,
+        )
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout.rstrip("\n")
 
-    def pane(self, command: str, cwd: Path | None = None, width: int = 120,
-             env: dict[str, str] | None = None) -> str:
+    def pane(
+        self,
+        command: str,
+        cwd: Path | None = None,
+        width: int = 120,
+        env: dict[str, str] | None = None,
+    ) -> str:
         """A new pane that runs a shell command; its id, such as %3."""
-        words = [word for key, value in (env or {}).items() for word in ("-e", f"{key}={value}")]
-        return self.run("new-session", "-d", "-P", "-F", "#{pane_id}", "-x", str(width), "-y", "30",
-                        *words, *(["-c", str(cwd)] if cwd else []), command)
+        words = ["-x", str(width), "-y", "30"]
+        for key, value in (env or {}).items():
+            words += ["-e", f"{key}={value}"]
+        if cwd:
+            words += ["-c", str(cwd)]
+        return self.run(
+            "new-session", "-d", "-P", "-F", "#{pane_id}", *words, command
+        )
 
     def screen(self, pane: str) -> str:
+        """What stands in a pane."""
         return self.run("capture-pane", "-p", "-t", pane)
 
     def kill(self) -> None:
+        """End it, its panes and its socket."""
         self.run("kill-server", check=False)
         self.socket.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def tmux(tmp_path: Path) -> Iterator[Tmux]:
+    """A tmux that ends with the test."""
     server = Tmux(tmp_path)
     yield server
     server.kill()
@@ -380,12 +643,35 @@ from functools import cached_property  # noqa: E402
 
 # The rooms in their order. Between these, and only there, a room may stand as several.
 ROOM_ORDER = (
-    "SETTINGS", "WORDS", "LOG", "STORE",
-    "TURN", "DIRECTORY", "GUARD", "MAIL", "ARCHIVE", "KEEPING", "API",
-    "WIRE", "CONNECTION", "SERVER",
-    "CLIENT", "DOORS", "BELL", "PLUGIN", "SETUP", "DOCTOR", "DAEMON", "COMMANDS",
+    "SETTINGS",
+    "WORDS",
+    "LOG",
+    "STORE",
+    "TURN",
+    "DIRECTORY",
+    "GUARD",
+    "MAIL",
+    "ARCHIVE",
+    "KEEPING",
+    "API",
+    "WIRE",
+    "CONNECTION",
+    "SERVER",
+    "CLIENT",
+    "DOORS",
+    "BELL",
+    "PLUGIN",
+    "SETUP",
+    "DOCTOR",
+    "DAEMON",
+    "COMMANDS",
 )
-SEVERAL_ROOMS = {("CLIENT", "BELL"), ("BELL", "PLUGIN"), ("PLUGIN", "DOCTOR"), ("DOCTOR", "COMMANDS")}
+SEVERAL_ROOMS = {
+    ("CLIENT", "BELL"),
+    ("BELL", "PLUGIN"),
+    ("PLUGIN", "DOCTOR"),
+    ("DOCTOR", "COMMANDS"),
+}
 # Rooms of the older plan that still stand where these will stand.
 NOT_YET_BUILT = {
     "HUB": ("TURN",),
@@ -412,8 +698,16 @@ WALLS = {
     "CLIENT": {"Store", "Api", "subprocess", "sqlite3"},
     "DOORS": {"Client", "Plugin", "Store", "Api", "sqlite3"},
     "BELL": {"Client", "Store", "Api", "subprocess", "socket", "sqlite3", "json"},
-    "PLUGIN": {"TmuxDoor", "ClaudeDoor", "CodexDoor", "subprocess", "sqlite3", "print",
-               "Store", "Api"},
+    "PLUGIN": {
+        "TmuxDoor",
+        "ClaudeDoor",
+        "CodexDoor",
+        "subprocess",
+        "sqlite3",
+        "print",
+        "Store",
+        "Api",
+    },
     "SETUP": {"argparse", "print", "exit", "Store", "Api", "sqlite3"},
     "DOCTOR": {"argparse", "print", "exit", "Store", "Api", "sqlite3"},
     "DAEMON": {"argparse", "print", "Store", "Api", "sqlite3"},
@@ -448,137 +742,214 @@ MOST = {
     "Any per 100": 1.2,
 }
 LEAST = {"prose in %": 12, "functions with a docstring in %": 85}
-MOST_OF_ALL = {"syntax nodes per code line": 5.6, "functions over complexity 10": 5,
-               "median function": 8}
+MOST_OF_ALL = {
+    "syntax nodes per code line": 5.6,
+    "functions over complexity 10": 5,
+    "median function": 8,
+}
 LEAST_OF_ALL = {"prose in %": 18}
 
 # Rooms that are not rebuilt yet, and what they have. Rows only go.
 NOT_YET: dict[str, dict[str, float]] = {
     "HUB": {
-        "syntax nodes per code line": 7.6, "mean width of a code line": 50.6,
-        "widest line": 98, "conditional expressions per 100": 1.8,
-        "tuple assignments per 100": 1.8, "Any per 100": 1.8,
-        "functions with a docstring in %": 63.6, "loop_over_a_conditional": 2,
-        "tuple_assignment_without_a_swap": 2, "and_or_as_a_value": 1,
-        "positional_boolean": 1},
+        "syntax nodes per code line": 7.6,
+        "mean width of a code line": 50.6,
+        "widest line": 98,
+        "conditional expressions per 100": 1.8,
+        "tuple assignments per 100": 1.8,
+        "Any per 100": 1.8,
+        "functions with a docstring in %": 63.6,
+        "loop_over_a_conditional": 2,
+        "tuple_assignment_without_a_swap": 2,
+        "and_or_as_a_value": 1,
+        "positional_boolean": 1,
+    },
     "ROSTER": {
-        "syntax nodes per code line": 9.1, "mean width of a code line": 55.1,
-        "widest line": 98, "conditional expressions per 100": 4.7,
-        "tuple assignments per 100": 4.7, "filtered comprehensions per 100": 1.3,
-        "Any per 100": 2.7, "prose in %": 10.0, "functions with a docstring in %": 54.5,
+        "syntax nodes per code line": 9.1,
+        "mean width of a code line": 55.1,
+        "widest line": 98,
+        "conditional expressions per 100": 4.7,
+        "tuple assignments per 100": 4.7,
+        "filtered comprehensions per 100": 1.3,
+        "Any per 100": 2.7,
+        "prose in %": 10.0,
+        "functions with a docstring in %": 54.5,
         "tuple_assignment_without_a_swap": 8,
-        "comprehension_of_two_levels_or_filters": 2, "and_or_as_a_value": 1,
-        "computed_attribute_name": 1, "constructor_calls_overridden": 1,
-        "positional_boolean": 1, "remark_at_the_end_of_a_line": 2,
-        "class_or_function_without_a_word": 1},
+        "comprehension_of_two_levels_or_filters": 2,
+        "and_or_as_a_value": 1,
+        "computed_attribute_name": 1,
+        "constructor_calls_overridden": 1,
+        "positional_boolean": 1,
+        "remark_at_the_end_of_a_line": 2,
+        "class_or_function_without_a_word": 1,
+    },
     "POST": {
-        "syntax nodes per code line": 9.6, "mean width of a code line": 59.8,
-        "widest line": 100, "worst complexity": 26,
-        "conditional expressions per 100": 10.4, "tuple assignments per 100": 4.8,
-        "filtered comprehensions per 100": 5.6, "Any per 100": 4.8, "prose in %": 8.6,
-        "functions with a docstring in %": 30.0, "tuple_assignment_without_a_swap": 7,
-        "remark_at_the_end_of_a_line": 4},
+        "syntax nodes per code line": 9.6,
+        "mean width of a code line": 59.8,
+        "widest line": 100,
+        "worst complexity": 26,
+        "conditional expressions per 100": 10.4,
+        "tuple assignments per 100": 4.8,
+        "filtered comprehensions per 100": 5.6,
+        "Any per 100": 4.8,
+        "prose in %": 8.6,
+        "functions with a docstring in %": 30.0,
+        "tuple_assignment_without_a_swap": 7,
+        "remark_at_the_end_of_a_line": 4,
+    },
     "API": {
-        "syntax nodes per code line": 9.4, "mean width of a code line": 56.6,
-        "widest line": 100, "conditional expressions per 100": 7.5,
-        "tuple assignments per 100": 4.6, "filtered comprehensions per 100": 2.1,
-        "Any per 100": 5.8, "prose in %": 11.0, "functions with a docstring in %": 70.0,
-        "loop_over_a_conditional": 4, "tuple_assignment_without_a_swap": 12,
-        "comprehension_of_two_levels_or_filters": 1, "and_or_as_a_value": 1,
-        "computed_attribute_name": 1, "positional_boolean": 3,
-        "remark_at_the_end_of_a_line": 7},
+        "syntax nodes per code line": 9.4,
+        "mean width of a code line": 56.6,
+        "widest line": 100,
+        "conditional expressions per 100": 7.5,
+        "tuple assignments per 100": 4.6,
+        "filtered comprehensions per 100": 2.1,
+        "Any per 100": 5.8,
+        "prose in %": 11.0,
+        "functions with a docstring in %": 70.0,
+        "loop_over_a_conditional": 4,
+        "tuple_assignment_without_a_swap": 12,
+        "comprehension_of_two_levels_or_filters": 1,
+        "and_or_as_a_value": 1,
+        "computed_attribute_name": 1,
+        "positional_boolean": 3,
+        "remark_at_the_end_of_a_line": 7,
+    },
     "WIRE": {
-        "syntax nodes per code line": 7.8, "mean width of a code line": 58.0,
-        "widest line": 99, "conditional expressions per 100": 2.8, "Any per 100": 4.8,
-        "prose in %": 8.4, "functions with a docstring in %": 57.1,
-        "tuple_assignment_without_a_swap": 1, "remark_at_the_end_of_a_line": 7,
-        "class_or_function_without_a_word": 5},
+        "syntax nodes per code line": 7.8,
+        "mean width of a code line": 58.0,
+        "widest line": 99,
+        "conditional expressions per 100": 2.8,
+        "Any per 100": 4.8,
+        "prose in %": 8.4,
+        "functions with a docstring in %": 57.1,
+        "tuple_assignment_without_a_swap": 1,
+        "remark_at_the_end_of_a_line": 7,
+        "class_or_function_without_a_word": 5,
+    },
     "CONNECTION": {
-        "syntax nodes per code line": 7.1, "mean width of a code line": 50.3,
-        "widest line": 99, "worst complexity": 18,
-        "conditional expressions per 100": 3.4, "tuple assignments per 100": 4.4,
-        "prose in %": 8.0, "functions with a docstring in %": 46.9,
-        "conditional_as_statement_or_nested": 3, "tuple_assignment_without_a_swap": 15,
-        "computed_attribute_name": 5, "remark_at_the_end_of_a_line": 15,
-        "chain_through_two_own_objects": 5, "name_behind_a_wall": 36},
+        "syntax nodes per code line": 7.1,
+        "mean width of a code line": 50.3,
+        "widest line": 99,
+        "worst complexity": 18,
+        "conditional expressions per 100": 3.4,
+        "tuple assignments per 100": 4.4,
+        "prose in %": 8.0,
+        "functions with a docstring in %": 46.9,
+        "conditional_as_statement_or_nested": 3,
+        "tuple_assignment_without_a_swap": 15,
+        "computed_attribute_name": 5,
+        "remark_at_the_end_of_a_line": 15,
+        "chain_through_two_own_objects": 5,
+        "name_behind_a_wall": 36,
+    },
     "SERVER": {
-        "syntax nodes per code line": 6.7, "mean width of a code line": 49.2,
-        "widest line": 100, "conditional expressions per 100": 2.8, "Any per 100": 1.8,
-        "prose in %": 9.2, "functions with a docstring in %": 63.2,
-        "conditional_as_statement_or_nested": 1, "tuple_assignment_without_a_swap": 2,
-        "class_made_at_run_time": 2, "remark_at_the_end_of_a_line": 10},
+        "syntax nodes per code line": 6.7,
+        "mean width of a code line": 49.2,
+        "widest line": 100,
+        "conditional expressions per 100": 2.8,
+        "Any per 100": 1.8,
+        "prose in %": 9.2,
+        "functions with a docstring in %": 63.2,
+        "conditional_as_statement_or_nested": 1,
+        "tuple_assignment_without_a_swap": 2,
+        "class_made_at_run_time": 2,
+        "remark_at_the_end_of_a_line": 10,
+    },
     "DOORS": {
-        "syntax nodes per code line": 8.2, "mean width of a code line": 53.4,
-        "widest line": 100, "worst complexity": 16,
-        "conditional expressions per 100": 4.7, "tuple assignments per 100": 3.0,
-        "filtered comprehensions per 100": 1.0, "prose in %": 9.8,
-        "functions with a docstring in %": 53.1, "tuple_assignment_without_a_swap": 10,
-        "and_or_as_a_value": 1, "number_for_a_field": 1,
-        "own_mistake_as_control_flow": 1, "positional_boolean": 1,
-        "remark_at_the_end_of_a_line": 19},
+        "syntax nodes per code line": 8.2,
+        "mean width of a code line": 53.4,
+        "widest line": 100,
+        "worst complexity": 16,
+        "conditional expressions per 100": 4.7,
+        "tuple assignments per 100": 3.0,
+        "filtered comprehensions per 100": 1.0,
+        "prose in %": 9.8,
+        "functions with a docstring in %": 53.1,
+        "tuple_assignment_without_a_swap": 10,
+        "and_or_as_a_value": 1,
+        "number_for_a_field": 1,
+        "own_mistake_as_control_flow": 1,
+        "positional_boolean": 1,
+        "remark_at_the_end_of_a_line": 19,
+    },
     "EDITING": {
-        "syntax nodes per code line": 7.4, "conditional expressions per 100": 2.7},
+        "syntax nodes per code line": 7.4,
+        "conditional expressions per 100": 2.7,
+    },
     "HOOKS": {
-        "syntax nodes per code line": 7.4, "conditional expressions per 100": 4.9,
-        "filtered comprehensions per 100": 0.9},
+        "syntax nodes per code line": 7.4,
+        "conditional expressions per 100": 4.9,
+        "filtered comprehensions per 100": 0.9,
+    },
     "SETUP": {
-        "syntax nodes per code line": 9.1, "mean width of a code line": 54.7,
-        "widest line": 99, "worst complexity": 21,
-        "conditional expressions per 100": 12.0, "tuple assignments per 100": 3.7,
-        "filtered comprehensions per 100": 2.8, "Any per 100": 6.9, "prose in %": 9.4,
-        "conditional_as_statement_or_nested": 1, "loop_over_a_conditional": 2,
+        "syntax nodes per code line": 9.1,
+        "mean width of a code line": 54.7,
+        "widest line": 99,
+        "worst complexity": 21,
+        "conditional expressions per 100": 12.0,
+        "tuple assignments per 100": 3.7,
+        "filtered comprehensions per 100": 2.8,
+        "Any per 100": 6.9,
+        "prose in %": 9.4,
+        "conditional_as_statement_or_nested": 1,
+        "loop_over_a_conditional": 2,
         "tuple_assignment_without_a_swap": 9,
-        "comprehension_of_two_levels_or_filters": 4, "number_for_a_field": 2,
-        "own_mistake_as_control_flow": 1, "remark_at_the_end_of_a_line": 11},
+        "comprehension_of_two_levels_or_filters": 4,
+        "number_for_a_field": 2,
+        "own_mistake_as_control_flow": 1,
+        "remark_at_the_end_of_a_line": 11,
+    },
     "DOCTOR": {
-        "syntax nodes per code line": 8.2, "mean width of a code line": 56.3,
-        "widest line": 100, "worst complexity": 25,
-        "conditional expressions per 100": 5.4, "tuple assignments per 100": 4.3,
-        "filtered comprehensions per 100": 2.2, "prose in %": 7.1,
-        "functions with a docstring in %": 66.7, "tuple_assignment_without_a_swap": 5,
-        "comprehension_of_two_levels_or_filters": 1, "positional_boolean": 1,
-        "remark_at_the_end_of_a_line": 3, "class_or_function_without_a_word": 1},
+        "syntax nodes per code line": 8.2,
+        "mean width of a code line": 56.3,
+        "widest line": 100,
+        "worst complexity": 25,
+        "conditional expressions per 100": 5.4,
+        "tuple assignments per 100": 4.3,
+        "filtered comprehensions per 100": 2.2,
+        "prose in %": 7.1,
+        "functions with a docstring in %": 66.7,
+        "tuple_assignment_without_a_swap": 5,
+        "comprehension_of_two_levels_or_filters": 1,
+        "positional_boolean": 1,
+        "remark_at_the_end_of_a_line": 3,
+        "class_or_function_without_a_word": 1,
+    },
     "the file": {
-        "syntax nodes per code line": 7.2, "functions over complexity 10": 28,
-        "prose in %": 11.2},
+        "syntax nodes per code line": 7.2,
+        "functions over complexity 10": 28,
+        "prose in %": 11.2,
+    },
 }
 NOT_YET_TESTS: dict[str, dict[str, float]] = {
-    "FIXTURES": {
-        "syntax nodes per code line": 8.1, "prose in %": 5.1},
-    "HOUSE": {
-        "syntax nodes per code line": 7.7},
-    "STORE": {
-        "syntax nodes per code line": 9.1, "prose in %": 2.6},
-    "API": {
-        "syntax nodes per code line": 10.5, "prose in %": 1.8},
-    "CHAOS": {
-        "syntax nodes per code line": 9.1, "prose in %": 3.0},
-    "HTTP": {
-        "syntax nodes per code line": 9.4, "prose in %": 2.8},
-    "WS": {
-        "syntax nodes per code line": 8.7, "prose in %": 2.6},
+    "FIXTURES": {"syntax nodes per code line": 8.1, "prose in %": 5.1},
+    "HOUSE": {"syntax nodes per code line": 7.7},
+    "STORE": {"syntax nodes per code line": 9.1, "prose in %": 2.6},
+    "API": {"syntax nodes per code line": 10.5, "prose in %": 1.8},
+    "CHAOS": {"syntax nodes per code line": 9.1, "prose in %": 3.0},
+    "HTTP": {"syntax nodes per code line": 9.4, "prose in %": 2.8},
+    "WS": {"syntax nodes per code line": 8.7, "prose in %": 2.6},
     # A section of data.
-    "SCREENS": {
-        "prose in %": 1.6},
-    "COMMANDS": {
-        "syntax nodes per code line": 8.8, "prose in %": 2.1},
-    "SETUP": {
-        "syntax nodes per code line": 8.4, "prose in %": 2},
-    "INSTALL": {
-        "syntax nodes per code line": 8.9, "prose in %": 3.4},
-    "BROWSER": {
-        "syntax nodes per code line": 7.4, "prose in %": 1.3},
-    "README": {
-        "syntax nodes per code line": 11.0, "prose in %": 4.2},
-    "JOURNEY": {
-        "syntax nodes per code line": 8.7},
+    "SCREENS": {"prose in %": 1.6},
+    "COMMANDS": {"syntax nodes per code line": 8.8, "prose in %": 2.1},
+    "SETUP": {"syntax nodes per code line": 8.4, "prose in %": 2},
+    "INSTALL": {"syntax nodes per code line": 8.9, "prose in %": 3.4},
+    "BROWSER": {"syntax nodes per code line": 7.4, "prose in %": 1.3},
+    "README": {"syntax nodes per code line": 11.0, "prose in %": 4.2},
+    "JOURNEY": {"syntax nodes per code line": 8.7},
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-SILENT_TOKENS = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-                 tokenize.ENDMARKER}
+SILENT_TOKENS = {
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 
 
@@ -686,7 +1057,9 @@ class Room:
     @cached_property
     def banner(self) -> str:
         """The comment lines on top, as one text."""
-        lines = itertools.takewhile(lambda line: line.startswith("#"), self.text.split("\n"))
+        lines = itertools.takewhile(
+            lambda line: line.startswith("#"), self.text.split("\n")
+        )
         return " ".join(line.lstrip("# ") for line in lines)
 
 
@@ -694,10 +1067,10 @@ def rooms_of(source: str) -> dict[str, Room]:
     """The rooms between the banners, by name; what stands above the first is the MAP."""
     starts = list(re.finditer(r"^# ={80,}\n# ([A-Z]+) -- ", source, re.M))
     ends = [match.start() for match in starts] + [len(source)]
-    rooms = {"MAP": Room("MAP", source[:ends[0]])}
+    rooms = {"MAP": Room("MAP", source[: ends[0]])}
     for match, end in zip(starts, ends[1:], strict=True):
         first_line = source.count("\n", 0, match.start()) + 1
-        rooms[match[1]] = Room(match[1], source[match.start():end], first_line)
+        rooms[match[1]] = Room(match[1], source[match.start() : end], first_line)
     return rooms
 
 
@@ -725,13 +1098,22 @@ class House:
     @cached_property
     def records(self) -> set[str]:
         """Classes that only hold values."""
-        plain = {"NamedTuple", "TypedDict", "StrEnum", "Enum", "IntEnum", "Exception"}
+        plain = {
+            "NamedTuple",
+            "TypedDict",
+            "StrEnum",
+            "Enum",
+            "IntEnum",
+            "Exception",
+        }
         return {name for name in self.classes if self.ancestors(name) & plain}
 
     @cached_property
     def tuples(self) -> set[str]:
         """Records whose fields could be fetched by a number."""
-        return {name for name in self.classes if "NamedTuple" in self.ancestors(name)}
+        return {
+            name for name in self.classes if "NamedTuple" in self.ancestors(name)
+        }
 
     @cached_property
     def own_attributes(self) -> set[str]:
@@ -754,6 +1136,7 @@ class House:
 
 # -- figures
 
+
 def docstrings(room: Room) -> dict[ast.AST, ast.stmt]:
     """What has a docstring, and the docstring."""
     found: dict[ast.AST, ast.stmt] = {}
@@ -763,15 +1146,26 @@ def docstrings(room: Room) -> dict[ast.AST, ast.stmt]:
     return found
 
 
-BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
-            ast.Assert, ast.match_case, ast.comprehension)
+BRANCHES = (
+    ast.If,
+    ast.IfExp,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.ExceptHandler,
+    ast.Assert,
+    ast.match_case,
+    ast.comprehension,
+)
 
 
 def complexity(function: ast.AST) -> int:
     """Ways through a function, counted with ternaries, and/or and comprehension filters."""
     count = 1 + len(list(within(function, *BRANCHES)))
     count += sum(len(loop.ifs) for loop in within(function, ast.comprehension))
-    return count + sum(len(test.values) - 1 for test in within(function, ast.BoolOp))
+    return count + sum(
+        len(test.values) - 1 for test in within(function, ast.BoolOp)
+    )
 
 
 def length(function: Function) -> int:
@@ -800,12 +1194,18 @@ def line_kinds(room: Room) -> tuple[set[int], set[int]]:
 
 def counts(room: Room) -> dict[str, int]:
     """How often the idioms that are counted occur."""
-    pairs = [node for node in room.all(ast.Assign)
-             if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)]
+    pairs = [
+        node
+        for node in room.all(ast.Assign)
+        if isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    ]
     return {
         "conditional expressions": len(room.all(ast.IfExp)),
         "tuple assignments": len(pairs),
-        "filtered comprehensions": sum(bool(loop.ifs) for loop in room.all(ast.comprehension)),
+        "filtered comprehensions": sum(
+            bool(loop.ifs) for loop in room.all(ast.comprehension)
+        ),
         "Any": sum(node.id == "Any" for node in room.all(ast.Name)),
     }
 
@@ -840,8 +1240,12 @@ def figures(room: Room) -> dict[str, float]:
     return found
 
 
-def missed(found: Mapping[str, float], most: Mapping[str, float], least: Mapping[str, float],
-           allowed: Mapping[str, float]) -> list[str]:
+def missed(
+    found: Mapping[str, float],
+    most: Mapping[str, float],
+    least: Mapping[str, float],
+    allowed: Mapping[str, float],
+) -> list[str]:
     """The figures that are worse than their goal and than what is still allowed."""
     wrong = []
     for name, goal in most.items():
@@ -872,7 +1276,9 @@ def breaches(rule: str, room: Room, house: House) -> list[str]:
 
 
 @refused_idiom
-def conditional_as_statement_or_nested(room: Room, house: House) -> Iterator[Finding]:
+def conditional_as_statement_or_nested(
+    room: Room, house: House
+) -> Iterator[Finding]:
     """`a() if c else b()` as a statement; one conditional expression inside another."""
     for statement in room.all(ast.Expr):
         if isinstance(statement.value, ast.IfExp):
@@ -912,7 +1318,9 @@ def tuple_assignment_without_a_swap(room: Room, house: House) -> Iterator[Findin
 
 
 @refused_idiom
-def comprehension_of_two_levels_or_filters(room: Room, house: House) -> Iterator[Finding]:
+def comprehension_of_two_levels_or_filters(
+    room: Room, house: House
+) -> Iterator[Finding]:
     """Two `for`, two `if`, or one comprehension inside another."""
     for node in room.all(*COMPREHENSIONS):
         filters = [condition for loop in node.generators for condition in loop.ifs]
@@ -1083,9 +1491,15 @@ def is_a_field(node: ast.Assign | ast.AnnAssign) -> bool:
 
 def lines_of_constants(room: Room) -> set[int]:
     """The lines on which constants and fields are made."""
-    made = [node for node in room.all(ast.Assign, ast.AnnAssign) if is_a_field(node)]
+    made = [
+        node for node in room.all(ast.Assign, ast.AnnAssign) if is_a_field(node)
+    ]
     for block in [room.tree, *room.all(ast.ClassDef)]:
-        made += [node for node in block.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+        made += [
+            node
+            for node in block.body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+        ]
     found: set[int] = set()
     for node in made:
         found |= set(range(node.lineno, (node.end_lineno or 0) + 1))
@@ -1099,7 +1513,11 @@ def remark_at_the_end_of_a_line(room: Room, house: House) -> Iterator[Finding]:
     code -= lines_of_constants(room)
     for token in room.tokens:
         for_a_tool = re.match("# (type:|noqa)", token.string)
-        if token.type == tokenize.COMMENT and token.start[0] in code and not for_a_tool:
+        if (
+            token.type == tokenize.COMMENT
+            and token.start[0] in code
+            and not for_a_tool
+        ):
             yield ast.Pass(lineno=token.start[0]), token.string
 
 
@@ -1165,7 +1583,7 @@ def name_behind_a_wall(room: Room, house: House) -> Iterator[Finding]:
 def name_of_a_room_below(room: Room, house: House) -> Iterator[Finding]:
     """A global name that a room further down makes."""
     order = list(house.rooms)
-    below = set(order[order.index(room.name) + 1:])
+    below = set(order[order.index(room.name) + 1 :])
     for node, name in room.globals_used:
         if house.defined.get(name) in below:
             yield node, f"{name} of {house.defined[name]}"
@@ -1175,7 +1593,9 @@ def name_of_a_room_below(room: Room, house: House) -> Iterator[Finding]:
 def name_made_twice(room: Room, house: House) -> Iterator[Finding]:
     """A name that two rooms make at their top level: the later one is what both of them use."""
     for name in room.names:
-        makers = [other.name for other in house.rooms.values() if name in other.names]
+        makers = [
+            other.name for other in house.rooms.values() if name in other.names
+        ]
         if makers != [room.name]:
             yield ast.Pass(lineno=1), f"{name} of {' and '.join(makers)}"
 
@@ -1193,12 +1613,18 @@ def test_the_rooms_stand_in_their_order() -> None:
     places |= {name: place for place, name in enumerate(ROOM_ORDER)}
     fixed = [name for name in ROOM_NAMES if name in places]
     assert fixed == sorted(fixed, key=places.__getitem__)
-    later = {new for old in NOT_YET_BUILT.keys() & HOUSE.rooms.keys() for new in NOT_YET_BUILT[old]}
+    later = {
+        new
+        for old in NOT_YET_BUILT.keys() & HOUSE.rooms.keys()
+        for new in NOT_YET_BUILT[old]
+    }
     assert set(ROOM_ORDER) - later <= set(ROOM_NAMES)
     for name in set(ROOM_NAMES) - places.keys():
         place = ROOM_NAMES.index(name)
-        assert any(first in ROOM_NAMES[:place] and last in ROOM_NAMES[place:]
-                   for first, last in SEVERAL_ROOMS), f"{name} has no place in the plan"
+        assert any(
+            first in ROOM_NAMES[:place] and last in ROOM_NAMES[place:]
+            for first, last in SEVERAL_ROOMS
+        ), f"{name} has no place in the plan"
 
 
 @pytest.mark.parametrize("name", ROOM_NAMES)
@@ -1231,33 +1657,53 @@ def test_the_tests_are_readable_too(name: str) -> None:
 
 # One breach of each rule; planted in SERVER, it must be found.
 PLANTED = {
-    conditional_as_statement_or_nested: ["stop() if late else go()",
-                                         "x = 1 if a else (2 if b else 3)"],
-    loop_over_a_conditional: ["for x in some if late else (): pass",
-                              "y = [x for x in some if late]; z = [x for x in (a if b else ())]"],
+    conditional_as_statement_or_nested: [
+        "stop() if late else go()",
+        "x = 1 if a else (2 if b else 3)",
+    ],
+    loop_over_a_conditional: [
+        "for x in some if late else (): pass",
+        "y = [x for x in some if late]; z = [x for x in (a if b else ())]",
+    ],
     tuple_assignment_without_a_swap: ["def f(x, y): a, b = x, y"],
-    comprehension_of_two_levels_or_filters: ["x = [b for a in c for b in a]",
-                                             "x = [b for b in c if b if b.d]",
-                                             "x = [[b for b in a] for a in c]"],
+    comprehension_of_two_levels_or_filters: [
+        "x = [b for a in c for b in a]",
+        "x = [b for b in c if b if b.d]",
+        "x = [[b for b in a] for a in c]",
+    ],
     and_or_as_a_value: ["def f(a, b): return a or b"],
     computed_attribute_name: ["def f(x, name): return getattr(x, 'serve_' + name)"],
-    number_for_a_field: ["def f(receipt: Receipt): return receipt[3]",
-                         "def f(known): x = Message(1, 'a', 'b'); return x[2:5]",
-                         "def f(pair: tuple[str, int]): return pair[0]"],
+    number_for_a_field: [
+        "def f(receipt: Receipt): return receipt[3]",
+        "def f(known): x = Message(1, 'a', 'b'); return x[2:5]",
+        "def f(pair: tuple[str, int]): return pair[0]",
+    ],
     class_made_at_run_time: ["Made = type('Made', (object,), {})"],
-    constructor_calls_overridden: ["class Base:\n    def __init__(self): self.load()\n"
-                                   "    def load(self): pass\n"
-                                   "class Heir(Base):\n    def load(self): pass"],
-    own_mistake_as_control_flow: ["try: x = table[key]\nexcept KeyError: pass",
-                                  "with contextlib.suppress(AttributeError): x.socket.close()"],
-    positional_boolean: ["def planted(a, b): pass\nplanted(1, True)",
-                         "def planted(a, loud=False): pass"],
+    constructor_calls_overridden: [
+        "class Base:\n    def __init__(self): self.load()\n"
+        "    def load(self): pass\n"
+        "class Heir(Base):\n    def load(self): pass"
+    ],
+    own_mistake_as_control_flow: [
+        "try: x = table[key]\nexcept KeyError: pass",
+        "with contextlib.suppress(AttributeError): x.socket.close()",
+    ],
+    positional_boolean: [
+        "def planted(a, b): pass\nplanted(1, True)",
+        "def planted(a, loud=False): pass",
+    ],
     remark_at_the_end_of_a_line: ["def f():\n    go()  # and look again"],
     class_or_function_without_a_word: ["class Mute: pass", "def mute(): pass"],
-    chain_through_two_own_objects: ["class Api: pass\nclass Store: pass\n"
-                                    "def f(self): return self.api.store.number()"],
-    name_behind_a_wall: ["def f(self): return self.api.store.number()", "import sqlite3",
-                         "def f(self): return self.api.store", "def f(): return Store('x')"],
+    chain_through_two_own_objects: [
+        "class Api: pass\nclass Store: pass\n"
+        "def f(self): return self.api.store.number()"
+    ],
+    name_behind_a_wall: [
+        "def f(self): return self.api.store.number()",
+        "import sqlite3",
+        "def f(self): return self.api.store",
+        "def f(): return Store('x')",
+    ],
     name_of_a_room_below: ["def f(): return main([])"],
     name_made_twice: ["PAGE_BYTES = 1"],
 }
@@ -1295,56 +1741,94 @@ def test_each_rule_finds_its_breach_and_nothing_innocent(kind: str) -> None:
     assert len(breaches(kind, house.rooms["SERVER"], house)) == before
 
 
-@pytest.mark.parametrize("figure, code", [
-    ("syntax nodes per code line", "x = [f(g(a[1] + b), -c.d) for a in h]"),
-    ("mean width of a code line", "x = '" + "x" * 60 + "'"),
-    ("widest line", "# " + "x" * 91),
-    ("longest function", "def f():\n" + "    g()\n" * 51),
-    ("worst complexity", "def f(a):\n    return " + " or ".join("a" * 16)),
-    ("conditional expressions per 100", "x = 1 if a else 2\n" * 3),
-    ("tuple assignments per 100", "a, b = b, a\n" * 3),
-    ("filtered comprehensions per 100", "x = [a for a in b if a]\n" * 3),
-    ("Any per 100", "x: Any = 1\n" * 3),
-    ("prose in %", "x = 1\n" * 10),
-    ("functions with a docstring in %", "def f(): pass\n" * 3)])
+@pytest.mark.parametrize(
+    "figure, code",
+    [
+        ("syntax nodes per code line", "x = [f(g(a[1] + b), -c.d) for a in h]"),
+        ("mean width of a code line", "x = '" + "x" * 60 + "'"),
+        ("widest line", "# " + "x" * 91),
+        ("longest function", "def f():\n" + "    g()\n" * 51),
+        ("worst complexity", "def f(a):\n    return " + " or ".join("a" * 16)),
+        ("conditional expressions per 100", "x = 1 if a else 2\n" * 3),
+        ("tuple assignments per 100", "a, b = b, a\n" * 3),
+        ("filtered comprehensions per 100", "x = [a for a in b if a]\n" * 3),
+        ("Any per 100", "x: Any = 1\n" * 3),
+        ("prose in %", "x = 1\n" * 10),
+        ("functions with a docstring in %", "def f(): pass\n" * 3),
+    ],
+)
 def test_each_figure_sees_a_room_that_is_folded(figure: str, code: str) -> None:
     wrong = missed(figures(Room("FOLDED", code)), MOST, LEAST, {})
     assert figure in [line.partition(":")[0] for line in wrong]
 
 
 def test_a_good_room_passes_every_figure() -> None:
-    code = "# What it is, in a line.\nLIMIT = 3\n\n\ndef f() -> int:\n    " \
-           '"""Says what it gives."""\n    return LIMIT\n'
+    code = (
+        "# What it is, in a line.\nLIMIT = 3\n\n\ndef f() -> int:\n    "
+        '"""Says what it gives."""\n    return LIMIT\n'
+    )
     assert missed(figures(Room("GOOD", code)), MOST, LEAST, {}) == []
 
 
 def test_only_settings_reads_the_environment() -> None:
-    readers = [room.name for room in HOUSE.rooms.values() for node in room.nodes
-               if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
-               and last_name(node.value) == "os"]
+    readers = [
+        room.name
+        for room in HOUSE.rooms.values()
+        for node in room.nodes
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv")
+        and last_name(node.value) == "os"
+    ]
     assert readers == ["SETTINGS"]
 
 
 def test_only_commands_print() -> None:
-    speakers = [room.name for room in HOUSE.rooms.values()
-                for _, name in room.globals_used if name in ("print", "input", "exit")]
+    speakers = [
+        room.name
+        for room in HOUSE.rooms.values()
+        for _, name in room.globals_used
+        if name in ("print", "input", "exit")
+    ]
     assert set(speakers) <= {"COMMANDS"}
 
 
 def test_import_is_silent_and_light(tmp_path: Path) -> None:
-    heavy = ["sqlite3", "http", "ssl", "asyncio", "mcp", "websockets", "argparse", "subprocess",
-             "fcntl", "dataclasses", "inspect"]
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import agent_chat; "
-            f"print(sorted(set({heavy}) & set(sys.modules)))")
-    done = subprocess.run([PYTHON, "-I", "-c", code, str(HERE)], capture_output=True, text=True,
-                          cwd=tmp_path, env=clean_environment(tmp_path), timeout=20)
+    heavy = [
+        "sqlite3",
+        "http",
+        "ssl",
+        "asyncio",
+        "mcp",
+        "websockets",
+        "argparse",
+        "subprocess",
+        "fcntl",
+        "dataclasses",
+        "inspect",
+    ]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import agent_chat; "
+        f"print(sorted(set({heavy}) & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [PYTHON, "-I", "-c", code, str(HERE)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        timeout=20,
+    )
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[]\n", "", [])
 
 
 def test_third_parties_are_websockets_and_mcp_alone() -> None:
     modules = {name for room in HOUSE.rooms.values() for _, name in room.imports}
     # pydantic comes with mcp, whose messages it describes; PLUGIN only tells it to be quick
-    assert modules - set(sys.stdlib_module_names) == {"websockets", "mcp", "pydantic"}
+    assert modules - set(sys.stdlib_module_names) == {
+        "websockets",
+        "mcp",
+        "pydantic",
+    }
     assert SOURCE.count("pydantic") == 1
 
 
@@ -1354,21 +1838,33 @@ def test_the_version_is_in_one_place() -> None:
 
 def test_there_is_no_unfinished_business() -> None:
     for file in (PROGRAM, PAGE):
-        assert not re.search("TO" "DO|FIX" "ME|XX" "X", file.read_text(encoding="utf-8"))
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(",
-                         PAGE.read_text(encoding="utf-8"))
+        assert not re.search("TODO|FIXME|XXX", file.read_text(encoding="utf-8"))
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(",
+        PAGE.read_text(encoding="utf-8"),
+    )
 
 
 def test_the_top_level_holds_six_files() -> None:
-    kept = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout
+    kept = subprocess.run(
+        ["git", "ls-files"], cwd=HERE, capture_output=True, text=True
+    ).stdout
     top = {line.split("/")[0] for line in kept.splitlines()}
-    wanted = {"agent_chat.py", "agent_chat_web.html", "test_agent_chat.py", "install.sh",
-              "README.md", "LICENSE"}
+    wanted = {
+        "agent_chat.py",
+        "agent_chat_web.html",
+        "test_agent_chat.py",
+        "install.sh",
+        "README.md",
+        "LICENSE",
+    }
     assert not kept or {name for name in top if not name.startswith(".")} == wanted
 
 
 def test_every_command_is_in_the_readme() -> None:
-    text = subprocess.run([PYTHON, str(PROGRAM), "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [PYTHON, str(PROGRAM), "--help"], capture_output=True, text=True
+    ).stdout
     commands = re.findall(r"^    ([a-z]+) ", text, re.M)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(commands) >= 14
@@ -1379,7 +1875,10 @@ def test_every_command_is_in_the_readme() -> None:
 # STORE -- what is acknowledged stays, whatever happens to the file.
 # ======================================================================================
 
-GO_TIME, LONG_AGO = "2026-11-22 14:03:14.51439384+00:00", "2024-01-01 00:00:00+00:00"
+GO_TIME, LONG_AGO = (
+    "2026-11-22 14:03:14.51439384+00:00",
+    "2024-01-01 00:00:00+00:00",
+)
 GO_SCHEMA = """
     CREATE TABLE agents (name TEXT PRIMARY KEY, groups TEXT, status TEXT, registered_at DATETIME);
     CREATE TABLE messages (id TEXT PRIMARY KEY, from_agent TEXT, to_agent TEXT, grp TEXT,
@@ -1391,6 +1890,7 @@ GO_SCHEMA = """
 
 
 def contents(messages: list[dict[str, Any]]) -> list[str]:
+    """The texts of messages, in their order."""
     return [message["content"] for message in messages]
 
 
@@ -1407,7 +1907,9 @@ def sqlite_file(path: Path, script: str, **rows: list[tuple[Any, ...]]) -> Path:
 
 def look(path: Path, sql: str) -> list[tuple[Any, ...]]:
     """What another program sees in the file."""
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as file:
+    with contextlib.closing(
+        sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    ) as file:
         return file.execute(sql).fetchall()
 
 
@@ -1430,41 +1932,81 @@ def small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a tmpfs; the test with a size limit covers the rest")
+        pytest.skip(
+            "no right to mount a tmpfs; the test with a size limit covers the rest"
+        )
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_everything_acknowledged_survives_the_end_of_the_process(hub: Hub, end: str) -> None:
+def test_everything_acknowledged_survives_the_end_of_the_process(
+    hub: Hub, end: str
+) -> None:
+    """A 200 means that it is on disk: what every kind of reading says is the same before
+    and after, and an agent comes back with its groups, its bell and its session."""
     hub.register("alice", ("team",))
-    session = hub.register("bob", ("team",), type="codex", host="h", cwd="/w")["session"]
+    session = hub.register("bob", ("team",), type="codex", host="h", cwd="/w")[
+        "session"
+    ]
     hub.post("/api/agents/bell", {"agent_name": "bob", "mute": ["carol"]})
     first = hub.send("alice", "bob", "one ünï")["id"]
     hub.send("alice", group="team", content="two", in_reply_to=first)
     hub.send("bob", "human", "three", session)
     assert len(hub.unread("bob", session)) == 2
-    hub.post("/api/messages/read", {"agent_name": "bob", "message_ids": [first]}, session)
-    asked = ("/api/messages/search?q=uni", "/api/messages?agent=bob&peek=1", "/api/groups",
-             "/api/messages?agent=human", "/api/messages/recent", f"/api/messages/{first}")
+    hub.post(
+        "/api/messages/read",
+        {"agent_name": "bob", "message_ids": [first]},
+        session,
+    )
+    asked = (
+        "/api/messages/search?q=uni",
+        "/api/messages?agent=bob&peek=1",
+        "/api/groups",
+        "/api/messages?agent=human",
+        "/api/messages/recent",
+        f"/api/messages/{first}",
+    )
     eventually(lambda: hub.get(asked[0]))  # words are indexed in batches
     before = [hub.get(path) for path in asked]
     assert [len(answer) for answer in before] == [1, 1, 1, 1, 3, 2]
     getattr(hub, end)()
     hub.start()
     assert [hub.get(path) for path in asked] == before
-    row = {"groups": ["team"], "mute": ["carol"], "type": "codex", "host": "h", "unread": 1}
+    row = {
+        "groups": ["team"],
+        "mute": ["carol"],
+        "type": "codex",
+        "host": "h",
+        "unread": 1,
+    }
     assert hub.get("/api/agents")[1].items() >= row.items()
     assert contents(hub.unread("bob", session)) == ["two"]
 
 
-def test_no_answer_leaves_before_its_message_is_synced(hub: Hub, tmp_path: Path) -> None:
+def test_no_answer_leaves_before_its_message_is_synced(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """The order of the system calls themselves: written to the log, synced, and only
+    then answered. Tried with twenty sends under strace."""
     if not CI and not shutil.which("strace"):
         pytest.skip("strace not installed")
     trace = tmp_path / "trace"
     spy = subprocess.Popen(
-        ["strace", "-f", "-y", "-e", "trace=pwrite64,fdatasync,fsync,sendto", "-o", trace,
-         "-p", str(hub.pid)], stderr=subprocess.PIPE, text=True)
+        [
+            "strace",
+            "-f",
+            "-y",
+            "-e",
+            "trace=pwrite64,fdatasync,fsync,sendto",
+            "-o",
+            trace,
+            "-p",
+            str(hub.pid),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert spy.stderr
     if "attached" not in spy.stderr.readline():
         pytest.skip("no right to trace a process")
@@ -1485,14 +2027,25 @@ def test_no_answer_leaves_before_its_message_is_synced(hub: Hub, tmp_path: Path)
 
 
 def test_the_files_are_their_owners_alone(hub: Hub) -> None:
+    """The database holds private talk: nobody else on the machine may read any of its
+    files."""
     hub.send("alice", "human", "secret")
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in hub.db.parent.iterdir()}
-    assert {"agent-chat.db", "agent-chat.db-wal", "agent-chat.db-shm"} <= modes.keys()
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in hub.db.parent.iterdir()
+    }
+    assert {
+        "agent-chat.db",
+        "agent-chat.db-wal",
+        "agent-chat.db-shm",
+    } <= modes.keys()
     assert set(modes.values()) == {"0o600"}
     assert oct(hub.db.parent.stat().st_mode & 0o777) == "0o700"
 
 
 def test_a_second_hub_stays_off_the_file(hub: Hub, tmp_path: Path) -> None:
+    """Two writers would tear the file. The lock dies with its owner, and of several hubs
+    that start at once exactly one stays."""
     text = refused(Hub(tmp_path / "second", db=hub.db))
     assert f"pid {hub.pid}" in text and "another hub" in text
     hub.send("alice", "human", "the first one goes on")
@@ -1509,14 +2062,30 @@ def test_a_second_hub_stays_off_the_file(hub: Hub, tmp_path: Path) -> None:
     assert log.count("another hub") == 4 and "Traceback" not in log
 
 
-@pytest.mark.parametrize("script, damage, sentence", [
-    ("", (0, b"\xa5" * 10), "is damaged or not a database"), ("", (9, b"\xa5" * 10), "is damaged"),
-    ("", (-2, b""), "is damaged"), ("text", (0, b"Dear diary"), "is damaged or not a database"),
-    ("CREATE TABLE agents (x); CREATE TABLE messages (y)", None, "tables of another program"),
-    ("PRAGMA user_version = 99", None, "newer agent-chat")])
+@pytest.mark.parametrize(
+    "script, damage, sentence",
+    [
+        ("", (0, b"\xa5" * 10), "is damaged or not a database"),
+        ("", (9, b"\xa5" * 10), "is damaged"),
+        ("", (-2, b""), "is damaged"),
+        ("text", (0, b"Dear diary"), "is damaged or not a database"),
+        (
+            "CREATE TABLE agents (x); CREATE TABLE messages (y)",
+            None,
+            "tables of another program",
+        ),
+        ("PRAGMA user_version = 99", None, "newer agent-chat"),
+    ],
+)
 def test_a_file_that_cannot_be_served_is_refused_untouched(
-        make_hub: Callable[..., Hub], tmp_path: Path, script: str,
-        damage: tuple[int, bytes] | None, sentence: str) -> None:
+    make_hub: Callable[..., Hub],
+    tmp_path: Path,
+    script: str,
+    damage: tuple[int, bytes] | None,
+    sentence: str,
+) -> None:
+    """A broken or a foreign file is named in one sentence, and not one byte of it
+    changes: it may be all that is left of somebody's mail."""
     path = tmp_path / "db" / "agent-chat.db"
     if script and damage is None:
         sqlite_file(path, script)
@@ -1533,10 +2102,15 @@ def test_a_file_that_cannot_be_served_is_refused_untouched(
             file.write(data * 400)
     before = path.read_bytes()
     text = refused(Hub(tmp_path / "second", db=path))
-    assert sentence in text and str(path) in text and path.read_bytes() == before
+    assert (
+        sentence in text and str(path) in text and path.read_bytes() == before
+    )
 
 
-def test_a_folder_or_a_read_only_disk_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_or_a_read_only_disk_is_refused_in_a_sentence(
+    tmp_path: Path,
+) -> None:
+    """What cannot hold a database is said with its name."""
     assert str(tmp_path) in refused(Hub(tmp_path / "first", db=tmp_path))
     with small_disk(tmp_path / "disk") as disk:
         assert Hub(tmp_path / "first", db=disk / "a.db").start().stop() == 0
@@ -1546,6 +2120,8 @@ def test_a_folder_or_a_read_only_disk_is_refused_in_a_sentence(tmp_path: Path) -
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "cut to nothing"])
 def test_a_torn_log_keeps_a_prefix_and_serves(hub: Hub, damage: str) -> None:
+    """A power cut may tear the write-ahead log anywhere. What is left is a beginning of
+    what was sent, without a gap, and the hub goes on behind it."""
     hub.register("bob")
     for number in range(15):
         hub.send("alice", "bob", str(number))
@@ -1560,20 +2136,25 @@ def test_a_torn_log_keeps_a_prefix_and_serves(hub: Hub, damage: str) -> None:
             file.truncate(size * 2 // 3 + 11 if damage == "cut" else 0)
     hub.start()
     left = contents(hub.unread("bob"))
-    assert left == [str(number) for number in range(len(left))] and len(left) < 15
+    assert (
+        left == [str(number) for number in range(len(left))] and len(left) < 15
+    )
     assert hub.send("alice", "human", "again")["seq"] == len(left) + 1
     assert look(hub.db, "PRAGMA integrity_check") == [("ok",)]
 
 
 # -- the disk fails under a running hub
 
+
 def lock(hub: Hub) -> Callable[[], object]:
+    """Another program holds the file."""
     other = sqlite3.connect(hub.db, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     return other.close
 
 
 def limit_size(hub: Hub) -> Callable[[], object]:
+    """Files of the process may not grow any more."""
     import resource
 
     old = resource.prlimit(hub.pid, resource.RLIMIT_FSIZE)
@@ -1582,28 +2163,42 @@ def limit_size(hub: Hub) -> Callable[[], object]:
 
 
 def move(hub: Hub, end: str = "") -> Callable[[], object]:
+    """The file is taken away."""
     path = hub.db.with_name(hub.db.name + end)
     away = path.rename(path.with_suffix(".away"))
     return lambda: away.rename(path)
 
 
 def move_log(hub: Hub) -> Callable[[], object]:
+    """The write-ahead log is taken away."""
     return move(hub, "-wal")
 
 
 def replace(hub: Hub) -> Callable[[], object]:
+    """A copy stands where the file was."""
     back = move(hub)
     shutil.copy(hub.db.with_suffix(".away"), hub.db)
     return back
 
 
-@pytest.mark.parametrize("spoil, statuses, sentence", [
-    (lock, {503}, "locked"), (limit_size, {503, 507}, "agent-chat.db"),
-    (move, {503}, "moved or deleted"), (replace, {503}, "moved or deleted"),
-    (move_log, {503}, "agent-chat.db")])
+@pytest.mark.parametrize(
+    "spoil, statuses, sentence",
+    [
+        (lock, {503}, "locked"),
+        (limit_size, {503, 507}, "agent-chat.db"),
+        (move, {503}, "moved or deleted"),
+        (replace, {503}, "moved or deleted"),
+        (move_log, {503}, "agent-chat.db"),
+    ],
+)
 def test_a_failing_disk_never_gives_a_false_200(
-        hub: Hub, spoil: Callable[[Hub], Callable[[], object]], statuses: set[int],
-        sentence: str) -> None:
+    hub: Hub,
+    spoil: Callable[[Hub], Callable[[], object]],
+    statuses: set[int],
+    sentence: str,
+) -> None:
+    """Five ways in which a disk fails under a running hub. Who writes is told, who reads
+    goes on, nothing that failed is pushed, and afterwards all is well."""
     bob = hub.register("bob")["session"]
     push, watch = hub.socket("bob", bob), hub.watch()
     ids = [hub.send("alice", "bob", f"before {n}")["id"] for n in range(3)]
@@ -1611,30 +2206,49 @@ def test_a_failing_disk_never_gives_a_false_200(
     heal = spoil(hub)
     body = {"from": "alice", "to": "bob", "content": "x", "client_id": "same"}
     for number in range(5):
-        status, value = hub.call("POST", "/api/send", {**body, "content": f"during {number}"})
-        assert status in statuses and sentence in value["error"], (status, value)
+        status, value = hub.call(
+            "POST", "/api/send", {**body, "content": f"during {number}"}
+        )
+        assert status in statuses and sentence in value["error"], (
+            status,
+            value,
+        )
     assert hub.call("POST", "/api/register", {"name": "carol"})[0] in statuses
     assert [m["id"] for m in hub.unread("bob", bob)] == ids, "reading goes on"
     assert hub.call("GET", "/health")[0] == 200
     assert [a["name"] for a in hub.get("/api/agents")] == ["bob"]
     heal()
-    ids.append(eventually(lambda: hub.call("POST", "/api/send", body)[1].get("id")))
+    ids.append(
+        eventually(lambda: hub.call("POST", "/api/send", body)[1].get("id"))
+    )
     assert push.mail()["id"] == ids[-1], "nothing that failed was pushed"
-    assert watch.until(lambda f: f["type"] == "new_message" and f["data"]["id"] == ids[-1])
+    assert watch.until(
+        lambda f: f["type"] == "new_message" and f["data"]["id"] == ids[-1]
+    )
     hub.kill()
     hub.start()
-    assert [m["id"] for m in hub.get("/api/messages", agent="bob", peek=1)] == ids
+    assert [
+        m["id"] for m in hub.get("/api/messages", agent="bob", peek=1)
+    ] == ids
     assert "Traceback" not in hub.log.read_text()
 
 
-def test_a_full_disk_answers_507_and_heals(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_a_full_disk_answers_507_and_heals(
+    make_hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    """The last byte is used up by sends. Each refusal says why, and room that is made is
+    used at once."""
     with small_disk(tmp_path / "disk") as disk:
         hub, acked, refusals = make_hub(db=disk / "agent-chat.db"), [], []
         hub.register("bob")
         ballast = disk / "ballast"
         ballast.write_bytes(b"x" * 200_000)
         for number in range(400):
-            body = {"from": "alice", "to": "bob", "content": f"{number} " + "y" * 8000}
+            body = {
+                "from": "alice",
+                "to": "bob",
+                "content": f"{number} " + "y" * 8000,
+            }
             status, value = hub.call("POST", "/api/send", body)
             if status == 200:
                 acked.append(value["id"])
@@ -1653,39 +2267,79 @@ def test_a_full_disk_answers_507_and_heals(make_hub: Callable[..., Hub], tmp_pat
 
 # -- older files, old mail
 
+
 def test_a_database_of_the_go_server_opens_with_everything(
-        make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+    make_hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    """Messages, groups, read marks and threads of the older program, with the odd names
+    and lost references that its files really hold."""
     when = [f"2026-11-22 14:03:{number:02d}.5+00:00" for number in range(5)]
-    hub = make_hub(db=sqlite_file(
-        tmp_path / "db" / "old.db", GO_SCHEMA,
-        agents=[(name, "", "idle", GO_TIME) for name in ("alice", "bob", "my project")],
-        agent_groups=[("alice", "team"), ("bob", "team"), ("bob", "a,b")],
-        messages=[("msg-3", "bob", "", "team", "three", "", when[3]),
-                  ("msg-1", "alice", "bob", "", "one", "", when[1]),
-                  ("msg-2", "bob", "alice", "", "two, a reply", "msg-1", when[2]),
-                  ("msg-4", "ghost", "bob", "", "four", "msg-lost", when[4]),
-                  ("msg-5", "alice", "my project", "", "five", "", GO_TIME)],
-        message_reads=[("msg-1", "bob", GO_TIME), ("msg-lost", "bob", GO_TIME)]))
-    assert [m["id"][4:] for m in hub.get("/api/messages/recent")] == ["5", "4", "3", "2", "1"]
+    hub = make_hub(
+        db=sqlite_file(
+            tmp_path / "db" / "old.db",
+            GO_SCHEMA,
+            agents=[
+                (name, "", "idle", GO_TIME)
+                for name in ("alice", "bob", "my project")
+            ],
+            agent_groups=[("alice", "team"), ("bob", "team"), ("bob", "a,b")],
+            messages=[
+                ("msg-3", "bob", "", "team", "three", "", when[3]),
+                ("msg-1", "alice", "bob", "", "one", "", when[1]),
+                ("msg-2", "bob", "alice", "", "two, a reply", "msg-1", when[2]),
+                ("msg-4", "ghost", "bob", "", "four", "msg-lost", when[4]),
+                ("msg-5", "alice", "my project", "", "five", "", GO_TIME),
+            ],
+            message_reads=[
+                ("msg-1", "bob", GO_TIME),
+                ("msg-lost", "bob", GO_TIME),
+            ],
+        )
+    )
+    assert [m["id"][4:] for m in hub.get("/api/messages/recent")] == [
+        "5",
+        "4",
+        "3",
+        "2",
+        "1",
+    ]
     assert [m["id"] for m in hub.unread("bob")] == ["msg-4"]
     assert [m["id"] for m in hub.unread("alice")] == ["msg-2", "msg-3"]
-    assert hub.receipts("msg-1")["bob"]["read_at"] == "2026-11-22T14:03:14.514393Z"
-    assert [m["id"] for m in hub.get("/api/messages/msg-2")["thread"]] == ["msg-1", "msg-2"]
+    assert (
+        hub.receipts("msg-1")["bob"]["read_at"] == "2026-11-22T14:03:14.514393Z"
+    )
+    assert [m["id"] for m in hub.get("/api/messages/msg-2")["thread"]] == [
+        "msg-1",
+        "msg-2",
+    ]
     assert [a["name"] for a in hub.get("/api/agents")] == ["alice", "bob"]
     assert hub.get("/api/groups") == ["team"]
     assert hub.get("/api/messages/search", q="reply")[0]["id"] == "msg-2"
-    assert hub.send("alice", group="team", content="new")["recipients"][0]["agent"] == "bob"
+    assert (
+        hub.send("alice", group="team", content="new")["recipients"][0]["agent"]
+        == "bob"
+    )
     hub.restart()
     assert contents(hub.unread("bob")) == ["four", "new"]
 
 
 @pytest.mark.slow
-def test_a_migration_that_is_killed_is_done_or_not_begun(tmp_path: Path) -> None:
+def test_a_migration_that_is_killed_is_done_or_not_begun(
+    tmp_path: Path,
+) -> None:
+    """Killed at seven moments: the file is either the old one, whole, or the new one,
+    whole."""
     count, found = 20_000, set()
     old = sqlite_file(
-        tmp_path / "old.db", GO_SCHEMA, agents=[("bob", "", "idle", GO_TIME)],
-        message_reads=[("msg-7", "bob", GO_TIME)], messages=[
-            (f"msg-{n}", "alice", "bob", "", f"number {n}", "", GO_TIME) for n in range(count)])
+        tmp_path / "old.db",
+        GO_SCHEMA,
+        agents=[("bob", "", "idle", GO_TIME)],
+        message_reads=[("msg-7", "bob", GO_TIME)],
+        messages=[
+            (f"msg-{n}", "alice", "bob", "", f"number {n}", "", GO_TIME)
+            for n in range(count)
+        ],
+    )
     for delay in (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3):
         home = tmp_path / str(delay)
         hub = Hub(home, db=home / "db" / "a.db")
@@ -1693,12 +2347,20 @@ def test_a_migration_that_is_killed_is_done_or_not_begun(tmp_path: Path) -> None
         shutil.copy(old, hub.db)
         process = hub.launch()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(delay)  # the moment of the kill, not a wait for anything
+            process.wait(
+                delay
+            )  # the moment of the kill, not a wait for anything
         process.kill()
         process.wait()
         version = look(hub.db, "PRAGMA user_version")[0][0]
-        tables = {row[0] for row in look(hub.db, "SELECT name FROM sqlite_master")}
-        assert ("message_reads" in tables) == (version == 0) == ("inbox" not in tables)
+        tables = {
+            row[0] for row in look(hub.db, "SELECT name FROM sqlite_master")
+        }
+        assert (
+            ("message_reads" in tables)
+            == (version == 0)
+            == ("inbox" not in tables)
+        )
         assert look(hub.db, "SELECT count(*) FROM messages") == [(count,)]
         found.add(version > 0)
         hub.start()
@@ -1708,22 +2370,565 @@ def test_a_migration_that_is_killed_is_done_or_not_begun(tmp_path: Path) -> None
 
 
 def test_retention_takes_old_read_mail_and_never_unread_mail(
-        make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+    make_hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    """Read mail goes after some days, from every list and from the search. What nobody
+    has read stays, however old it is."""
     db, read = tmp_path / "db" / "old.db", [n for n in range(1300) if n % 3]
-    hub = make_hub(retention=7, db=sqlite_file(
-        db, GO_SCHEMA, agents=[("bob", "", "idle", LONG_AGO)],
-        messages=[(f"msg-{n}", "x", "bob", "", f"word{n}", "", LONG_AGO) for n in range(1300)],
-        message_reads=[(f"msg-{n}", "bob", LONG_AGO) for n in read]))
+    hub = make_hub(
+        retention=7,
+        db=sqlite_file(
+            db,
+            GO_SCHEMA,
+            agents=[("bob", "", "idle", LONG_AGO)],
+            messages=[
+                (f"msg-{n}", "x", "bob", "", f"word{n}", "", LONG_AGO)
+                for n in range(1300)
+            ],
+            message_reads=[(f"msg-{n}", "bob", LONG_AGO) for n in read],
+        ),
+    )
     fresh = hub.send("alice", "bob", "fresh and read")["id"]
-    hub.post("/api/messages/read", {"agent_name": "bob", "message_ids": [fresh]})
+    hub.post(
+        "/api/messages/read", {"agent_name": "bob", "message_ids": [fresh]}
+    )
     kept = [f"msg-{n}" for n in range(0, 1300, 3)]
-    eventually(lambda: look(db, "SELECT count(*) FROM messages") == [(len(kept) + 1,)], 15)
+    eventually(
+        lambda: look(db, "SELECT count(*) FROM messages") == [(len(kept) + 1,)],
+        15,
+    )
     assert [m["id"] for m in hub.unread("bob")] == kept
     assert hub.get("/api/messages/recent", limit=1)[0]["id"] == fresh
     assert "word1" not in contents(hub.get("/api/messages/search", q="word1"))
     assert hub.get("/api/messages/search", q="word3")[-1]["id"] == "msg-3"
     assert hub.call("GET", "/api/messages/msg-1")[0] == 404
-    assert hub.send("alice", "bob", "next")["seq"] == 1302, "a seq is never given twice"
+    assert hub.send("alice", "bob", "next")["seq"] == 1302, (
+        "a seq is never given twice"
+    )
+
+
+# -- the kernel says no: system calls of the running hub fail
+
+
+@contextlib.contextmanager
+def injected(
+    hub: Hub, *faults: str, path: Path | None = None
+) -> Iterator[Path]:
+    """Until the block ends, system calls of the hub fail, each as strace's `inject` words say;
+    with a path, only those on this file. Gives the file with the trace."""
+    trace = hub.home / "trace"
+    names = {
+        name for fault in faults for name in fault.partition(":")[0].split(",")
+    }
+    words = [
+        "strace",
+        "-f",
+        "-y",
+        "-o",
+        str(trace),
+        "-e",
+        f"trace={','.join(sorted(names))}",
+    ]
+    for fault in faults:
+        words += ["-e", f"inject={fault}"]
+    for file in (path, path and path.with_name(path.name + "-wal")):
+        words += ["-P", str(file)] if file else []
+    spy = subprocess.Popen(
+        [*words, "-p", str(hub.pid)], stderr=subprocess.PIPE, text=True
+    )
+    assert spy.stderr
+    if "attached" not in spy.stderr.readline():
+        pytest.skip("no right to trace a process")
+    try:
+        yield trace
+    finally:
+        spy.terminate()
+        spy.wait(10)
+
+
+class Reporter:
+    """Sends numbered messages and keeps what it was told of each."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        hub.patience = (
+            3  # a call that fails may leave a client without an answer
+        )
+        self.acknowledged: list[str] = []
+        self.refused: list[Answer] = []
+        hub.register("bob")
+
+    def send(self, count: int) -> None:
+        """So many messages to bob."""
+        for _ in range(count):
+            number = len(self.acknowledged) + len(self.refused)
+            body = {
+                "from": "alice",
+                "to": "bob",
+                "content": f"{number} " + "x" * 9000,
+            }
+            found = self.hub.ask(
+                "POST", "/api/send", {**body, "client_id": f"c{number}"}
+            )
+            if found.status == 200:
+                self.acknowledged.append(found.value["id"])
+            else:
+                self.refused.append(found)
+
+    def look_around(self) -> list[Answer]:
+        """What every kind of reading answers."""
+        paths = (
+            "/api/agents",
+            "/api/messages?agent=bob&limit=100",
+            "/api/messages/recent",
+            "/api/messages/history?agent=bob",
+            "/api/messages/search?q=1",
+            "/api/groups",
+            f"/api/messages/{self.acknowledged[0]}",
+            "/api/export",
+            "/api/loops",
+        )
+        return [self.hub.ask("GET", path) for path in paths]
+
+    def lives_or_says_why(self) -> bool:
+        """True while the hub runs. If it has ended, then with 1 and one sentence."""
+        assert self.hub.process
+        text = self.hub.log.read_text()
+        assert "Traceback" not in text, text
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert self.hub.process.wait(0.3) == 1, text
+            assert len(text.splitlines()[-1]) > 30, text
+            return False
+        return True
+
+    def nothing_is_lost(self) -> None:
+        """After a kill, everything that was acknowledged is there, once and in order."""
+        if self.hub.process and self.hub.process.poll() is None:
+            self.hub.kill()
+        self.hub.start()
+        stored = [
+            m["id"]
+            for m in self.hub.get(
+                "/api/messages", agent="bob", limit=1000, peek=1
+            )
+        ]
+        assert [
+            one for one in stored if one in set(self.acknowledged)
+        ] == self.acknowledged
+        assert len(stored) == len(set(stored))
+        assert look(self.hub.db, "PRAGMA integrity_check") == [("ok",)]
+
+
+DISK_FAULTS = [
+    ("pread64:error=EIO",),
+    ("pwrite64:error=EIO",),
+    ("pwrite64:error=ENOSPC",),
+    ("fdatasync,fsync:error=EIO",),
+    ("fdatasync,fsync:error=EIO:when=1",),
+    ("pwrite64:error=EIO:when=2",),
+    ("pread64:error=EIO:when=1+2",),
+    # a second fault, while the first is being undone
+    ("fdatasync,fsync:error=EIO", "pread64:error=EIO"),
+    ("pwrite64:error=EIO", "pread64:error=EIO"),
+    ("pwrite64:error=EIO", "openat:error=EMFILE"),
+    ("fdatasync,fsync:error=EIO", "openat:error=EIO"),
+    ("fdatasync,fsync:error=EIO", "ftruncate:error=EIO"),
+    ("pwrite64:error=EIO", "fcntl:error=ENOLCK"),
+    ("pwrite64:error=EIO", "newfstatat,fstat,stat,statx:error=EIO"),
+    ("fdatasync,fsync:error=EIO", "mmap:error=ENOMEM"),
+]
+
+
+@NEEDS_STRACE
+@pytest.mark.parametrize("faults", DISK_FAULTS, ids=" and ".join)
+def test_a_disk_that_fails_alone_or_again_during_recovery_ends_nothing(
+    hub: Hub, faults: tuple[str, ...]
+) -> None:
+    """A client hears 500, 503 or 507 with a sentence, others go on, and once the disk is
+    well so is the hub; or it ends with 1 and says why."""
+    reporter = Reporter(hub)
+    reporter.send(20)
+    with injected(hub, *faults, path=hub.db):
+        reporter.send(6)
+        answers = reporter.look_around() + reporter.refused
+        alive = reporter.lives_or_says_why()
+        health = hub.ask("GET", "/health").status
+    wanted = {200, 500, 503, 507} if alive else {0, 200, 500, 503, 507}
+    assert {found.status for found in answers} <= wanted
+    assert health == (200 if alive else 0)
+    if alive:  # the disk is well again, and so is the hub, or it says that it cannot be
+        eventually(
+            lambda: hub.ask("POST", "/api/send", DIRECT).status in (200, 0), 15
+        )
+    if reporter.lives_or_says_why():
+        reporter.send(3)
+        assert hub.watch(after=20).mail(), (
+            "whoever reads on from its cursor misses nothing"
+        )
+        assert [found.status for found in reporter.look_around()] == [200] * 9
+    reporter.nothing_is_lost()
+
+
+@NEEDS_STRACE
+def test_after_a_failed_sync_the_file_is_opened_anew_before_anything_is_acknowledged(
+    hub: Hub,
+) -> None:
+    """After a sync has failed the kernel may have dropped what it held: no later commit
+    may claim it."""
+    reporter = Reporter(hub)
+    reporter.send(5)
+    with injected(
+        hub,
+        "fdatasync,fsync:error=EIO:when=2",
+        "openat,sendto:delay_exit=0",
+        "pwrite64:delay_exit=0",
+    ) as trace:
+        for _ in range(6):
+            reporter.send(1)
+            time.sleep(0.3)  # a file is opened anew at most so often
+    assert reporter.refused, "one sync did fail"
+    text = trace.read_text()
+    after = text[text.index("INJECTED") :]
+    acknowledged = after.find("HTTP/1.1 200")
+    reopened = after.find('agent-chat.db"')
+    assert 0 < reopened < acknowledged or acknowledged < 0
+    reporter.nothing_is_lost()
+
+
+@pytest.mark.parametrize("pages", [(1, 9999), (2, 40), (60, 9999)], ids=str)
+def test_pages_overwritten_under_a_running_hub_end_it_in_a_sentence_or_not_at_all(
+    hub: Hub, pages: tuple[int, int]
+) -> None:
+    """Another program has scribbled into the file: whoever asks for the damaged part
+    hears it, and nobody meets a traceback."""
+    reporter = Reporter(hub)
+    reporter.send(100)
+    hub.restart()  # its caches are cold, and the log is in the file
+    first, last = pages
+    size = hub.db.stat().st_size
+    with open(hub.db, "r+b") as file:
+        file.seek(first * 4096)
+        file.write(b"\xa5" * (min(last * 4096, size) - first * 4096))
+    statuses: set[int] = set()
+    for _ in range(8):
+        reporter.send(1)
+        statuses |= {
+            found.status for found in reporter.look_around() + reporter.refused
+        }
+        assert hub.ask("GET", "/health").status in (200, 0)
+    assert statuses & {500, 503}, "something was damaged, and somebody heard it"
+    alive = reporter.lives_or_says_why()
+    assert statuses <= {200, 500, 503, 404} | (set() if alive else {0})
+    if alive:
+        assert hub.log.read_text().count("damaged") <= 6, (
+            "the log says it once a minute"
+        )
+
+
+KERNEL_FAULTS = [
+    "clone,clone3:error=EAGAIN",
+    "setsockopt:error=EINVAL",
+    "accept4:error=ECONNABORTED",
+    "accept4:error=EMFILE",
+    "accept4:error=ENOMEM",
+    "epoll_ctl:error=ENOMEM",
+    "epoll_ctl:error=ENOSPC:when=1+3",
+    "epoll_wait:error=EINTR",
+    "epoll_wait:error=EINVAL:when=3",
+    "fcntl:error=ENOLCK",
+    "sendto:error=ENOBUFS",
+    "sendto:error=EPIPE",
+    "recvfrom:error=ECONNRESET",
+    "recvfrom:error=ETIMEDOUT",
+    "openat:error=ENFILE",
+    "newfstatat,fstat,statx:error=EIO",
+    "shutdown:error=ENOTCONN",
+    "close:error=EIO:when=1+3",
+    "getpeername:error=ENOTCONN",
+    "getrandom:error=EAGAIN",
+]
+
+
+@NEEDS_STRACE
+@pytest.mark.parametrize("fault", KERNEL_FAULTS)
+def test_no_system_call_that_fails_ends_the_hub(hub: Hub, fault: str) -> None:
+    """The kernel is out of threads, memory, files or patience for a while; afterwards
+    everybody is served, and nothing is lost."""
+    reporter = Reporter(hub)
+    reporter.send(20)
+    session = hub.register("carol")["session"]
+    push = hub.socket("carol", session)
+    with (
+        injected(hub, fault),
+        contextlib.suppress(pytest.fail.Exception, OSError),
+    ):
+        reporter.send(3)
+        answers = reporter.look_around()
+        assert {found.status for found in answers} <= {0, 200, 500, 503, 507}
+        hub.socket("bob").close()
+    assert hub.process and hub.process.poll() is None, hub.log.read_text()
+    eventually(lambda: hub.ask("GET", "/health").status == 200, 15)
+    hub.register("carol", session=session)
+    push = hub.socket("carol", session)
+    hub.send("alice", "carol", "all is well")
+    assert push.mail()["content"] == "all is well"
+    reporter.send(1)
+    assert [found.status for found in reporter.look_around()] == [200] * 9
+    reporter.nothing_is_lost()
+
+
+# -- one file, one hub, under whatever name
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_second_hub_stays_off_the_file_under_another_name(
+    hub: Hub, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """The lock is on the file, not on its name."""
+    hub.send("alice", "human", "first")
+    other = tmp_path / "elsewhere" / "same.db"
+    other.parent.mkdir(mode=0o700)
+    link(hub.db, other)
+    assert "another hub" in refused(Hub(tmp_path / "second", db=other))
+    assert hub.send("alice", "human", "second")["seq"] == 2
+
+
+@pytest.mark.parametrize("end", ["-shm", "-wal", ""])
+def test_a_file_moved_away_under_the_hub_is_noticed_before_a_false_200(
+    hub: Hub, end: str
+) -> None:
+    """Also the shared-memory file, without which an outsider's writes would tear the
+    log."""
+    hub.register("bob")
+    ids = [hub.send("alice", "bob", str(number))["id"] for number in range(5)]
+    back = move(hub, end)
+    with contextlib.suppress(
+        sqlite3.Error
+    ):  # an outsider who looks makes a new one
+        look(hub.db, "SELECT count(*) FROM messages")
+    statuses = {hub.ask("POST", "/api/send", DIRECT).status for _ in range(5)}
+    assert statuses <= {503}
+    for new in hub.db.parent.glob("*-shm"):
+        if end == "-shm":
+            new.unlink()
+    back()
+    ids.append(
+        eventually(lambda: hub.call("POST", "/api/send", DIRECT)[1].get("id"))
+    )
+    hub.kill()
+    hub.start()
+    assert [
+        m["id"] for m in hub.get("/api/messages", agent="bob", peek=1)
+    ] == ids
+    assert look(hub.db, "PRAGMA integrity_check") == [("ok",)]
+
+
+# ======================================================================================
+# RULES -- what is pure: the loop guard, the steps of a receipt, presence, times. Tables, no hub.
+# ======================================================================================
+
+from types import SimpleNamespace  # noqa: E402
+
+# How a verdict is written in the tables below.
+VERDICT_SIGNS = {
+    agent_chat.Verdict.RINGS: ".",
+    agent_chat.Verdict.QUIET: "q",
+    agent_chat.Verdict.TOO_DEEP: "D",
+    agent_chat.Verdict.TOO_OFTEN: "O",
+}
+
+
+def talk(
+    guard: agent_chat.Guard,
+    words: str,
+    step: float = 1.0,
+    depth: int = 0,
+) -> str:
+    """Messages such as "ab": a speaks to b. What the guard says to each, `step` seconds apart;
+    a pair that it finds too busy goes quiet, as in the hub."""
+    verdicts = []
+    for number, (sender, recipient) in enumerate(words.split()):
+        guard.heard(sender)
+        pair = agent_chat.pair_of(sender, recipient)
+        verdict = guard.weigh(
+            pair, recipient, depth, 1000 + number * step
+        )
+        verdicts.append(VERDICT_SIGNS[verdict])
+        if verdicts[-1] in "DO":
+            guard.go_quiet(sender, recipient, "", "")
+    return "".join(verdicts)
+
+
+# Twenty rings in ten minutes is the limit. A burst in one direction counts once, an answer
+# counts, a circle of three counts for each of its pairs; what lies apart is no conversation.
+@pytest.mark.parametrize(
+    "words, step, verdicts",
+    [
+        ("ab " * 60, 1, "." * 60),
+        ("ab ba " * 15, 1, "." * 20 + "O" + "q" * 9),
+        ("ab ba " * 15, 40, "." * 30),
+        ("ab ab ba " * 10, 1, "." * 30),
+        ("ab bc ca " * 20, 1, "." * 60),
+        ("ab bc ca " * 22, 1, "." * 60 + "OOOqqq"),
+        ("ab ba cd dc " * 10, 1, "." * 40),
+        ("ab ba cd dc " * 11, 1, "." * 40 + "OqOq"),
+    ],
+)
+def test_the_guard_counts_answered_rings(
+    words: str, step: float, verdicts: str
+) -> None:
+    guard = agent_chat.Guard(
+        chain_limit=12, pair_limit=20, pair_minutes=10
+    )
+    assert talk(guard, words, step) == verdicts
+
+
+@pytest.mark.parametrize(
+    "limit, depth, verdict",
+    [
+        (12, 0, "."),
+        (12, 12, "."),
+        (12, 13, "D"),
+        (12, 999, "D"),
+        (1, 2, "D"),
+        (0, 999, "."),
+    ],
+)
+def test_the_guard_knows_a_chain_that_is_too_deep(
+    limit: int, depth: int, verdict: str
+) -> None:
+    guard = agent_chat.Guard(
+        chain_limit=limit, pair_limit=0, pair_minutes=10
+    )
+    assert talk(guard, "ab", depth=depth) == verdict
+
+
+def test_the_guard_forgives_after_a_human_and_after_a_click() -> (
+    None
+):
+    """Both begin to count anew; only the click ends a pair that is quiet already."""
+    guard = agent_chat.Guard(
+        chain_limit=12, pair_limit=20, pair_minutes=10
+    )
+    assert talk(guard, "ab ba " * 9) == "." * 18
+    guard.forgive("a")
+    assert talk(guard, "ab ba " * 11) == "." * 20 + "Oq"
+    assert (
+        guard.count("a"),
+        guard.count("b"),
+        guard.count("c"),
+    ) == (1, 1, 0)
+    (loop,) = guard.around(["b"])
+    assert guard.loop_of("b", "a") == loop
+    guard.end(loop)
+    assert talk(guard, "ab ba " * 10) == "." * 20
+    assert (guard.count("a"), list(guard.loops)) == (0, [])
+
+
+def test_the_guard_forgets_what_is_old() -> None:
+    """Names come and go for ever; what it remembers does not grow with them."""
+    guard = agent_chat.Guard(
+        chain_limit=12, pair_limit=20, pair_minutes=10
+    )
+    for number in range(500):
+        guard.heard(f"n{number}")
+        guard.weigh((f"n{number}", "x"), "x", 0, 1000.0)
+    guard.forget_old(1000 + 601)
+    assert (guard.exchanges, guard.spoken) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    "taken", itertools.product([False, True], repeat=4)
+)
+def test_a_receipt_stands_at_its_farthest_step(
+    taken: tuple[bool, ...],
+) -> None:
+    """Whatever lies between: mail can be read that was never pushed."""
+    states = ("pushed", "rung", "seen", "read")
+    times = {f"{state}_at": None for state in states}
+    reached = "stored"
+    for state, known in zip(states, taken, strict=True):
+        if known:
+            times[f"{state}_at"] = "2026-11-22T10:00:00Z"
+            reached = state
+    receipt = agent_chat.Receipt(
+        agent="a",
+        stored_at="2026-11-22T09:00:00Z",
+        door=None,
+        outcome=None,
+        quiet="",
+        **times,
+    )
+    assert (
+        receipt.step() == receipt.to_json()["state"] == reached
+    )
+
+
+# Is there a socket, how long ago was the last request (None: never), what was declared.
+@pytest.mark.parametrize(
+    "socket, ago, declared, shown",
+    [
+        (True, None, "", "online"),
+        (True, None, "working", "working"),
+        (True, 9999, "idle", "idle"),
+        (False, 1, "", "idle"),
+        (False, 1, "working", "working"),
+        (False, 119, "", "idle"),
+        (False, 121, "", "offline"),
+        (False, 121, "working", "offline"),
+        (False, None, "", "offline"),
+    ],
+)
+def test_presence_is_the_socket_then_the_last_request(
+    socket: bool, ago: float | None, declared: str, shown: str
+) -> None:
+    board = SimpleNamespace(
+        present=lambda key: socket, watchers=[]
+    )
+    active = 0.0 if ago is None else time.monotonic() - ago
+    record = SimpleNamespace(status=declared)
+    agent = SimpleNamespace(
+        key="bob", active=active, record=record
+    )
+    directory = SimpleNamespace(board=board)
+    assert (
+        agent_chat.Directory.status(directory, agent) == shown
+    )
+
+
+@pytest.mark.parametrize(
+    "text, stored",
+    [
+        ("", ""),
+        ("2026-11-22", "2026-11-22T00:00:00.000000Z"),
+        ("2026-11-22T10:00:00Z", "2026-11-22T10:00:00.000000Z"),
+        (
+            "2026-11-22T10:00:00.5+02:00",
+            "2026-11-22T08:00:00.500000Z",
+        ),
+        (
+            "2026-11-22T10:00:00 02:00",
+            "2026-11-22T08:00:00.000000Z",
+        ),
+        ("0001-01-01T00:00:00+23:59", None),
+        ("9999-12-31T23:59:59-23:59", None),
+        ("then", None),
+        ("24:00", None),
+        ("2026-13-01", None),
+        ("1" * 5000, None),
+        ("\0", None),
+    ],
+)
+def test_a_time_is_understood_or_refused_in_a_sentence(
+    text: str, stored: str | None
+) -> None:
+    if stored is None:
+        with pytest.raises(
+            agent_chat.BadRequest, match="since is a time like"
+        ):
+            agent_chat.checked_time(text, "since")
+    else:
+        assert agent_chat.checked_time(text, "since") == stored
 
 
 # ======================================================================================
@@ -1733,17 +2938,21 @@ def test_retention_takes_old_read_mail_and_never_unread_mail(
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z")
 
 
-def park(hub: Hub, path: str, session: str = "") -> http.client.HTTPConnection:
+def park(hub: Hub, path: str, session: str = "") -> Wire:
     """A long poll that the hub has taken and not answered."""
-    connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=60)
-    connection.request("GET", path, headers={"X-Agent-Session": session} if session else {})
-    assert hub.call("GET", "/health")[0] == 200  # came later, and was answered
-    return connection
+    wire = Wire(hub.port, seconds=60).request(
+        "GET", path, None, {"X-Agent-Session": session}
+    )
+    assert (
+        hub.ask("GET", "/health").status == 200
+    )  # came later, and was answered
+    return wire
 
 
-def answer(connection: http.client.HTTPConnection) -> Any:
-    with contextlib.closing(connection):
-        return json.loads(connection.getresponse().read())
+def answer(parked: Wire) -> Any:
+    """What a long poll is answered at last."""
+    with contextlib.closing(parked):
+        return parked.answer().value
 
 
 @pytest.fixture(scope="module")
@@ -1754,9 +2963,17 @@ def shared_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     assert shared.stop() == 0 and "Traceback" not in shared.log.read_text()
 
 
-DIRECT, GROUP = {"from": "alice", "to": "bob", "content": "x"}, {"from": "alice", "content": "x"}
+DIRECT, GROUP = (
+    {"from": "alice", "to": "bob", "content": "x"},
+    {"from": "alice", "content": "x"},
+)
 
 
+# What is posted, the status, and a word that the answer must hold. The registered are alice,
+# bob and carol; team has the first two, solo has alice alone. What is right comes first for
+# each path, what is wrong behind it, and an answer is always an object with a status or an
+# error.
+# fmt: off
 @pytest.mark.parametrize("path, body, status, part", [
     ("register", {"name": "new", "groups": None}, 200, "ok"),
     ("register", {"name": "new", "groups": ["g", "g"], "unknown": 1}, 200, "ok"),
@@ -1795,6 +3012,7 @@ DIRECT, GROUP = {"from": "alice", "to": "bob", "content": "x"}, {"from": "alice"
     ("deregister", {"agent_name": "bobby"}, 404, "not found")])
 def test_posts_answer_as_clients_expect(
         shared_hub: Hub, path: str, body: Any, status: int, part: str) -> None:
+    """Statuses and words that existing clients of the protocol rely on, a line each."""
     for name, groups in (("alice", ("team", "solo")), ("bob", ("team",)), ("carol", ())):
         shared_hub.register(name, groups)
     found, value = shared_hub.call("POST", f"/api/{path}", body)
@@ -1807,31 +3025,75 @@ def test_posts_answer_as_clients_expect(
     ("messages/msg-no", 404), ("messages/history", 200), ("messages/history?since=then", 400),
     ("messages/search", 200), ("export?format=xml", 400), ("send", 405), ("no", 404)])
 def test_gets_answer_as_clients_expect(shared_hub: Hub, path: str, status: int) -> None:
+    """The same for what is asked."""
     found, value = shared_hub.call("GET", f"/api/{path}")
     assert found == status and (isinstance(value, list) if status == 200 else value["error"])
+# fmt: on
 
 
 def test_messages_and_agents_have_the_fields_of_the_protocol(hub: Hub) -> None:
+    """Names, forms and defaults of every field, as older clients parse them."""
     hub.register("bob", ("z", "team"))
     hub.register("Alice")
     first = hub.send("Alice", "bob", "direct <&> ü")["id"]
     hub.send("Alice", group="team", content="reply", in_reply_to=first)
     one, two = hub.unread("bob")
-    assert two.keys() - one.keys() == {"in_reply_to"} and two["in_reply_to"] == first
-    assert one.keys() == {"id", "seq", "from_agent", "to_agent", "group", "content", "created_at",
-                          "verified"}
-    assert (one["from_agent"], one["to_agent"], one["group"]) == ("Alice", "bob", "")
-    assert (two["to_agent"], two["group"], one["content"]) == ("", "team", "direct <&> ü")
+    assert (
+        two.keys() - one.keys() == {"in_reply_to"}
+        and two["in_reply_to"] == first
+    )
+    assert one.keys() == {
+        "id",
+        "seq",
+        "from_agent",
+        "to_agent",
+        "group",
+        "content",
+        "created_at",
+        "verified",
+    }
+    assert (one["from_agent"], one["to_agent"], one["group"]) == (
+        "Alice",
+        "bob",
+        "",
+    )
+    assert (two["to_agent"], two["group"], one["content"]) == (
+        "",
+        "team",
+        "direct <&> ü",
+    )
     assert RFC3339.fullmatch(one["created_at"]) and one["verified"] is False
     alice, bob = hub.get("/api/agents")
-    assert sorted(bob["groups"]) == hub.get("/api/groups") == ["team", "z"] and not alice["groups"]
-    assert bob.keys() >= {"name", "status", "registered_at", "last_seen_at", "unread", "verified"}
+    assert (
+        sorted(bob["groups"]) == hub.get("/api/groups") == ["team", "z"]
+        and not alice["groups"]
+    )
+    assert bob.keys() >= {
+        "name",
+        "status",
+        "registered_at",
+        "last_seen_at",
+        "unread",
+        "verified",
+    }
 
 
-@pytest.mark.parametrize("query, count", [
-    ("", 20), ("&limit=5", 5), ("&limit=0", 20), ("&limit=-3", 20), ("&limit=x", 20),
-    ("&limit=999999999999999999999", 20), ("&peek=1&limit=30", 30)])
-def test_unread_is_oldest_first_until_it_is_marked(shared_hub: Hub, query: str, count: int) -> None:
+@pytest.mark.parametrize(
+    "query, count",
+    [
+        ("", 20),
+        ("&limit=5", 5),
+        ("&limit=0", 20),
+        ("&limit=-3", 20),
+        ("&limit=x", 20),
+        ("&limit=999999999999999999999", 20),
+        ("&peek=1&limit=30", 30),
+    ],
+)
+def test_unread_is_oldest_first_until_it_is_marked(
+    shared_hub: Hub, query: str, count: int
+) -> None:
+    """Limits of every form, sensible or not; fetching never marks anything read."""
     name = f"limit{query.count('=')}-{query[-1:]}".rstrip("-")
     shared_hub.register(name)
     for number in range(30):
@@ -1839,12 +3101,21 @@ def test_unread_is_oldest_first_until_it_is_marked(shared_hub: Hub, query: str, 
     for _ in range(3):  # fetching marks nothing read
         found = shared_hub.get(f"/api/messages?agent={name}{query}")
         assert contents(found) == [str(number) for number in range(count)]
-    read = {"agent_name": name, "message_ids": [*(m["id"] for m in found), "msg-unknown"]}
-    assert [shared_hub.post("/api/messages/read", read)["marked"] for _ in "12"] == [count, 0]
+    read = {
+        "agent_name": name,
+        "message_ids": [*(m["id"] for m in found), "msg-unknown"],
+    }
+    assert [
+        shared_hub.post("/api/messages/read", read)["marked"] for _ in "12"
+    ] == [count, 0]
     assert len(shared_hub.unread(name)) == 30 - count
 
 
-def test_older_clients_are_rung_once_when_the_frame_is_written(hub: Hub) -> None:
+def test_older_clients_are_rung_once_when_the_frame_is_written(
+    hub: Hub,
+) -> None:
+    """They show no session and say nothing: what was written to their socket counts as
+    rung, and is not offered again."""
     early = hub.socket("bob")  # before its registration
     hub.register("bob")
     early.send({"type": "nonsense", "x": [1, {"y": None}]})
@@ -1852,8 +3123,14 @@ def test_older_clients_are_rung_once_when_the_frame_is_written(hub: Hub) -> None
     one = hub.send("alice", "bob", "one")["id"]
     second = hub.socket("bob")
     two = hub.send("alice", "bob", "two")["id"]
-    assert (early.mail()["id"], early.mail()["id"], second.mail()["id"]) == (one, two, two)
-    assert {hub.receipts(found)["bob"]["state"] for found in (one, two)} == {"rung"}
+    assert (early.mail()["id"], early.mail()["id"], second.mail()["id"]) == (
+        one,
+        two,
+        two,
+    )
+    assert {hub.receipts(found)["bob"]["state"] for found in (one, two)} == {
+        "rung"
+    }
     early.close()
     hub.register("bob", ("g",))  # they register whenever they like
     hub.send("bob", group="g", content="unverified")
@@ -1861,49 +3138,98 @@ def test_older_clients_are_rung_once_when_the_frame_is_written(hub: Hub) -> None
     assert second.mail()["content"] == "three"
     second.close()
     hub.send("alice", "bob", "four")
-    assert hub.socket("bob").mail()["content"] == "four", "and nothing before it"
-    assert not hub.get("/api/agents")[0]["verified"] and hub.socket("").status == 400
+    assert hub.socket("bob").mail()["content"] == "four", (
+        "and nothing before it"
+    )
+    assert (
+        not hub.get("/api/agents")[0]["verified"]
+        and hub.socket("").status == 400
+    )
 
 
 def test_status_follows_presence_and_declaration(hub: Hub) -> None:
+    """An agent is what its socket says, unless it declared something itself."""
     watch, bob = hub.watch(), hub.register("bob")["session"]
 
     def status() -> str:
+        """What the one agent is."""
         return str(hub.get("/api/agents")[0]["status"])
 
     assert status() == "idle"
     push = hub.socket("bob", bob)
     assert status() == "online"
-    hub.post("/api/agents/status", {"agent_name": "bob", "status": "working"}, bob)
+    hub.post(
+        "/api/agents/status", {"agent_name": "bob", "status": "working"}, bob
+    )
     assert status() == "working"
     push.close()
     assert eventually(lambda: status() == "offline")
-    told = [watch.until(lambda f: f["type"] == "agent_status")["data"]["status"] for _ in range(4)]
+    told = [
+        watch.until(lambda f: f["type"] == "agent_status")["data"]["status"]
+        for _ in range(4)
+    ]
     assert told == ["idle", "online", "working", "offline"]
 
 
 # -- names and groups
 
-@pytest.mark.parametrize("name", [
-    "", "a b", "a/b", "ä", "a\n", "-a", ".a", "_a", "__web", "x" * 65, "a\u202eb", "a&b", "a,b",
-    "a%b", "<b>", "'", "human", "Human", "SERVER", "system", "all", 5, None, ["a"], {"a": 1}, True])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a b",
+        "a/b",
+        "ä",
+        "a\n",
+        "-a",
+        ".a",
+        "_a",
+        "__web",
+        "x" * 65,
+        "a\u202eb",
+        "a&b",
+        "a,b",
+        "a%b",
+        "<b>",
+        "'",
+        "human",
+        "Human",
+        "SERVER",
+        "system",
+        "all",
+        5,
+        None,
+        ["a"],
+        {"a": 1},
+        True,
+    ],
+)
 def test_bad_and_reserved_names_are_refused(shared_hub: Hub, name: Any) -> None:
+    """Names end up in shells, files and terminals. Whatever could mean something there
+    is refused."""
     status, value = shared_hub.call("POST", "/api/register", {"name": name})
     assert status == 400 and len(value["error"]) > 15
-    assert name not in [agent["name"] for agent in shared_hub.get("/api/agents")]
+    assert name not in [
+        agent["name"] for agent in shared_hub.get("/api/agents")
+    ]
 
 
 def test_names_are_one_whatever_their_case(hub: Hub) -> None:
+    """Mail for BOB is mail for bob, also after a restart."""
     assert hub.register("Bob.Dev-1")["name"] == "Bob.Dev-1"
     hub.send("alice", "bob.dev-1", "one")
     assert hub.unread("BOB.DEV-1")[0]["to_agent"] == "Bob.Dev-1"
     hub.register("bob.DEV-1", ("team",))
     hub.send("alice", group="team", content="two")
     hub.restart()
-    assert len(hub.get("/api/agents")) == 1 and len(hub.unread("bob.dev-1")) == 2
+    assert (
+        len(hub.get("/api/agents")) == 1 and len(hub.unread("bob.dev-1")) == 2
+    )
 
 
 def test_group_membership_is_that_of_the_moment_of_sending(hub: Hub) -> None:
+    """Who joins later gets nothing of before, who leaves keeps what was sent."""
     for name in ("alice", "bob", "carol"):
         hub.register(name, ("team",))
     first = hub.send("alice", group="team", content="first")
@@ -1915,13 +3241,24 @@ def test_group_membership_is_that_of_the_moment_of_sending(hub: Hub) -> None:
     hub.restart()  # groups are not only in memory
     hub.send("dave", group="team", content="third")
     hub.register("carol")  # mail outlives a deregistration
-    mail = {name: contents(hub.unread(name)) for name in ("alice", "bob", "carol", "dave")}
-    assert mail == {"alice": ["third"], "bob": ["first"], "carol": ["first"], "dave": ["second"]}
+    mail = {
+        name: contents(hub.unread(name))
+        for name in ("alice", "bob", "carol", "dave")
+    }
+    assert mail == {
+        "alice": ["third"],
+        "bob": ["first"],
+        "carol": ["first"],
+        "dave": ["second"],
+    }
 
 
 # -- sending and ringing
 
+
 def test_the_sender_hears_who_will_get_it(hub: Hub) -> None:
+    """The answer to a send names its recipients with their presence; of a large group
+    the first fifty."""
     push = hub.socket("bob", hub.register("bob", ("team",))["session"])
     for number in range(60):
         hub.register(f"crowd{number}", ("team",))
@@ -1930,50 +3267,89 @@ def test_the_sender_hears_who_will_get_it(hub: Hub) -> None:
     rows = {row["agent"]: row for row in sent["recipients"]}
     assert (rows["bob"]["status"], rows["bob"]["unread"]) == ("online", 2)
     assert (rows["crowd1"]["status"], rows["crowd1"]["unread"]) == ("idle", 1)
-    assert RFC3339.fullmatch(rows["crowd1"]["last_seen_at"]) and sent["quiet"] == ""
+    assert (
+        RFC3339.fullmatch(rows["crowd1"]["last_seen_at"])
+        and sent["quiet"] == ""
+    )
     assert (len(rows), sent["recipient_count"]) == (50, 61)
     push.close()
 
 
 def test_the_same_client_id_is_the_same_message(hub: Hub) -> None:
+    """A client that heard no answer asks again. It gets the first answer, one message is
+    stored, and other words under the same id are refused."""
     hub.register("bob", ("team",))
     hub.register("carol", ("team",))
-    body = {"to": "bob", "content": "once", "client_id": "c-1", "in_reply_to": "msg-x"}
+    body = {
+        "to": "bob",
+        "content": "once",
+        "client_id": "c-1",
+        "in_reply_to": "msg-x",
+    }
     group = {"group": "team", "content": "all", "client_id": "c-2"}
-    first, second = hub.send("alice", **body)["id"], hub.send("alice", **group)["id"]
+    first, second = (
+        hub.send("alice", **body)["id"],
+        hub.send("alice", **group)["id"],
+    )
     assert {hub.send("alice", **body)["id"] for _ in range(3)} == {first}
     hub.restart()
     assert hub.send("alice", **{**body, "to": "BOB"})["id"] == first
     for change in ({"content": "twice"}, {"to": "carol"}, {"in_reply_to": ""}):
-        status, value = hub.call("POST", "/api/send", {"from": "alice", **body, **change})
+        status, value = hub.call(
+            "POST", "/api/send", {"from": "alice", **body, **change}
+        )
         assert status == 422 and "client_id" in value["error"]
-    assert hub.send("dave", **body)["id"] != first, "a client_id is its sender's own"
+    assert hub.send("dave", **body)["id"] != first, (
+        "a client_id is its sender's own"
+    )
     assert contents(hub.unread("bob")) == ["once", "all", "once"]
     for name in ("bob", "carol"):
         hub.post("/api/deregister", {"agent_name": name})
-    assert (hub.send("alice", **body)["id"], hub.send("alice", **group)["id"]) == (first, second)
+    assert (
+        hub.send("alice", **body)["id"],
+        hub.send("alice", **group)["id"],
+    ) == (first, second)
 
 
 def test_a_receipt_says_how_far_a_message_got(hub: Hub) -> None:
+    """Stored, pushed, rung, seen, read: each with its time, in this order, and each told
+    to watchers."""
     bob, watch = hub.register("bob", ("team",))["session"], hub.watch()
     hub.register("carol", ("team",))
     one = hub.send("alice", group="team", content="one")["id"]
     names = ["stored", "pushed", "rung", "seen", "read"]
 
     def reached(state: str) -> Any:
-        receipt = eventually(lambda: (r := hub.receipts(one)["bob"])["state"] == state and r)
+        """The receipt stands at this state: every time before it is known, none behind
+        it."""
+        receipt = eventually(
+            lambda: (r := hub.receipts(one)["bob"])["state"] == state and r
+        )
         times = [receipt[f"{name}_at"] for name in names]
-        known = times[:names.index(state) + 1]
-        assert all(known) and not any(times[len(known):]) and known == sorted(known)
+        known = times[: names.index(state) + 1]
+        assert (
+            all(known)
+            and not any(times[len(known) :])
+            and known == sorted(known)
+        )
         return receipt["outcome"]
 
     reached("stored")
     push = hub.socket("bob", bob)
     assert push.mail()["id"] == one
     reached("pushed")
-    push.send({"type": "blocked", "ids": [one], "door": "tmux", "outcome": "draft"})
+    push.send(
+        {"type": "blocked", "ids": [one], "door": "tmux", "outcome": "draft"}
+    )
     eventually(lambda: reached("pushed") == "draft")
-    push.send({"type": "rung", "ids": [one, "msg-unknown", 5], "door": "tmux", "outcome": "rung"})
+    push.send(
+        {
+            "type": "rung",
+            "ids": [one, "msg-unknown", 5],
+            "door": "tmux",
+            "outcome": "rung",
+        }
+    )
     assert reached("rung") == "rung"
     hub.get("/api/messages", bob, agent="bob", peek=1)
     reached("rung")
@@ -1982,16 +3358,30 @@ def test_a_receipt_says_how_far_a_message_got(hub: Hub) -> None:
     mark = {"agent_name": "bob", "message_ids": [one]}
     assert hub.post("/api/messages/read", mark, bob)["marked"] == 1
     reached("read")
-    told = [watch.until(lambda f: f["type"] == "receipt")["data"] for _ in range(5)]
+    told = [
+        watch.until(lambda f: f["type"] == "receipt")["data"] for _ in range(5)
+    ]
     assert [(t["id"], t["state"], t["outcome"]) for t in told] == [
-        (one, "pushed", None), (one, "pushed", "draft"), (one, "rung", "rung"),
-        (one, "seen", None), (one, "read", None)]
-    assert push.until(lambda f: f["type"] == "unread" and not f["data"]["unread"])
+        (one, "pushed", None),
+        (one, "pushed", "draft"),
+        (one, "rung", "rung"),
+        (one, "seen", None),
+        (one, "read", None),
+    ]
+    assert push.until(
+        lambda f: f["type"] == "unread" and not f["data"]["unread"]
+    )
     assert hub.get("/api/agents")[0]["door"]["outcome"] == "rung"
-    assert hub.receipts(one)["carol"]["state"] == "stored", "each recipient has its own"
+    assert hub.receipts(one)["carol"]["state"] == "stored", (
+        "each recipient has its own"
+    )
 
 
-def test_five_hundred_messages_wait_for_an_agent_through_a_kill(hub: Hub) -> None:
+def test_five_hundred_messages_wait_for_an_agent_through_a_kill(
+    hub: Hub,
+) -> None:
+    """The backlog comes whole and in order, what has rung does not ring again, and one
+    click offers the newest hundred once more."""
     session = hub.register("bob")["session"]
     ids = [hub.send("alice", "bob", str(number))["id"] for number in range(500)]
     hub.kill()
@@ -2011,12 +3401,18 @@ def test_five_hundred_messages_wait_for_an_agent_through_a_kill(hub: Hub) -> Non
     third = hub.socket("bob", session)
     after = hub.send("alice", "bob", "after")["id"]
     assert third.mail()["id"] == after, "what has rung is not rung again"
-    assert hub.post("/api/agents/ring", {"agent_name": "bob"})["messages"] == 100
+    assert (
+        hub.post("/api/agents/ring", {"agent_name": "bob"})["messages"] == 100
+    )
     again = third.until(lambda f: f["type"] == "ring")["data"]["ids"]
     assert again == [*ids, after][-100:], "unless somebody asks for it"
 
 
-def test_of_two_sockets_with_the_session_only_the_newest_rings(hub: Hub) -> None:
+def test_of_two_sockets_with_the_session_only_the_newest_rings(
+    hub: Hub,
+) -> None:
+    """A plugin that reconnects must not ring twice, and its old socket must not deafen
+    the new one."""
     session = hub.register("bob")["session"]
     old, new = hub.socket("bob", session), hub.socket("bob", session)
     ids = [hub.send("alice", "bob", text)["id"] for text in ("one", "two")]
@@ -2028,13 +3424,22 @@ def test_of_two_sockets_with_the_session_only_the_newest_rings(hub: Hub) -> None
     assert third.mail()["content"] == "two"
     old.close()
     hub.send("alice", "bob", "three")
-    assert third.until(lambda f: f["type"] == "new_message" and f["data"]["content"] == "three")
+    assert third.until(
+        lambda f: f["type"] == "new_message" and f["data"]["content"] == "three"
+    )
 
 
 def test_muted_mail_is_stored_and_unread_but_does_not_ring(hub: Hub) -> None:
+    """Muted senders, allowed senders, everybody: the human always comes through, unless
+    everybody is muted by name."""
     session = hub.register("bob")["session"]
     push, rang = hub.socket("bob", session), []
-    for body in ({"mute": ["alice"]}, {"mute": ["*"]}, {"allow": ["alice"]}, {}):
+    for body in (
+        {"mute": ["alice"]},
+        {"mute": ["*"]},
+        {"allow": ["alice"]},
+        {},
+    ):
         hub.post("/api/agents/bell", {"agent_name": "bob", **body}, session)
         for sender in ("alice", "carol", "human"):
             sent = hub.send(sender, "bob")
@@ -2042,54 +3447,86 @@ def test_muted_mail_is_stored_and_unread_but_does_not_ring(hub: Hub) -> None:
                 assert push.mail()["id"] == sent["id"]
                 rang.append(sender[0])
         rang.append(" ")
-    assert "".join(rang) == "ch h ah ach " and len(hub.unread("bob", session)) == 12
+    assert (
+        "".join(rang) == "ch h ah ach "
+        and len(hub.unread("bob", session)) == 12
+    )
 
 
-def test_a_sender_is_told_once_that_its_mail_stays_unseen(make_hub: Callable[..., Hub]) -> None:
+def test_a_sender_is_told_once_that_its_mail_stays_unseen(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """One notice for all that waits, again only for a new cause, also after a restart."""
     hub = make_hub(config="unseen_minutes: 0.01")
     hub.register("alice")
     session = hub.register("bob")["session"]
-    last = [hub.send("alice", "bob", str(number))["id"] for number in range(3)][-1]
+    last = [hub.send("alice", "bob", str(number))["id"] for number in range(3)][
+        -1
+    ]
 
-    def waiting() -> list[int]:  # two notices if the hub looked between two of these sends
-        return [int(re.findall(r"(\d+) waiting", notice["content"])[0])
-                for notice in hub.unread("alice")]
+    def waiting() -> list[
+        int
+    ]:  # two notices if the hub looked between two of these sends
+        """What is still waiting, as the test wants it."""
+        return [
+            int(re.findall(r"(\d+) waiting", notice["content"])[0])
+            for notice in hub.unread("alice")
+        ]
 
     eventually(lambda: sum(waiting()) >= 3)
     notices = hub.unread("alice")
     assert sum(waiting()) == 3 and last in notices[-1]["content"]
-    assert all((n["from_agent"], n["verified"], "bob" in n["content"]) == ("server", True, True)
-               for n in notices)
+    assert all(
+        (n["from_agent"], n["verified"], "bob" in n["content"])
+        == ("server", True, True)
+        for n in notices
+    )
     hub.send("alice", "bob", "seen in time")
     hub.unread("bob", session)
     hub.restart()
-    hub.send("alice", "bob", "late")  # a new cause: one more notice, none for the old mail
+    hub.send(
+        "alice", "bob", "late"
+    )  # a new cause: one more notice, none for the old mail
     eventually(lambda: len(hub.unread("alice")) > len(notices))
-    assert waiting()[len(notices):] == [1]
+    assert waiting()[len(notices) :] == [1]
 
 
 # -- sessions
 
-ACTING = [("POST", "/api/send", {"from": "bob", "to": "alice", "content": "x"}),
-          ("POST", "/api/send-group", {"from": "bob", "group": "g", "content": "x"}),
-          ("POST", "/api/messages/read", {"agent_name": "bob", "message_ids": []}),
-          ("POST", "/api/agents/status", {"agent_name": "bob", "status": "idle"}),
-          ("POST", "/api/deregister", {"agent_name": "bob"}),
-          ("GET", "/api/messages?agent=BOB", None)]
+ACTING = [
+    ("POST", "/api/send", {"from": "bob", "to": "alice", "content": "x"}),
+    ("POST", "/api/send-group", {"from": "bob", "group": "g", "content": "x"}),
+    ("POST", "/api/messages/read", {"agent_name": "bob", "message_ids": []}),
+    ("POST", "/api/agents/status", {"agent_name": "bob", "status": "idle"}),
+    ("POST", "/api/deregister", {"agent_name": "bob"}),
+    ("GET", "/api/messages?agent=BOB", None),
+]
 
 
 def impostors_are_refused(hub: Hub, other: str) -> None:
+    """Without the session of bob nobody speaks, reads or leaves as bob, nor takes the
+    name."""
     for session in ("", "wrong", other):
         shown = {"X-Agent-Session": session}
         for method, path, body in ACTING:
             status, value = hub.call(method, path, body, shown)
-            assert status == 403 and "bob" in value["error"], (path, session, status, value)
+            assert status == 403 and "bob" in value["error"], (
+                path,
+                session,
+                status,
+                value,
+            )
         assert hub.socket("bob", session).status == 403
-        assert hub.call("POST", "/api/register", {"name": "Bob"}, shown)[0] == 409
+        assert (
+            hub.call("POST", "/api/register", {"name": "Bob"}, shown)[0] == 409
+        )
     assert hub.register("bob", auto=True)["name"] == "bob-2"
 
 
-def test_a_claimed_name_is_its_sessions_alone_also_after_a_kill(hub: Hub) -> None:
+def test_a_claimed_name_is_its_sessions_alone_also_after_a_kill(
+    hub: Hub,
+) -> None:
+    """The claim outlives the hub, and ends when its owner has gone."""
     session = hub.register("bob", ("g",))["session"]
     other = hub.register("alice")["session"]
     hub.send("bob", "alice", "before the claim")
@@ -2099,16 +3536,24 @@ def test_a_claimed_name_is_its_sessions_alone_also_after_a_kill(hub: Hub) -> Non
     assert [m["verified"] for m in hub.unread("alice")] == [False, True]
     hub.kill()
     hub.start()
-    impostors_are_refused(hub, other)  # nobody is connected yet: the claim waits for its owner
+    impostors_are_refused(
+        hub, other
+    )  # nobody is connected yet: the claim waits for its owner
     assert hub.register("bob", ("g",), session)["session"] == session
     push = hub.socket("bob", session)
     impostors_are_refused(hub, other)
     push.close()
-    assert eventually(lambda: hub.call("POST", "/api/register", {"name": "bob"})[0] == 200)
-    assert hub.call(*ACTING[0], {"X-Agent-Session": session})[0] == 403, "the old session is void"
+    assert eventually(
+        lambda: hub.call("POST", "/api/register", {"name": "bob"})[0] == 200
+    )
+    assert hub.call(*ACTING[0], {"X-Agent-Session": session})[0] == 403, (
+        "the old session is void"
+    )
 
 
 def test_two_sessions_of_one_project_get_two_names(hub: Hub) -> None:
+    """The second agent of a directory gets a number, each hears its own mail, and a
+    number that is free is used again."""
     made = [hub.register("x", auto=True)]
     sockets = [hub.socket("x", made[0]["session"])]
     for _ in range(2):
@@ -2119,80 +3564,142 @@ def test_two_sessions_of_one_project_get_two_names(hub: Hub) -> None:
         hub.send("alice", one["name"], f"to {one['name']}")
         assert push.mail()["content"] == f"to {one['name']}"
     sockets[1].close()
-    assert hub.register("x", auto=True)["name"] == "x-2", "a free name is used again"
+    assert hub.register("x", auto=True)["name"] == "x-2", (
+        "a free name is used again"
+    )
     hub.post("/api/deregister", {"agent_name": "x-3"}, made[2]["session"])
     hub.register("x-3")
     sent = hub.send("alice", "x-3", "for the new owner")
-    assert hub.receipts(sent["id"])["x-3"]["state"] == "stored", "not pushed to the old one"
+    assert hub.receipts(sent["id"])["x-3"]["state"] == "stored", (
+        "not pushed to the old one"
+    )
 
 
 # -- the loop guard
+
 
 class Circle:
     """Agents that do nothing but answer: each speaks to the next one when it was rung."""
 
     def __init__(self, hub: Hub, *names: str) -> None:
         self.hub, self.names = hub, names
-        self.sessions = {name: hub.register(name, ("all-of-us",))["session"] for name in names}
-        self.sockets = {name: hub.socket(name, self.sessions[name]) for name in names}
+        self.sessions = {
+            name: hub.register(name, ("all-of-us",))["session"]
+            for name in names
+        }
+        self.sockets = {
+            name: hub.socket(name, self.sessions[name]) for name in names
+        }
 
     def rings(self, most: int, reply: bool = False) -> int:
         """How many rings until the bell is quiet, at most `most`."""
         last: dict[str, str] = {}
         for number in range(most):
-            sender, to = (self.names[(number + i) % len(self.names)] for i in (0, 1))
-            sent = self.hub.send(sender, to, "thank you!", self.sessions[sender], **last)
+            sender, to = (
+                self.names[(number + i) % len(self.names)] for i in (0, 1)
+            )
+            sent = self.hub.send(
+                sender, to, "thank you!", self.sessions[sender], **last
+            )
             if sent["quiet"]:
                 assert sender in sent["quiet"] and to in sent["quiet"]
                 receipt = self.hub.receipts(sent["id"])[to]
-                assert (receipt["quiet"], receipt["state"]) == ("loop", "stored")
+                assert (receipt["quiet"], receipt["state"]) == (
+                    "loop",
+                    "stored",
+                )
                 return number
             assert self.sockets[to].mail()["id"] == sent["id"]
             last = {"in_reply_to": sent["id"]} if reply else {}
         return most
 
 
-@pytest.mark.parametrize("names, reply, most", [
-    ("ab", False, 20), ("ab", True, 13), ("abc", False, 60), ("abc", True, 13), ("abcd", True, 13)])
-def test_agents_in_a_circle_come_to_rest(hub: Hub, names: str, reply: bool, most: int) -> None:
+@pytest.mark.parametrize(
+    "names, reply, most",
+    [
+        ("ab", False, 20),
+        ("ab", True, 13),
+        ("abc", False, 60),
+        ("abc", True, 13),
+        ("abcd", True, 13),
+    ],
+)
+def test_agents_in_a_circle_come_to_rest(
+    hub: Hub, names: str, reply: bool, most: int
+) -> None:
+    """Pairs and circles, with replies and without: after so many rings there is silence,
+    and every message is still there."""
     circle = Circle(hub, *names)
     assert most - 3 <= circle.rings(200, reply) <= most
-    mail = [m for name in names for m in hub.unread(name, circle.sessions[name])]
-    assert len(mail) == len(hub.get("/api/messages/recent", limit=500)), "nothing is lost"
+    mail = [
+        m for name in names for m in hub.unread(name, circle.sessions[name])
+    ]
+    assert len(mail) == len(hub.get("/api/messages/recent", limit=500)), (
+        "nothing is lost"
+    )
 
 
 def test_a_group_of_polite_agents_comes_to_rest(hub: Hub) -> None:
+    """Everybody who is rung thanks the whole group. Without a guard this never ends."""
     circle, speakers = Circle(hub, "a", "b", "c"), {"a"}
     for _ in range(25):
-        sent = [hub.send(name, session=circle.sessions[name], group="all-of-us")["id"]
-                for name in sorted(speakers)]
-        speakers = {name for one in sent for name, r in hub.receipts(one).items() if not r["quiet"]}
+        sent = [
+            hub.send(name, session=circle.sessions[name], group="all-of-us")[
+                "id"
+            ]
+            for name in sorted(speakers)
+        ]
+        speakers = {
+            name
+            for one in sent
+            for name, r in hub.receipts(one).items()
+            if not r["quiet"]
+        }
     assert not speakers
 
 
 @pytest.mark.parametrize("reply", [True, False])
-def test_a_click_resumes_a_quiet_bell_and_what_waited_rings(hub: Hub, reply: bool) -> None:
+def test_a_click_resumes_a_quiet_bell_and_what_waited_rings(
+    hub: Hub, reply: bool
+) -> None:
+    """The dashboard shows who is quiet, others are not concerned, and what was held back
+    is pushed after the click."""
     watch, circle = hub.watch(), Circle(hub, "alice", "bob")
     circle.rings(50, reply)
     held = hub.get("/api/messages/recent", limit=1)[0]
     push = circle.sockets[held["to_agent"]]
     loop = watch.until(lambda f: f["type"] == "loop")["data"]
     assert (loop["agents"], loop["quiet"]) == (["alice", "bob"], True)
-    assert [found["agents"] for found in hub.get("/api/loops")] == [["alice", "bob"]]
+    assert [found["agents"] for found in hub.get("/api/loops")] == [
+        ["alice", "bob"]
+    ]
     assert [row["quiet"] for row in hub.get("/api/agents")] == [1, 1]
     hub.send("carol", held["to_agent"], "others ring")
     assert push.mail()["content"] == "others ring"
     body = {"thread": loop["thread"]} if reply else {"agents": ["bob", "alice"]}
     assert hub.post("/api/loops/resume", body)["resumed"] == 1
     assert watch.until(lambda f: f["type"] == "loop")["data"]["quiet"] is False
-    assert push.until(lambda f: f["type"] == "new_message" and f["data"]["id"] == held["id"])
-    assert hub.get("/api/loops") == [] and hub.receipts(held["id"])[held["to_agent"]]["quiet"] == ""
-    sender, last = held["to_agent"], {"in_reply_to": held["id"]} if reply else {}
-    on = hub.send(sender, held["from_agent"], "on", circle.sessions[sender], **last)
+    assert push.until(
+        lambda f: f["type"] == "new_message" and f["data"]["id"] == held["id"]
+    )
+    assert (
+        hub.get("/api/loops") == []
+        and hub.receipts(held["id"])[held["to_agent"]]["quiet"] == ""
+    )
+    sender, last = (
+        held["to_agent"],
+        {"in_reply_to": held["id"]} if reply else {},
+    )
+    on = hub.send(
+        sender, held["from_agent"], "on", circle.sessions[sender], **last
+    )
     assert on["quiet"] == ""
 
 
-def test_a_message_from_a_human_resumes_and_restarts_keep_the_quiet(hub: Hub) -> None:
+def test_a_message_from_a_human_resumes_and_restarts_keep_the_quiet(
+    hub: Hub,
+) -> None:
+    """A restart is no way around the guard; a human's word is."""
     circle = Circle(hub, "alice", "bob")
     circle.rings(50)
     hub.kill()
@@ -2202,17 +3709,31 @@ def test_a_message_from_a_human_resumes_and_restarts_keep_the_quiet(hub: Hub) ->
     assert hub.send("alice", "bob", "quiet still", alice)["quiet"]
     bob = hub.socket("bob", circle.sessions["bob"])
     hub.send("human", "bob", "go on")
-    assert bob.until(lambda f: f["type"] == "new_message" and f["data"]["content"] == "quiet still")
-    assert hub.get("/api/loops") == [] and hub.send("alice", "bob", "on", alice)["quiet"] == ""
+    assert bob.until(
+        lambda f: (
+            f["type"] == "new_message" and f["data"]["content"] == "quiet still"
+        )
+    )
+    assert (
+        hub.get("/api/loops") == []
+        and hub.send("alice", "bob", "on", alice)["quiet"] == ""
+    )
 
 
-def test_humans_bursts_and_switched_off_limits_are_no_loops(make_hub: Callable[..., Hub]) -> None:
+def test_humans_bursts_and_switched_off_limits_are_no_loops(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """Sixty messages in one direction, a talk with the human, and limits of 0."""
     hub, last = make_hub(), ""
     bob = Circle(hub, "alice", "bob").sessions["bob"]
-    quiet = [hub.send("carol", "bob", str(number))["quiet"] for number in range(60)]
+    quiet = [
+        hub.send("carol", "bob", str(number))["quiet"] for number in range(60)
+    ]
     for number in range(40):
         pair = ("human", "bob") if number % 2 else ("bob", "human")
-        sent = hub.send(*pair, session="" if number % 2 else bob, in_reply_to=last)
+        sent = hub.send(
+            *pair, session="" if number % 2 else bob, in_reply_to=last
+        )
         quiet, last = [*quiet, sent["quiet"]], sent["id"]
     assert not any(quiet) and hub.get("/api/loops") == []
     off = make_hub(config="chain_limit: 0\npair_limit: 0\n")
@@ -2221,84 +3742,162 @@ def test_humans_bursts_and_switched_off_limits_are_no_loops(make_hub: Callable[.
 
 # -- waiting and reading
 
+
 def test_a_long_poll_is_woken_by_its_mail_alone(hub: Hub) -> None:
+    """A hundred waits hold no thread, other mail does not wake them, and who hangs up is
+    forgotten."""
     session = hub.register("bob")["session"]
     threads = len(os.listdir(f"/proc/{hub.pid}/task"))
-    parked = [park(hub, "/api/messages?agent=bob&wait=50", session) for _ in range(100)]
+    parked = [
+        park(hub, "/api/messages?agent=bob&wait=50", session)
+        for _ in range(100)
+    ]
     feed = park(hub, "/api/messages/recent?wait=50&after=0")
-    assert len(os.listdir(f"/proc/{hub.pid}/task")) == threads, "waiting holds no thread"
+    assert len(os.listdir(f"/proc/{hub.pid}/task")) == threads, (
+        "waiting holds no thread"
+    )
     hub.send("alice", "human", "not for bob")
     assert contents(answer(feed)) == ["not for bob"]
     assert answer(park(hub, "/api/messages?agent=bob&wait=1", session)) == []
     one = hub.send("alice", "bob", "for bob")["id"]
-    assert [contents(answer(connection)) for connection in parked] == [["for bob"]] * 100
+    assert [contents(answer(connection)) for connection in parked] == [
+        ["for bob"]
+    ] * 100
     assert hub.receipts(one)["bob"]["state"] == "seen"
     hub.register("carol")
     files = len(os.listdir(f"/proc/{hub.pid}/fd"))
     for _ in range(30):
         park(hub, "/api/messages?agent=carol&wait=50").close()
-    assert eventually(lambda: len(os.listdir(f"/proc/{hub.pid}/fd")) <= files + 1), "forgotten"
+    assert eventually(
+        lambda: len(os.listdir(f"/proc/{hub.pid}/fd")) <= files + 1
+    ), "forgotten"
     connection = park(hub, "/api/messages?agent=carol&wait=50")
-    assert hub.stop() == 0 and answer(connection) == [], "a stopping hub answers who waits"
+    assert hub.stop() == 0 and answer(connection) == [], (
+        "a stopping hub answers who waits"
+    )
 
 
 def test_history_obeys_every_combination_of_filters(hub: Hub) -> None:
+    """All 216 combinations against the same filters written down in Python."""
     members = {"g": ("a", "b", "c"), "h": ("a", "c")}
     for name in "abc":
-        hub.register(name, tuple(group for group, names in members.items() if name in names))
-    said = [("a", "b"), ("b", "a"), ("a", "g"), ("c", "a"), ("b", "g"), ("human", "a"),
-            ("c", "h"), ("b", "c"), ("a", "human"), ("c", "g"), ("a", "b"), ("b", "human")]
+        hub.register(
+            name,
+            tuple(group for group, names in members.items() if name in names),
+        )
+    said = [
+        ("a", "b"),
+        ("b", "a"),
+        ("a", "g"),
+        ("c", "a"),
+        ("b", "g"),
+        ("human", "a"),
+        ("c", "h"),
+        ("b", "c"),
+        ("a", "human"),
+        ("c", "g"),
+        ("a", "b"),
+        ("b", "human"),
+    ]
     for number, (sender, to) in enumerate(said):
-        hub.send(sender, content=str(number), **{"group" if to in members else "to": to})
+        hub.send(
+            sender,
+            content=str(number),
+            **{"group" if to in members else "to": to},
+        )
     everything = hub.get("/api/messages/recent")
 
-    def wanted(m: dict[str, Any], agent: str, other: str, group: str, low: str, high: str) -> bool:
+    def wanted(
+        m: dict[str, Any],
+        agent: str,
+        other: str,
+        group: str,
+        low: str,
+        high: str,
+    ) -> bool:
+        """Would this message be found with these filters?"""
         receivers = [r["agent"] for r in m["receipts"]]
-        ends = [{m["from_agent"], to} for to in (receivers if group else [m["to_agent"]])]
+        ends = [
+            {m["from_agent"], to}
+            for to in (receivers if group else [m["to_agent"]])
+        ]
         mine = {agent or other} - {""} <= {m["from_agent"], *receivers}
-        return (({agent, other} in ends if agent and other else mine)
-                and m["group"] in ((group,) if group else ("", "g", "h"))
-                and (low or "0") <= m["created_at"] <= (high or "9"))
+        return (
+            ({agent, other} in ends if agent and other else mine)
+            and m["group"] in ((group,) if group else ("", "g", "h"))
+            and (low or "0") <= m["created_at"] <= (high or "9")
+        )
 
     times = everything[8]["created_at"], everything[3]["created_at"]
     keys = ("agent", "with", "group", "since", "until")
-    for words in itertools.product(("", "a", "b", "x"), ("", "b", "human"), ("", "g", "h", "x"),
-                                   ("", times[0]), ("", times[1])):
+    for words in itertools.product(
+        ("", "a", "b", "x"),
+        ("", "b", "human"),
+        ("", "g", "h", "x"),
+        ("", times[0]),
+        ("", times[1]),
+    ):
         if words[0] == words[1] != "":
             continue
         expected = [m for m in everything if wanted(m, *words)]
-        query = {key: word for key, word in zip(keys, words, strict=True) if word}
+        query = {
+            key: word for key, word in zip(keys, words, strict=True) if word
+        }
         assert hub.get("/api/messages/history", **query) == expected, query
         if expected:
             query |= {"before": expected[0]["seq"], "limit": 2}
             assert hub.get("/api/messages/history", **query) == expected[1:3]
 
 
-@pytest.mark.parametrize("hours, form", [(0, "%FT%H:%M:%S.%fZ"), (2, "%FT%H:%M:%S.%f%z")])
-def test_times_are_understood_in_every_usual_form(shared_hub: Hub, hours: int, form: str) -> None:
+@pytest.mark.parametrize(
+    "hours, form", [(0, "%FT%H:%M:%S.%fZ"), (2, "%FT%H:%M:%S.%f%z")]
+)
+def test_times_are_understood_in_every_usual_form(
+    shared_hub: Hub, hours: int, form: str
+) -> None:
+    """With Z, with an offset, with a + that a client did not escape."""
     import datetime
 
-    marks = [shared_hub.send("alice", "human", str(number))["id"] for number in range(3)]
+    marks = [
+        shared_hub.send("alice", "human", str(number))["id"]
+        for number in range(3)
+    ]
     exact = shared_hub.get(f"/api/messages/{marks[1]}")["message"]["created_at"]
     zone = datetime.timezone(datetime.timedelta(hours=hours))
-    text = datetime.datetime.fromisoformat(exact).astimezone(zone).strftime(form)
-    for time_of in (urllib.parse.quote(text), text):  # an unescaped + reads as a space
-        for query, found in ((f"limit=2&since={time_of}", marks[:0:-1]),
-                             (f"limit=1&until={time_of}", marks[1:2]), ("since=2100-01-01", [])):
+    text = (
+        datetime.datetime.fromisoformat(exact).astimezone(zone).strftime(form)
+    )
+    for time_of in (
+        urllib.parse.quote(text),
+        text,
+    ):  # an unescaped + reads as a space
+        for query, found in (
+            (f"limit=2&since={time_of}", marks[:0:-1]),
+            (f"limit=1&until={time_of}", marks[1:2]),
+            ("since=2100-01-01", []),
+        ):
             rows = shared_hub.get(f"/api/messages/history?agent=alice&{query}")
             assert [m["id"] for m in rows] == found
 
 
 def test_recent_pages_backwards_and_forwards_and_live(hub: Hub) -> None:
+    """One log, read three ways, has no seam in which a message can fall."""
     for number in range(350):
         hub.send("alice", "human", str(number))
     back: list[dict[str, Any]] = []
-    while page := hub.get("/api/messages/recent", before=back[-1]["seq"] if back else "", limit=99):
+    while page := hub.get(
+        "/api/messages/recent", before=back[-1]["seq"] if back else "", limit=99
+    ):
         back += page
     ahead: list[dict[str, Any]] = []
-    while page := hub.get("/api/messages/recent", after=ahead[-1]["seq"] if ahead else 0, limit=99):
+    while page := hub.get(
+        "/api/messages/recent", after=ahead[-1]["seq"] if ahead else 0, limit=99
+    ):
         ahead += page
-    assert contents(ahead) == [str(number) for number in range(350)] and back == ahead[::-1]
+    assert (
+        contents(ahead) == [str(number) for number in range(350)]
+        and back == ahead[::-1]
+    )
     watch = hub.watch(after=20)
     assert watch.receive()["data"]["seq"] == 350, "hello"
     assert [watch.mail() for _ in range(330)] == ahead[20:]
@@ -2306,81 +3905,776 @@ def test_recent_pages_backwards_and_forwards_and_live(hub: Hub) -> None:
     assert watch.mail()["receipts"][0]["agent"] == "human"
     now = hub.watch()
     assert now.receive()["type"] == "hello"
-    assert hub.send("alice", "human", "only this") and now.mail()["content"] == "only this"
+    assert (
+        hub.send("alice", "human", "only this")
+        and now.mail()["content"] == "only this"
+    )
 
 
+# Texts as people and programs write them: sharp s, accents in one sign and in two, names of
+# files, other scripts, quotes, signs. A search finds them by their place in this list.
+# fmt: off
 SAID = ["Die Straße ist naß", "deploy FAILED in api-gateway.ts:42", "the café is open",
         "cafe\u0301 decomposed", "snake_case_name", "日本語 テスト", 'price: 100% ("final")',
         "emoji 🚀 rocket", "deploy worked"]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
 def searched_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with texts that are hard to find."""
     hub = Hub(tmp_path_factory.mktemp("searched")).start()
     hub.register("bob", ("team",))
     for number, text in enumerate(SAID):
-        hub.send("alice" if number % 2 else "carol", "bob" if number < 8 else "", text,
-                 **({} if number < 8 else {"group": "team"}))
-    eventually(lambda: hub.get("/api/messages/search", q="worked"))  # indexed in batches
+        hub.send(
+            "alice" if number % 2 else "carol",
+            "bob" if number < 8 else "",
+            text,
+            **({} if number < 8 else {"group": "team"}),
+        )
+    eventually(
+        lambda: hub.get("/api/messages/search", q="worked")
+    )  # indexed in batches
     yield hub
     hub.kill()
 
 
-@pytest.mark.parametrize("query, found", [
-    ("deploy", [8, 1]), ("DEPLOY failed", [1]), ("depl", [8, 1]), ("api-gateway.ts", [1]),
-    ("cafe", [3, 2]), ("café", [3, 2]), ("snake_case", [4]), ("日本語", [5]), ("final", [6]),
-    ("naß", [0]), ("nothing like it", []), ("deploy&agent=carol", [8]), ("deploy&group=team", [8]),
-    ("deploy&agent=bob&limit=1", [8]), ("deploy&before=9", [1]), ("deploy&since=2100-01-01", [])])
+@pytest.mark.parametrize(
+    "query, found",
+    [
+        ("deploy", [8, 1]),
+        ("DEPLOY failed", [1]),
+        ("depl", [8, 1]),
+        ("api-gateway.ts", [1]),
+        ("cafe", [3, 2]),
+        ("café", [3, 2]),
+        ("snake_case", [4]),
+        ("日本語", [5]),
+        ("final", [6]),
+        ("naß", [0]),
+        ("nothing like it", []),
+        ("deploy&agent=carol", [8]),
+        ("deploy&group=team", [8]),
+        ("deploy&agent=bob&limit=1", [8]),
+        ("deploy&before=9", [1]),
+        ("deploy&since=2100-01-01", []),
+    ],
+)
 def test_search_finds(searched_hub: Hub, query: str, found: list[int]) -> None:
-    rows = searched_hub.get(f"/api/messages/search?q={urllib.parse.quote(query, safe='&=')}")
+    """Accents, cases, parts of words, other scripts, code."""
+    rows = searched_hub.get(
+        f"/api/messages/search?q={urllib.parse.quote(query, safe='&=')}"
+    )
     assert contents(rows) == [SAID[number] for number in found]
 
 
 def test_search_takes_any_text(searched_hub: Hub) -> None:
+    """What people paste into a search field is never a syntax error."""
     for query in (
-            "", " ", '"', '""', "'", "*", "AND", "OR NOT", "NEAR(a b, 2)", "content:x", "-x", "a*b",
-            "(", "^x", "x NOT", "{a b}:c", "; DROP TABLE messages", "%", "\0", "\x01", "a\u0301",
-            "\U0001e900\U0001e901", "a\U0001e900b", "🚀", "½²", "हिन्दी", "x" * 5000, "a " * 900,
-            "\ufdfa\ufdfa", "a\u200bb", "ẞ", "İ"):
-        assert isinstance(searched_hub.get("/api/messages/search", q=query), list), query
+        "",
+        " ",
+        '"',
+        '""',
+        "'",
+        "*",
+        "AND",
+        "OR NOT",
+        "NEAR(a b, 2)",
+        "content:x",
+        "-x",
+        "a*b",
+        "(",
+        "^x",
+        "x NOT",
+        "{a b}:c",
+        "; DROP TABLE messages",
+        "%",
+        "\0",
+        "\x01",
+        "a\u0301",
+        "\U0001e900\U0001e901",
+        "a\U0001e900b",
+        "🚀",
+        "½²",
+        "हिन्दी",
+        "x" * 5000,
+        "a " * 900,
+        "\ufdfa\ufdfa",
+        "a\u200bb",
+        "ẞ",
+        "İ",
+    ):
+        assert isinstance(
+            searched_hub.get("/api/messages/search", q=query), list
+        ), query
 
 
 def test_an_export_is_streamed_whole(hub: Hub) -> None:
+    """Every line once, as it is in the lists; as Markdown nothing in a message can be
+    taken for a heading or a terminal's command."""
     hub.register("bob", ("team",))
     for number in range(430):
         group = {"group": "team"} if number % 10 == 0 else {"to": "human"}
-        hub.send("alice", content=f"line {number}\n# not a heading\u2028\x1b[2J", **group)
+        hub.send(
+            "alice",
+            content=f"line {number}\n# not a heading\u2028\x1b[2J",
+            **group,
+        )
     rows = hub.get("/api/messages/recent", limit=1000)[::-1]
-    connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=10)
-    connection.request("GET", "/api/export")
-    response = connection.getresponse()
-    assert response.headers["Transfer-Encoding"] == "chunked" and len(rows) == 430
-    assert [json.loads(line) for line in response.read().split(b"\n") if line] == rows
-    connection.request("GET", "/health")
-    assert connection.getresponse().status == 200, "the connection is good for more"
-    connection.close()
+    wire = Wire(hub.port)
+    whole = wire.request("GET", "/api/export").answer()
+    assert whole.headers["transfer-encoding"] == "chunked" and len(rows) == 430
+    assert [json.loads(line) for line in whole.body.splitlines()] == rows
+    assert wire.request("GET", "/health").answer().status == 200, (
+        "good for more"
+    )
     middle = rows[200]["created_at"]
     for query, expected in (
-            ({"since": middle}, rows[200:]), ({"until": middle}, rows[:201]),
-            ({"group": "team"}, rows[::10]), ({"agent": "bob"}, rows[::10]), ({"group": "x"}, []),
-            ({"agent": "alice", "until": middle, "group": "team"}, rows[:201:10]),
-            ({"q": "LINE 429"}, rows[429:])):
+        ({"since": middle}, rows[200:]),
+        ({"until": middle}, rows[:201]),
+        ({"group": "team"}, rows[::10]),
+        ({"agent": "bob"}, rows[::10]),
+        ({"group": "x"}, []),
+        ({"agent": "alice", "until": middle, "group": "team"}, rows[:201:10]),
+        ({"q": "LINE 429"}, rows[429:]),
+    ):
         text = hub.get("/api/export", format="jsonl", **query)
-        assert [json.loads(line) for line in text.split("\n") if line] == expected, query
+        assert [
+            json.loads(line) for line in text.split("\n") if line
+        ] == expected, query
     text = hub.get("/api/export", format="md")
-    assert text.count("### alice to human") == 387 and text.count("### alice to group team") == 43
+    assert (
+        text.count("### alice to human") == 387
+        and text.count("### alice to group team") == 43
+    )
     assert "\x1b" not in text and "\n# not" not in text
 
 
 def test_a_message_comes_with_its_whole_thread(hub: Hub) -> None:
+    """From whichever of its messages it is asked."""
     ids = [hub.send("alice", "human", "root")["id"]]
     for number in range(5):
-        ids.append(hub.send("x", "human", str(number), in_reply_to=ids[number // 2])["id"])
+        ids.append(
+            hub.send("x", "human", str(number), in_reply_to=ids[number // 2])[
+                "id"
+            ]
+        )
     hub.send("alice", "human", "another")
     for one in (ids[0], ids[3], ids[-1]):
         found = hub.get(f"/api/messages/{one}")
-        assert found["message"]["id"] == one and [m["id"] for m in found["thread"]] == ids
+        assert (
+            found["message"]["id"] == one
+            and [m["id"] for m in found["thread"]] == ids
+        )
         assert found["message"]["thread"] == ids[0]
+
+
+# -- the count on every answer; handed over is not seen
+
+
+def test_every_answer_to_a_session_tells_what_is_unread(hub: Hub) -> None:
+    """So that a tool call is one request. Who shows no session of an agent learns no
+    count."""
+    session = hub.register("bob", ("team",))["session"]
+    one = hub.send("alice", "bob", "one")["id"]
+    hub.send("alice", "bob", "two")
+    paths = (
+        "/api/agents",
+        "/api/groups",
+        "/api/loops",
+        "/api/waiting",
+        "/api/messages?agent=bob",
+        "/api/messages/recent",
+        "/api/messages/history?agent=bob",
+        "/api/stats",
+        "/api/messages/search?q=one",
+        f"/api/messages/{one}",
+        "/api/messages/msg-no",
+        "/api/export",
+        "/api/messages",
+    )
+    for path in paths:
+        found = hub.ask("GET", path, None, session)
+        assert found.headers.get("x-unread") == "2", (path, found.status)
+        for stranger in ("", "wrong"):
+            answer = hub.ask("GET", path, None, stranger)
+            if not path.startswith("/api/messages?agent"):
+                assert "x-unread" not in answer.headers, path
+    read = {"agent_name": "bob", "message_ids": [one]}
+    found = hub.ask("POST", "/api/messages/read", read, session)
+    assert found.headers["x-unread"] == "1", (
+        "what the request itself has changed"
+    )
+    found = hub.ask(
+        "POST",
+        "/api/send",
+        {"from": "bob", "to": "no", "content": "x"},
+        session,
+    )
+    assert (found.status, found.headers["x-unread"]) == (404, "1")
+    assert hub.ask("GET", "/api/messages?agent=bob&limit=1").headers.get(
+        "x-unread"
+    ) in ("1", None)
+
+
+@pytest.fixture
+def mailed(hub: Hub) -> tuple[Hub, str, str]:
+    """A hub, the session of bob who has a message, and the id of the message."""
+    session = hub.register("bob")["session"]
+    return hub, session, hub.send("alice", "bob", "for bob")["id"]
+
+
+INBOX = "/api/messages?agent=bob"
+
+
+def test_a_page_is_seen_when_its_reader_says_so(
+    mailed: tuple[Hub, str, str],
+) -> None:
+    """Handed over is not seen: looking marks nothing, the reader's own word does."""
+    hub, session, one = mailed
+    for _ in range(2):
+        assert hub.get(f"{INBOX}&peek=1", session)[0]["id"] == one
+    time.sleep(0.2)  # long enough for a hub that marks when a connection closes
+    assert hub.receipts(one)["bob"]["state"] == "stored"
+    seen = {"agent_name": "bob", "message_ids": [one, "msg-unknown"]}
+    for wrong in ("", "wrong"):
+        status = hub.ask("POST", "/api/messages/seen", seen, wrong).status
+        assert status in ((403,) if wrong else (200, 403)), (
+            "not without the session"
+        )
+    assert hub.post("/api/messages/seen", seen, session)["marked"] in (0, 1)
+    assert hub.receipts(one)["bob"]["state"] == "seen"
+    assert hub.post("/api/messages/seen", seen, session)["marked"] == 0
+    assert len(hub.unread("bob", session)) == 1, "seen is not read"
+
+
+def test_a_plain_client_has_seen_what_it_came_back_for(
+    mailed: tuple[Hub, str, str],
+) -> None:
+    """It took the answer, or it would not ask again on the same connection."""
+    hub, session, one = mailed
+    wire = Wire(hub.port).request(
+        "GET", INBOX, None, {"X-Agent-Session": session}
+    )
+    assert json.loads(wire.answer().body)[0]["id"] == one
+    time.sleep(0.2)
+    assert hub.receipts(one)["bob"]["state"] == "stored", (
+        "it may be gone with the answer unread"
+    )
+    assert wire.request("GET", "/health").answer().status == 200
+    assert eventually(lambda: hub.receipts(one)["bob"]["state"] == "seen")
+
+
+def test_a_plain_client_that_reads_all_and_hangs_up_has_seen_it(
+    mailed: tuple[Hub, str, str],
+) -> None:
+    """A clean end after the whole answer says as much."""
+    hub, session, one = mailed
+    hub.get(INBOX, session)
+    assert eventually(lambda: hub.receipts(one)["bob"]["state"] == "seen")
+
+
+def vanish(wire: Wire) -> None:
+    """The connection is cut with its answer unread, as when a laptop goes to sleep."""
+    wire.sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+    )
+    wire.close()
+
+
+@pytest.mark.parametrize("wait", [0, 50])
+@pytest.mark.parametrize("cut", ["before the answer", "with the answer unread"])
+def test_mail_that_nobody_took_is_not_seen(
+    hub: Hub, wait: int, cut: str
+) -> None:
+    """A reader is gone in the middle: its mail is pushed and rings as if it had not asked."""
+    session = hub.register("bob")["session"]
+    wire = Wire(hub.port)
+    if cut == "before the answer":
+        wire.request(
+            "GET", f"{INBOX}&wait={wait}", None, {"X-Agent-Session": session}
+        )
+        vanish(wire)
+        one = hub.send("alice", "bob")["id"]
+    elif wait:
+        wire.request(
+            "GET", f"{INBOX}&wait={wait}", None, {"X-Agent-Session": session}
+        )
+        assert hub.ask("GET", "/health").status == 200
+        one = hub.send("alice", "bob")["id"]
+        vanish(wire)
+    else:
+        one = hub.send("alice", "bob")["id"]
+        wire.request("GET", INBOX, None, {"X-Agent-Session": session})
+        assert hub.ask("GET", "/health").status == 200
+        vanish(wire)
+    time.sleep(0.3)
+    assert hub.receipts(one)["bob"]["state"] == "stored"
+    assert hub.socket("bob", session).mail()["id"] == one, "so it rings"
+
+
+def test_the_half_of_two_waits_that_is_gone_takes_nothing_from_the_other(
+    hub: Hub,
+) -> None:
+    """Mail goes to the reader who is still there."""
+    session = hub.register("bob")["session"]
+    gone = park(hub, f"{INBOX}&wait=50", session)
+    stays = park(hub, f"{INBOX}&wait=50", session)
+    vanish(gone)
+    one = hub.send("alice", "bob", "for the one who waits")["id"]
+    assert stays.answer().value[0]["id"] == one
+    stays.request("GET", "/health").answer()
+    assert eventually(lambda: hub.receipts(one)["bob"]["state"] == "seen")
+
+
+@pytest.mark.parametrize(
+    "most, found", [(1, 1), (2500, 2), (999_999, 9), (0, 9), ("x", 9)]
+)
+def test_a_page_ends_by_bytes_too(
+    shared_hub: Hub, most: Any, found: int
+) -> None:
+    """Hosts cut long results. At least one message always comes, and the header says how
+    many there are."""
+    session = shared_hub.register("long")["session"]
+    for number in range(9 - len(shared_hub.unread("long", session))):
+        shared_hub.send("alice", "long", f"{number} " + "ü" * 500)
+    path = f"/api/messages?agent=long&peek=1&limit=20&max_bytes={most}"
+    page = shared_hub.ask("GET", path, None, session)
+    assert (len(page.value), page.headers["x-unread"]) == (found, "9")
+
+
+# -- what waits for the human
+
+
+def test_questions_to_the_human_wait_until_they_are_answered_or_dismissed(
+    hub: Hub,
+) -> None:
+    """A question mark or a choice waits; a direct word to its sender answers it."""
+    alice = hub.register("alice")["session"]
+    hub.register("bob")
+    watch = hub.watch()
+    asked = {
+        name: hub.send(name, "human", f"{name}: shall I?")["id"]
+        for name in ("alice", "bob")
+    }
+    chosen = hub.send(
+        "alice", "human", "Which", alice, choices=["red", "blue"]
+    )["id"]
+    hub.send("alice", "human", "I tell you.", alice)
+    hub.send("human", "alice", "really?")
+
+    def waiting() -> list[str]:
+        """What is still waiting, as the test wants it."""
+        return sorted(m["id"] for m in hub.get("/api/waiting"))
+
+    assert waiting() == [asked["bob"]], (
+        "any direct message answers what was asked before"
+    )
+    hub.restart()
+    assert waiting() == [asked["bob"]]
+    again = hub.send("alice", "human", "And now", alice, choices=["yes"])["id"]
+    assert waiting() == sorted([asked["bob"], again])
+    found = [m for m in hub.get("/api/waiting") if m["id"] == again]
+    assert (
+        found[0]["choices"] == ["yes"]
+        and found[0]["receipts"][0]["agent"] == "human"
+    )
+    assert hub.post(
+        "/api/messages/dismiss", {"message_ids": [asked["bob"], "msg-no"]}
+    )
+    assert waiting() == [again]
+    hub.send("human", "alice", "yes", in_reply_to=again)
+    assert waiting() == []
+    told = [watch.event("waiting") for _ in range(5)]
+    assert [(one["id"], one["waiting"]) for one in told[:3]] == [
+        (asked["alice"], True),
+        (asked["bob"], True),
+        (chosen, True),
+    ]
+    assert {(one["id"], one["waiting"]) for one in told[3:]} == {
+        (asked["alice"], False),
+        (chosen, False),
+    }
+
+
+@pytest.mark.parametrize(
+    "choices, to, status",
+    [
+        (["a", "b", "c", "d"], "human", 200),
+        (["x" * 200], "human", 200),
+        ([], "bob", 200),
+        (None, "human", 200),
+        (["a"] * 5, "human", 400),
+        (["x" * 201], "human", 400),
+        ([""], "human", 400),
+        (["a", 1], "human", 400),
+        ("yes", "human", 400),
+        ({"a": 1}, "human", 400),
+        (["a"], "bob", 400),
+        ([None], "human", 400),
+        (["a\0"], "human", 400),
+        (True, "human", 400),
+    ],
+)
+def test_choices_are_a_few_short_texts_for_the_human(
+    shared_hub: Hub, choices: Any, to: str, status: int
+) -> None:
+    """They become buttons on a page."""
+    shared_hub.register("bob")
+    body = {"from": "carla", "to": to, "content": "Which", "choices": choices}
+    found = shared_hub.ask("POST", "/api/send", body)
+    assert found.status == status, found
+    if status == 200:
+        sent = shared_hub.get(f"/api/messages/{found.value['id']}")["message"]
+        assert sent.get("choices") == (choices or None), (
+            "only where there are some"
+        )
+
+
+def test_mail_can_be_marked_unread_again(hub: Hub) -> None:
+    """To be reminded; only what was read becomes unread."""
+    session = hub.register("bob")["session"]
+    one = hub.send("alice", "bob")["id"]
+    mine = hub.send("bob", "human", "for the human", session)["id"]
+    for name, found, shown in (("bob", one, session), ("human", mine, "")):
+        body = {
+            "agent_name": name,
+            "message_ids": [found, found, "msg-unknown"],
+        }
+        assert hub.post("/api/messages/unread", body, shown)["marked"] == 0
+        assert hub.post("/api/messages/read", body, shown)["marked"] == 1
+        assert hub.unread(name, shown) == []
+        assert hub.post("/api/messages/unread", body, shown)["marked"] == 1
+        assert [m["id"] for m in hub.unread(name, shown)] == [found]
+    assert hub.agent("bob")["unread"] == 1
+
+
+# -- figures of the traffic, addresses, the other small calls
+
+
+def test_stats_count_what_was_sent(hub: Hub) -> None:
+    """Per span of time: a bucket each, the busiest pairs, and how long mail waited to be
+    seen."""
+    session = hub.register("bob", ("team",))["session"]
+    hub.register("carol", ("team",))
+    for number in range(5):
+        hub.send("alice", "bob", str(number))
+    hub.send("bob", "human", "x", session)
+    hub.send("alice", group="team", content="x")
+    seen = {
+        "agent_name": "bob",
+        "message_ids": [m["id"] for m in hub.unread("bob", session)],
+    }
+    hub.post("/api/messages/seen", seen, session)
+    for name, buckets in (("hour", 60), ("day", 96), ("week", 168)):
+        found = hub.get("/api/stats", range=name)
+        assert found["range"] == name and len(found["buckets"]) == buckets
+        assert (
+            sum(bucket["count"] for bucket in found["buckets"])
+            == found["total"]
+        )
+        assert found["total"] == 7, "messages, whatever the size of a group"
+        times = [bucket["at"] for bucket in found["buckets"]]
+        assert times == sorted(times) and found["since"] < found["until"]
+        counts = [pair["count"] for pair in found["pairs"]]
+        pairs = {
+            (pair["from"], pair["to"]): pair["count"] for pair in found["pairs"]
+        }
+        assert (pairs["alice", "bob"], pairs["bob", "human"], sum(counts)) == (
+            5,
+            1,
+            7,
+        )
+        assert counts == sorted(counts, reverse=True)
+        assert found["seen"]["count"] >= 5
+        assert 0 <= found["seen"]["median_s"] <= found["seen"]["worst_s"] < 60
+    assert hub.ask("GET", "/api/stats?range=year").status == 400
+    assert hub.get("/api/stats")["range"] in ("hour", "day")
+
+
+@pytest.mark.parametrize(
+    "query, count",
+    [
+        ("agent=ann", 7),
+        ("from=ann", 4),
+        ("to=ann", 3),
+        ("from=ann&to=ben", 3),
+        ("group=pair", 1),
+        ("from=ANN&group=pair", 1),
+        ("to=ben", 4),
+        ("from=nobody", 0),
+        ("from=ann&limit=2", 4),
+        ("before=1", 0),
+    ],
+)
+def test_history_and_search_filter_and_count(
+    shared_hub: Hub, query: str, count: int
+) -> None:
+    """The count says how much there is behind the page."""
+    if not shared_hub.get("/api/messages/history", agent="ann"):
+        for name in ("ann", "ben"):
+            shared_hub.register(name, ("pair",))
+        for number in range(3):
+            shared_hub.send("ann", "ben", f"needle {number}")
+            shared_hub.send("ben", "ann", f"needle {number}")
+        shared_hub.send("ann", group="pair", content="needle")
+    for path in ("/api/messages/history?", "/api/messages/search?q=needle&"):
+        found = shared_hub.ask("GET", f"{path}{query}&count=1")
+        limit = 2 if "limit=2" in query else 50
+        assert found.headers["x-count"] == str(count), path
+        assert len(found.value) == min(count, limit)
+        assert "x-count" not in shared_hub.ask("GET", path + query).headers
+
+
+def test_watchers_are_answered_pong_at_once(hub: Hub) -> None:
+    """So that a page knows that its socket is alive."""
+    watch = hub.watch()
+    assert watch.receive()["type"] == "hello"
+    for _ in range(3):
+        watch.send({"type": "ping"})
+        assert watch.receive() == {"type": "pong", "data": {}}
+
+
+def test_all_quiet_pairs_resume_at_once(hub: Hub) -> None:
+    """One click for all of them."""
+    Circle(hub, "alice", "bob").rings(50)
+    Circle(hub, "carol", "dave").rings(50)
+    rows = {row["name"]: row["quiet"] for row in hub.get("/api/agents")}
+    assert rows == {"alice": 1, "bob": 1, "carol": 1, "dave": 1}
+    assert len(hub.get("/api/loops")) == 2
+    assert hub.post("/api/loops/resume", {"all": True})["resumed"] == 2
+    assert hub.get("/api/loops") == []
+    assert {row["quiet"] for row in hub.get("/api/agents")} == {0}
+
+
+def test_a_ring_that_could_not_be_stands_in_the_agents_row(hub: Hub) -> None:
+    """With its reason, so that a human sees why nobody answers."""
+    note = "this terminal belongs to another program"
+    session = hub.register("bob", door_note=note, instance="abc")["session"]
+    assert (hub.agent("bob")["door_note"], hub.agent("bob")["door"]) == (
+        note,
+        None,
+    )
+    push = hub.socket("bob", session)
+    one = hub.send("alice", "bob")["id"]
+    push.mail()
+    push.send(
+        {
+            "type": "blocked",
+            "ids": [one],
+            "door": "tmux",
+            "outcome": "dialog",
+            "detail": "a question is on the screen",
+        }
+    )
+    row = eventually(lambda: hub.agent("bob")["door"])
+    assert {key: row[key] for key in ("outcome", "door", "detail")} == {
+        "outcome": "dialog",
+        "door": "tmux",
+        "detail": "a question is on the screen",
+    }
+    assert RFC3339.fullmatch(row["at"])
+
+
+# -- names, their sessions and their mail
+
+
+def test_who_leaves_as_bob_and_comes_back_as_BOB_finds_the_mail(
+    hub: Hub,
+) -> None:
+    """A name is one in every table and counter, whatever its case."""
+    for first, second in (
+        ("Bob", "bob"),
+        ("Ärger".encode("ascii", "ignore").decode(), "RGER"),
+    ):
+        session = hub.register(first, ("crew",))["session"]
+        one = hub.send("alice", first)["id"]
+        hub.post("/api/deregister", {"agent_name": second}, session)
+        answer = hub.register(second, ("crew",), session)
+        assert answer["unread"] == 1
+        assert [m["id"] for m in hub.unread(first, answer["session"])] == [one]
+        mark = {"agent_name": first.swapcase(), "message_ids": [one]}
+        assert (
+            hub.post("/api/messages/read", mark, answer["session"])["marked"]
+            == 1
+        )
+        hub.restart()
+        assert hub.unread(second, answer["session"]) == []
+        assert (
+            hub.get("/api/messages/history", agent=first.upper())[0]["id"]
+            == one
+        )
+
+
+def test_six_sessions_of_one_project_are_numbered(hub: Hub) -> None:
+    """And a number is never put behind a number."""
+    names = []
+    sockets = []
+    for _ in range(6):
+        made = hub.register("shop", auto=True, host="h", cwd="/shop")
+        sockets.append(hub.socket(made["name"], made["session"]))
+        names.append(made["name"])
+    assert names == ["shop", *(f"shop-{number}" for number in range(2, 7))]
+    assert hub.register("shop-2", auto=True)["name"] == "shop-7"
+
+
+def test_a_rung_frame_without_a_session_owns_nothing(hub: Hub) -> None:
+    """Only a session owns a name."""
+    session = hub.register("bob")["session"]
+    one = hub.send("alice", "bob")["id"]
+    thief = hub.socket("bob")
+    if thief.status == 101:
+        thief.send({"type": "rung", "ids": [one], "door": "tmux"})
+        assert answers_ping(thief)
+    assert hub.register("bob", session=session)["session"] == session
+    push = hub.socket("bob", session)
+    assert (
+        push.status == 101 and hub.ask("POST", *ACTING[0][1:], "").status == 403
+    )
+
+
+def test_an_owner_gets_its_name_back_at_any_time(hub: Hub) -> None:
+    """However long it was away, nobody else has its name or its mail meanwhile."""
+    session = hub.register("bob", host="h", cwd="/a")["session"]
+    push = hub.socket("bob", session)
+    hub.send("alice", "bob", "for bob alone")
+    push.close()
+    hub.kill()
+    hub.start()
+    eventually(lambda: hub.agent("bob")["status"] == "offline", 15)
+    for body in ({"name": "bob"}, {"name": "BOB", "host": "x", "cwd": "/b"}):
+        assert hub.ask("POST", "/api/register", body).status == 409, (
+            "its mail waits for it"
+        )
+    assert hub.register("bob", auto=True, host="x", cwd="/b")["name"] == "bob-2"
+    assert (
+        hub.ask("POST", "/api/deregister", {"agent_name": "bob"}).status == 403
+    )
+    assert hub.ask("GET", "/api/messages?agent=bob").status == 403
+    back = hub.register("bob", session=session)
+    assert (back["session"], back["unread"], back["inherited"]) == (
+        session,
+        1,
+        0,
+    )
+    assert contents(hub.unread("bob", session)) == ["for bob alone"]
+
+
+@pytest.mark.parametrize(
+    "second, status",
+    [
+        ({"host": "h", "cwd": "/a", "instance": "one"}, 200),
+        ({"host": "h", "cwd": "/a"}, 200),
+        ({"host": "h", "cwd": "/a", "instance": "two"}, 409),
+        ({"host": "h", "cwd": "/b"}, 409),
+        ({"host": "i", "cwd": "/a", "instance": "one"}, 409),
+        ({}, 409),
+    ],
+)
+def test_unread_mail_of_a_name_goes_to_the_same_place_and_instance_alone(
+    hub: Hub, second: dict[str, str], status: int
+) -> None:
+    """Offline names with mail are kept for who comes from where they came from."""
+    session = hub.register("bob", host="h", cwd="/a", instance="one")["session"]
+    hub.send("alice", "bob", "for the first session")
+    hub.socket("bob", session).close()
+    eventually(lambda: hub.agent("bob")["status"] == "offline")
+    found = hub.ask("POST", "/api/register", {"name": "bob", **second})
+    assert found.status == status, found
+    if status == 200:
+        assert found.value["inherited"] == found.value["unread"] == 1, (
+            "said aloud"
+        )
+    automatic = hub.register("bob", auto=True, **second)
+    assert (automatic["name"] == "bob") == (status == 200)
+
+
+def test_mail_follows_an_agent_to_its_new_name(hub: Hub) -> None:
+    """Unread mail, its count and its ring; what was read stays where it was."""
+    session = hub.register("bob", ("team",))["session"]
+    ids = [hub.send("alice", "bob", str(number))["id"] for number in range(3)]
+    hub.post(
+        "/api/messages/read",
+        {"agent_name": "bob", "message_ids": ids[:1]},
+        session,
+    )
+    assert hub.ask(
+        "POST", "/api/register", {"name": "eve", "rename_from": "bob"}
+    ).status in (403, 409, 200)
+    answer = hub.register("robert", ("team",), session, rename_from="bob")
+    assert (answer["name"], answer["unread"]) == ("robert", 2)
+    hub.restart()
+    mail = hub.get("/api/messages?agent=robert&peek=1", answer["session"])
+    assert [m["id"] for m in mail] == ids[1:]
+    assert hub.agent("robert")["unread"] == 2
+    push = hub.socket("robert", answer["session"])
+    assert [push.mail()["id"] for _ in ids[1:]] == ids[1:]
+
+
+def test_the_same_client_id_to_a_group_of_eighty_answers_the_same_twice(
+    hub: Hub,
+) -> None:
+    """A repeat answers what the first did, whoever has come and gone since."""
+    for number in range(80):
+        hub.register(f"member{number}", ("crew",))
+    body = {
+        "from": "alice",
+        "group": "crew",
+        "content": "all",
+        "client_id": "once",
+    }
+    first = hub.post("/api/send", body)
+    hub.register("newcomer", ("crew",))
+    hub.post("/api/deregister", {"agent_name": "member7"})
+    for _ in range(2):
+        second = hub.post("/api/send", body)
+        assert second["recipient_count"] == first["recipient_count"] == 80
+        assert second["id"] == first["id"] and second["seq"] == first["seq"]
+        hub.restart()
+    assert hub.agent("member3")["unread"] == 1
+
+
+# -- the guard is fair
+
+
+def test_who_joins_a_deep_chain_is_heard(hub: Hub) -> None:
+    """The chain belongs to those who speak in it."""
+    circle = Circle(hub, "alice", "bob")
+    assert circle.rings(60, reply=True) < 20
+    last = hub.get("/api/messages/recent", limit=1)[0]["id"]
+    carol = hub.register("carol")["session"]
+    dave = hub.register("dave")["session"]
+    push = hub.socket("dave", dave)
+    one = hub.send(
+        "carol", "dave", "about what they say", carol, in_reply_to=last
+    )
+    assert one["quiet"] == "" and push.mail()["id"] == one["id"]
+    two = hub.send("dave", "carol", "I see", dave, in_reply_to=one["id"])
+    assert two["quiet"] == ""
+    assert [loop["agents"] for loop in hub.get("/api/loops")] == [
+        ["alice", "bob"]
+    ]
+
+
+@pytest.mark.parametrize("reply", [True, False])
+def test_a_quiet_pair_stays_quiet_through_a_restart_also_when_its_mail_is_read(
+    hub: Hub, reply: bool
+) -> None:
+    """Reading is no human's word."""
+    circle = Circle(hub, "alice", "bob")
+    circle.rings(60, reply)
+    for name, session in circle.sessions.items():
+        ids = [m["id"] for m in hub.unread(name, session)]
+        hub.post(
+            "/api/messages/read",
+            {"agent_name": name, "message_ids": ids},
+            session,
+        )
+    hub.restart()
+    assert [loop["agents"] for loop in hub.get("/api/loops")] == [
+        ["alice", "bob"]
+    ]
+    assert hub.send("alice", "bob", "still", circle.sessions["alice"])["quiet"]
 
 
 # ======================================================================================
@@ -2400,7 +4694,9 @@ from hypothesis.stateful import (  # noqa: E402
 )
 
 FULL = os.environ.get("AGENT_CHAT_FULL") == "1"
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+FAKETIME = next(
+    Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None
+)
 
 
 def resident(pid: int) -> int:
@@ -2410,86 +4706,146 @@ def resident(pid: int) -> int:
 
 
 class History:
-    """What clients were told. `check` holds it against what the file says: after Jepsen."""
+    """What clients were told. `check` holds it against what is stored: after Jepsen.
+
+    A message of a client says its number; sender and number are its client_id.
+    """
 
     def __init__(self) -> None:
         self.told: dict[str, str] = {}  # client_id -> id of a 200
-        self.unknown: set[str] = set()  # client_ids of sends that got no answer
+        self.unknown: set[str] = (
+            set()
+        )  # client_ids of sends that got no answer
         self.read: set[str] = set()  # ids that a 200 says are read by bob
 
-    def send(self, connection: http.client.HTTPConnection, client_id: str, **target: str) -> bool:
+    def send(self, wire: Wire, client_id: str, **target: str) -> bool:
         """One send; False when the hub died during it."""
         sender, _, number = client_id.partition("-")
-        body = {"from": sender, "content": number, "client_id": client_id, **target}
-        try:
-            connection.request("POST", "/api/send", json.dumps(body),
-                               {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            value = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError):
+        body = {
+            "from": sender,
+            "content": number,
+            "client_id": client_id,
+            **target,
+        }
+        found = wire.request(
+            "POST", "/api/send", json.dumps(body).encode()
+        ).answer()
+        if not found.status:
             self.unknown.add(client_id)
             return False
-        assert response.status == 200, value
-        assert self.told.setdefault(client_id, value["id"]) == value["id"], "one client_id, one id"
+        assert found.status == 200, found
+        first = self.told.setdefault(client_id, found.value["id"])
+        assert first == found.value["id"], "one client_id, one id"
         self.unknown.discard(client_id)
         return True
 
-    def keep_sending(self, hub: Hub, name: str, numbers: Iterator[int]) -> None:
-        """Until the hub dies; first, every other of its unanswered messages is sent again."""
-        connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=10)
-        again = [old for old in sorted(self.unknown) if old.startswith(f"{name}-")
-                 and int(old.partition("-")[2]) % 2]
-        for client_id in itertools.chain(again, (f"{name}-{number}" for number in numbers)):
-            third = int(client_id.partition("-")[2]) % 3 == 0
-            target = {"group": "team"} if third else {"to": "bob"}
-            if not self.send(connection, client_id, **target):
-                break
-        connection.close()
+    def unanswered(self, name: str) -> list[str]:
+        """Every other send of a client that got no answer: those it sends again."""
+        mine = [
+            one
+            for one in sorted(self.unknown)
+            if one.startswith(f"{name}-")
+        ]
+        return [one for one in mine if int(one.partition("-")[2]) % 2]
+
+    def keep_sending(
+        self, hub: Hub, name: str, numbers: Iterator[int]
+    ) -> None:
+        """Until the hub dies; what must be sent again is sent first."""
+        new = (f"{name}-{number}" for number in numbers)
+        with contextlib.closing(Wire(hub.port, seconds=10)) as wire:
+            for client_id in itertools.chain(self.unanswered(name), new):
+                target = {"to": "bob"}
+                if int(client_id.partition("-")[2]) % 3 == 0:
+                    target = {"group": "team"}
+                if not self.send(wire, client_id, **target):
+                    break
 
     def keep_reading(self, hub: Hub) -> None:
         """Bob marks every second message as read until the hub dies."""
-        while ids := [m["id"] for m in (hub.call("GET", "/api/messages?agent=bob")[1] or [])[::2]]:
+        while True:
+            page = hub.ask("GET", "/api/messages?agent=bob")
+            if not page.status or not page.value:
+                break
+            ids = [message["id"] for message in page.value[::2]]
             body = {"agent_name": "bob", "message_ids": ids}
-            if hub.call("POST", "/api/messages/read", body)[0] == 200:
+            if hub.ask("POST", "/api/messages/read", body).status == 200:
                 self.read.update(ids)
 
-    def check(self, db: Path) -> dict[str, int]:
+    def check(self, hub: Hub) -> dict[str, int]:
         """Acknowledged is stored, stored was sent, each once, whole and in its sender's order."""
-        rows = look(db, "SELECT client_id, id, seq, grp, from_agent, CAST(content AS INTEGER) "
-                        "FROM messages ORDER BY seq")
-        stored = {row[0]: row[1] for row in rows}
-        lost = {client for client, found in self.told.items() if stored.get(client) != found}
-        phantoms = stored.keys() - self.told.keys() - self.unknown
-        assert not lost and not phantoms
-        assert len(stored) == len(rows) == len({row[1] for row in rows}) == len(
-            {row[2] for row in rows}), "duplicates"
-        last: dict[str, int] = {}
-        for _, _, _, _, sender, number in rows:
-            assert number > last.get(sender, -1), "a sender's messages keep their order"
-            last[sender] = number
-        inbox: dict[int, list[str]] = {}
-        for seq, agent in look(db, "SELECT seq, agent FROM inbox ORDER BY agent"):
-            inbox.setdefault(seq, []).append(agent)
-        assert all(inbox[seq] == (["bob", "carol"] if group else ["bob"])
-                   for _, _, seq, group, _, _ in rows), "half a message"
-        read = {row[0] for row in look(db, "SELECT m.id FROM inbox i JOIN messages m USING (seq) "
-                                           "WHERE i.agent = 'bob' AND i.read_at IS NOT NULL")}
+        rows = [
+            json.loads(line) for line in hub.get("/api/export").splitlines()
+        ]
+        stored = {
+            f"{row['from_agent']}-{row['content']}": row["id"]
+            for row in rows
+        }
+        lost = self.told.items() - stored.items()
+        assert not lost, "acknowledged and not stored"
+        assert stored.keys() <= self.told.keys() | self.unknown, (
+            "stored and never sent"
+        )
+        assert (
+            len(stored) == len(rows) == len({row["id"] for row in rows})
+        ), "stored twice"
+        assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+        self.check_order(rows)
+        read = set()
+        for row in rows:
+            receipts = {
+                receipt["agent"]: receipt for receipt in row["receipts"]
+            }
+            assert receipts.keys() == (
+                {"bob", "carol"} if row["group"] else {"bob"}
+            ), row
+            if receipts["bob"]["read_at"]:
+                read.add(row["id"])
         assert self.read <= read
-        assert look(db, "PRAGMA integrity_check") == [("ok",)]
-        return {"acknowledged": len(self.told), "unanswered": len(self.unknown), "lost": len(lost),
-                "duplicates": len(rows) - len(stored), "read": len(self.read)}
+        assert look(hub.db, "PRAGMA integrity_check") == [("ok",)]
+        return {
+            "acknowledged": len(self.told),
+            "unanswered": len(self.unknown),
+            "lost": len(lost),
+            "read": len(self.read),
+        }
+
+    def check_order(self, rows: list[dict[str, Any]]) -> None:
+        """A sender's messages keep their order."""
+        last: dict[str, int] = {}
+        for row in rows:
+            assert int(row["content"]) > last.get(row["from_agent"], -1), (
+                row
+            )
+            last[row["from_agent"]] = int(row["content"])
 
 
 @pytest.mark.slow
 def test_no_acknowledged_message_is_lost_by_kill_9(hub: Hub) -> None:
-    history, numbers, kills = History(), itertools.count(), 100 if FULL else 20
+    """Clients send and read until the process is killed, again and again. In the end
+    everything that was acknowledged is there once."""
+    history, numbers, kills = (
+        History(),
+        itertools.count(),
+        100 if FULL else 20,
+    )
     chance = random.Random(9)
     for name in ("bob", "carol"):
         hub.register(name, ("team",))
     for _ in range(kills):
-        threads = [threading.Thread(target=history.keep_sending, args=(hub, f"s{n}", numbers),
-                                    daemon=True) for n in range(4)]
-        threads.append(threading.Thread(target=history.keep_reading, args=(hub,), daemon=True))
+        threads = [
+            threading.Thread(
+                target=history.keep_sending,
+                args=(hub, f"s{n}", numbers),
+                daemon=True,
+            )
+            for n in range(4)
+        ]
+        threads.append(
+            threading.Thread(
+                target=history.keep_reading, args=(hub,), daemon=True
+            )
+        )
         begun = len(history.told) + 10
         for thread in threads:
             thread.start()
@@ -2499,29 +4855,38 @@ def test_no_acknowledged_message_is_lost_by_kill_9(hub: Hub) -> None:
         for thread in threads:
             thread.join()
         hub.start()
-    hub.stop()
-    figures = {"kills": kills, **history.check(hub.db)}
+    figures = {"kills": kills, **history.check(hub)}
     print(figures)
     assert figures["acknowledged"] > 10 * kills and figures["read"] > kills
 
 
 def test_a_hub_that_is_stopped_finishes_what_it_answers(hub: Hub) -> None:
+    """SIGTERM under load: each client has its answer or knows that it has none."""
     history = History()
     for name in ("bob", "carol"):
         hub.register(name, ("team",))
-    threads = [threading.Thread(target=history.keep_sending, daemon=True,
-                                args=(hub, f"s{n}", itertools.count())) for n in range(4)]
+    threads = [
+        threading.Thread(
+            target=history.keep_sending,
+            daemon=True,
+            args=(hub, f"s{n}", itertools.count()),
+        )
+        for n in range(4)
+    ]
     for thread in threads:
         thread.start()
     eventually(lambda: len(history.told) > 200)
     assert hub.stop() == 0
     for thread in threads:
         thread.join()
-    history.check(hub.db)
+    hub.start()
+    history.check(hub)
+    hub.stop()
     assert not list(hub.db.parent.glob("*.pid"))
 
 
 def test_a_lost_answer_is_asked_for_again_and_stored_once(hub: Hub) -> None:
+    """A network that swallows every other answer; the client sends the same again."""
     hub.register("bob")
     listener = socket.create_server(("127.0.0.1", 0))
     port = str(listener.getsockname()[1])
@@ -2529,14 +4894,22 @@ def test_a_lost_answer_is_asked_for_again_and_stored_once(hub: Hub) -> None:
     def proxy() -> None:
         """Hands each request on; it swallows every other answer."""
         for number in range(6):
-            inner, outer = listener.accept()[0], socket.create_connection(("127.0.0.1", hub.port))
+            inner, outer = (
+                listener.accept()[0],
+                socket.create_connection(("127.0.0.1", hub.port)),
+            )
             with inner, outer:
                 head, _, body = inner.recv(65536).partition(b"\r\n\r\n")
-                size = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+                size = int(
+                    re.search(rb"(?i)content-length: (\d+)", head)[1]
+                )  # type: ignore[index]
                 while len(body) < size:
                     body += inner.recv(65536)
-                outer.sendall(head.replace(port.encode(), str(hub.port).encode()) +
-                              b"\r\n\r\n" + body)
+                outer.sendall(
+                    head.replace(port.encode(), str(hub.port).encode())
+                    + b"\r\n\r\n"
+                    + body
+                )
                 answer = outer.recv(65536)
                 if number % 2:
                     inner.sendall(answer)
@@ -2544,80 +4917,136 @@ def test_a_lost_answer_is_asked_for_again_and_stored_once(hub: Hub) -> None:
     thread = threading.Thread(target=proxy, daemon=True)
     thread.start()
     client = agent_chat.Client(f"http://127.0.0.1:{port}")
-    ids = [client.send("alice", text, to="bob")["id"] for text in ("one", "two", "one")]
+    ids = [
+        client.send("alice", text, to="bob")["id"]
+        for text in ("one", "two", "one")
+    ]
     thread.join()
     listener.close()
-    assert [m["id"] for m in hub.unread("bob")] == ids and len(set(ids)) == 3
+    assert [m["id"] for m in hub.unread("bob")] == ids and len(
+        set(ids)
+    ) == 3
 
 
 class Fleet:
     """Clients that follow the hub as the plugin does, each with a name of its own."""
 
     def __init__(self, hub: Hub, count: int) -> None:
-        self.hub, self.names = hub, [f"agent-{number}" for number in range(count)]
+        self.hub, self.names = (
+            hub,
+            [f"agent-{number}" for number in range(count)],
+        )
         self.got: dict[str, list[str]] = {name: [] for name in self.names}
-        self.backs: dict[str, list[float]] = {name: [] for name in self.names}
+        self.backs: dict[str, list[float]] = {
+            name: [] for name in self.names
+        }
         self.down = set(self.names)
         self.sent: list[str] = []
 
     async def agent(self, name: str) -> None:
+        """Follows the hub for ever and notes what comes."""
         client = agent_chat.Client(self.hub.url)
 
         async def enter() -> str:
-            await asyncio.to_thread(client.register, {"name": name, "groups": ["team"]})
+            await asyncio.to_thread(
+                client.register, {"name": name, "groups": ["team"]}
+            )
             return name
 
-        async for push, frame in agent_chat.follow(client, enter, lambda _: self.down.add(name)):
+        async for push, frame in agent_chat.follow(
+            client, enter, lambda _: self.down.add(name)
+        ):
             if not frame:
                 self.backs[name].append(time.monotonic())
                 self.down.discard(name)
             if frame.get("type") == "new_message":
                 self.got[name].append(frame["data"]["id"])
-                await push.send(json.dumps({"type": "rung", "ids": [frame["data"]["id"]]}))
+                await push.send(
+                    json.dumps(
+                        {"type": "rung", "ids": [frame["data"]["id"]]}
+                    )
+                )
 
     async def send(self, content: str) -> None:
-        sent = await asyncio.to_thread(self.hub.send, "x", group="team", content=content)
+        sent = await asyncio.to_thread(
+            self.hub.send, "x", group="team", content=content
+        )
         self.sent.append(sent["id"])
 
-    async def until(self, come: Callable[[], Any], what: Callable[[], str]) -> None:
+    async def until(
+        self, come: Callable[[], Any], what: Callable[[], str]
+    ) -> None:
+        """Wait for something; fail with its words."""
         end = time.monotonic() + 10
         while not come():
             await asyncio.sleep(0.02)
             assert time.monotonic() < end, what()
 
     async def storm(self, restarts: int) -> None:
-        tasks = [asyncio.create_task(self.agent(name)) for name in self.names]
+        """Stop or kill the hub, wait for everybody, speak, and again."""
+        tasks = [
+            asyncio.create_task(self.agent(name)) for name in self.names
+        ]
         for number in range(restarts + 1):
             if number:
-                await asyncio.to_thread(self.hub.kill if number % 2 else self.hub.stop)
+                await asyncio.to_thread(
+                    self.hub.kill if number % 2 else self.hub.stop
+                )
                 await asyncio.to_thread(self.hub.start)
                 await self.send("before they are back")
-            await self.until(lambda n=number: not self.down and min(  # type: ignore[misc]
-                map(len, self.backs.values())) > n, lambda: f"not back: {self.down}")
+            await self.until(
+                lambda n=number: (
+                    not self.down
+                    and min(  # type: ignore[misc]
+                        map(len, self.backs.values())
+                    )
+                    > n
+                ),
+                lambda: f"not back: {self.down}",
+            )
             await self.send("now they are")
-            await self.until(lambda: all(self.sent[-1] in mail for mail in self.got.values()),
-                             lambda: "a push did not come")
+            await self.until(
+                lambda: all(
+                    self.sent[-1] in mail for mail in self.got.values()
+                ),
+                lambda: "a push did not come",
+            )
         for task in tasks:
             task.cancel()
 
 
 @pytest.mark.slow
 def test_fifty_clients_come_back_after_every_restart(hub: Hub) -> None:
+    """Stopped and killed in turn. All come back, nothing is missed, and they do not come
+    all at once."""
     fleet, restarts = Fleet(hub, 50), 20 if FULL else 5
     asyncio.run(fleet.storm(restarts))
     for name, mail in fleet.got.items():
         assert list(dict.fromkeys(mail)) == fleet.sent, name
     last = sorted(times[-1] for times in fleet.backs.values())
-    densest = max(sum(at <= other < at + 0.1 for other in last) for at in last)
-    print({"restarts": restarts, "clients": 50, "lost": 0, "spread_s": round(last[-1] - last[0], 2),
-           "most_in_0.1_s": densest, "rung twice": sum(map(len, fleet.got.values()))
-           - 50 * len(fleet.sent)})
+    densest = max(
+        sum(at <= other < at + 0.1 for other in last) for at in last
+    )
+    print(
+        {
+            "restarts": restarts,
+            "clients": 50,
+            "lost": 0,
+            "spread_s": round(last[-1] - last[0], 2),
+            "most_in_0.1_s": densest,
+            "rung twice": sum(map(len, fleet.got.values()))
+            - 50 * len(fleet.sent),
+        }
+    )
     assert densest < 30, "they come back spread out"
 
 
 @pytest.mark.slow
 def test_a_silent_client_is_noticed_and_a_suspended_hub_goes_on(
-        make_hub: Callable[..., Hub]) -> None:
+    make_hub: Callable[..., Hub],
+) -> None:
+    """A peer that answers no ping is gone after half a minute; a laptop that slept goes
+    on where it was."""
     hub, asleep = make_hub(), make_hub()
     session = hub.register("dead")["session"]
     alive = hub.register("alive")["session"]
@@ -2626,42 +5055,65 @@ def test_a_silent_client_is_noticed_and_a_suspended_hub_goes_on(
     gone = third.socket("bob", third.register("bob")["session"])
     third.kill()
     third.start()
-    assert third.call("POST", "/api/register", {"name": "bob"})[0] == 409, "bob may come back"
+    assert third.call("POST", "/api/register", {"name": "bob"})[0] == 409, (
+        "bob may come back"
+    )
     friend = asleep.register("bob")["session"]
     waiting = asleep.socket("bob", friend)
     parked = park(asleep, "/api/messages/recent?after=0&wait=50")
     os.kill(asleep.pid, signal.SIGSTOP)
 
     def states() -> dict[str, str]:
-        living.receive(0.01)  # reads and answers pings; the dead one does neither
-        return {row["name"]: row["status"] for row in hub.get("/api/agents")}
+        """Status by name, as the living one sees it."""
+        living.receive(
+            0.01
+        )  # reads and answers pings; the dead one does neither
+        return {
+            row["name"]: row["status"] for row in hub.get("/api/agents")
+        }
 
     assert states() == {"dead": "online", "alive": "online"}
     assert eventually(lambda: states()["dead"] == "offline", 30, 0.3)
     assert states()["alive"] == "online"
     one = hub.send("alice", "dead", "kept")["id"]
-    assert hub.receipts(one)["dead"]["state"] == "stored", "nothing is pushed to nobody"
+    assert hub.receipts(one)["dead"]["state"] == "stored", (
+        "nothing is pushed to nobody"
+    )
     assert hub.socket("dead", session).mail()["id"] == one
     dead.close()
     gone.close()
-    assert third.register("bob")["name"] == "bob", "who never came back holds no name"
+    assert third.register("bob")["name"] == "bob", (
+        "who never came back holds no name"
+    )
     os.kill(asleep.pid, signal.SIGCONT)
     asleep.send("alice", "bob", "good morning")
     assert waiting.mail()["content"] == "good morning"
     assert contents(answer(parked)) in ([], ["good morning"])
 
 
-def test_a_client_that_does_not_read_costs_little_and_misses_nothing(hub: Hub) -> None:
-    sessions = {name: hub.register(name, ("team",))["session"] for name in ("slow", "quick")}
-    slow, quick = (hub.socket(name, session) for name, session in sessions.items())
+def test_a_client_that_does_not_read_costs_little_and_misses_nothing(
+    hub: Hub,
+) -> None:
+    """A slow reader is an old cursor, not a growing queue."""
+    sessions = {
+        name: hub.register(name, ("team",))["session"]
+        for name in ("slow", "quick")
+    }
+    slow, quick = (
+        hub.socket(name, session) for name, session in sessions.items()
+    )
     watch = hub.watch()
     hub.send("alice", group="team", content="warm up")
     quick.mail()
     before = resident(hub.pid)
     for number in range(300):
-        hub.send("alice", group="team", content=f"{number} " + "x" * 100_000)
+        hub.send(
+            "alice", group="team", content=f"{number} " + "x" * 100_000
+        )
         assert quick.mail()["content"].startswith(f"{number} ")
-    assert resident(hub.pid) - before < 30_000, "KiB more for 2 x 30 MB that nobody reads"
+    assert resident(hub.pid) - before < 30_000, (
+        "KiB more for 2 x 30 MB that nobody reads"
+    )
     for late in (slow, watch):
         found = [late.mail()["content"].split(" ")[0] for _ in range(301)]
         assert found == ["warm", *map(str, range(300))]
@@ -2670,14 +5122,22 @@ def test_a_client_that_does_not_read_costs_little_and_misses_nothing(hub: Hub) -
 
 
 def test_a_jumping_clock_changes_no_order_and_expires_nobody(
-        make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+    make_hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    """Back an hour, on a day, back a month, on a year: the order is that of the log."""
     if not CI and FAKETIME is None:
         pytest.skip("faketime not installed")
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    hub = make_hub(env={"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock),
-                        "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
-                   config="unseen_minutes: 0")
+    hub = make_hub(
+        env={
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(clock),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        },
+        config="unseen_minutes: 0",
+    )
     session = hub.register("bob")["session"]
     bob, watch = hub.socket("bob", session), hub.watch()
     hub.register("alice")
@@ -2690,22 +5150,33 @@ def test_a_jumping_clock_changes_no_order_and_expires_nobody(
         assert sent["recipients"][0]["status"] == "online"
         days.append(hub.receipts(sent["id"])["bob"]["stored_at"][:10])
         assert {a["name"]: a["status"] for a in hub.get("/api/agents")} == {
-            "alice": "idle", "bob": "online"}
+            "alice": "idle",
+            "bob": "online",
+        }
         assert hub.call("POST", "/api/register", {"name": "bob"})[0] == 409
     assert len(set(days)) >= 4, "the clock did jump"
     jumps = ["+0", "-1h", "+1d", "-30d", "+400d", "+0"]
     assert contents(hub.unread("bob", session)) == jumps
     assert contents(hub.get("/api/messages/recent")) == jumps[::-1]
-    assert contents(hub.get("/api/messages/history", agent="bob", limit=3)) == jumps[:2:-1]
+    assert (
+        contents(hub.get("/api/messages/history", agent="bob", limit=3))
+        == jumps[:2:-1]
+    )
     hub.send("bob", "human", "awake", session)
     assert contents(answer(parked)) == ["awake"]
 
 
 # -- a model: inboxes as plain lists
 
-PEOPLE, GROUPS = st.sampled_from(["ann", "bob", "cy"]), st.sampled_from(["red", "blue"])
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
-               min_size=1, max_size=30).filter(str.strip)
+PEOPLE, GROUPS = (
+    st.sampled_from(["ann", "bob", "cy"]),
+    st.sampled_from(["red", "blue"]),
+)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+    min_size=1,
+    max_size=30,
+).filter(str.strip)
 
 
 class ChatMachine(RuleBasedStateMachine):
@@ -2716,6 +5187,7 @@ class ChatMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        """A world of its own, with two people in it."""
         self.world = f"w{next(self.worlds)}."  # names of its own: one hub serves every example
         self.inbox: dict[str, list[tuple[str, str]]] = {}
         self.members: dict[str, set[str]] = {}  # registered name -> groups
@@ -2724,6 +5196,7 @@ class ChatMachine(RuleBasedStateMachine):
             self.join(name, {"red"})
 
     def post(self, body: dict[str, str], names: list[str] | None) -> None:
+        """A send whose recipients the model knows; None: nobody of that name."""
         status, value = self.hub.call("POST", "/api/send", body)
         if names is None:
             assert status == 404, value
@@ -2733,46 +5206,80 @@ class ChatMachine(RuleBasedStateMachine):
         for name in names:
             self.inbox[name].append((value["id"], body["content"]))
 
-    def made(self, sender: str, content: str, **target: str) -> dict[str, str]:
-        return {"from": self.world + sender, "content": content,
-                "client_id": f"{len(self.sent)}", **target}
+    def made(
+        self, sender: str, content: str, **target: str
+    ) -> dict[str, str]:
+        """A body with a client_id of its own."""
+        return {
+            "from": self.world + sender,
+            "content": content,
+            "client_id": f"{len(self.sent)}",
+            **target,
+        }
 
     @rule(name=PEOPLE, groups=st.sets(GROUPS))
     def join(self, name: str, groups: set[str]) -> None:
+        """Register, with these groups."""
         name = self.world + name
-        answer = self.hub.register(name, tuple(self.world + group for group in groups))
+        answer = self.hub.register(
+            name, tuple(self.world + group for group in groups)
+        )
         self.members[name] = groups
         assert answer["unread"] == len(self.inbox.setdefault(name, []))
 
     @rule(name=PEOPLE)
     def leave(self, name: str) -> None:
-        status, _ = self.hub.call("POST", "/api/deregister", {"agent_name": self.world + name})
-        assert status == (200 if self.members.pop(self.world + name, None) is not None else 404)
+        """Deregister."""
+        status, _ = self.hub.call(
+            "POST", "/api/deregister", {"agent_name": self.world + name}
+        )
+        assert status == (
+            200
+            if self.members.pop(self.world + name, None) is not None
+            else 404
+        )
 
     @rule(sender=PEOPLE, name=PEOPLE, content=TEXT)
     def send(self, sender: str, name: str, content: str) -> None:
         to = self.world + name
-        self.post(self.made(sender, content, to=to), [to] if to in self.members else None)
+        self.post(
+            self.made(sender, content, to=to),
+            [to] if to in self.members else None,
+        )
 
     @rule(sender=PEOPLE, group=GROUPS, content=TEXT)
     def send_group(self, sender: str, group: str, content: str) -> None:
-        names = [name for name, groups in self.members.items() if group in groups]
-        self.post(self.made(sender, content, group=self.world + group),
-                  [n for n in names if n != self.world + sender] if names else None)
+        """To whoever is in the group now, but not to the sender."""
+        names = [
+            name for name, groups in self.members.items() if group in groups
+        ]
+        self.post(
+            self.made(sender, content, group=self.world + group),
+            [n for n in names if n != self.world + sender]
+            if names
+            else None,
+        )
 
     @rule(which=st.integers(0, 5), change=st.booleans())
     def retry(self, which: int, change: bool) -> None:
-        for body, found in self.sent[::-1][which:which + 1]:
+        """The same again, or other words under the same id."""
+        for body, found in self.sent[::-1][which : which + 1]:
             tried = {**body, "content": "other"} if change else body
             status, value = self.hub.call("POST", "/api/send", tried)
             same = tried["content"] == body["content"]
-            assert (status, value.get("id")) == ((200, found) if same else (422, None))
+            assert (status, value.get("id")) == (
+                (200, found) if same else (422, None)
+            )
 
     @rule(name=PEOPLE, limit=st.integers(1, 5))
     def fetch(self, name: str, limit: int) -> None:
+        """Unread mail is the model's list."""
         mail = self.hub.unread(self.world + name, limit=limit)
-        wanted = self.inbox.get(self.world + name, []) if self.world + name in (
-            self.members) else []
+        wanted = (
+            self.inbox.get(self.world + name, [])
+            if self.world + name in (self.members)
+            else []
+        )
         assert [(m["id"], m["content"]) for m in mail] == wanted[:limit]
 
     @rule(name=PEOPLE, marks=st.lists(st.integers(0, 8), max_size=4))
@@ -2780,7 +5287,9 @@ class ChatMachine(RuleBasedStateMachine):
         name = self.world + name
         mine = self.inbox.get(name, [])
         ids = [mine[mark][0] for mark in set(marks) if mark < len(mine)]
-        others = [found for _, found in self.sent if found not in dict(mine)][:2]
+        others = [
+            found for _, found in self.sent if found not in dict(mine)
+        ][:2]
         body = {"agent_name": name, "message_ids": ids + others}
         marked = self.hub.post("/api/messages/read", body)["marked"]
         assert marked == (len(ids) if name in self.members else 0)
@@ -2789,32 +5298,47 @@ class ChatMachine(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["", "", "", "", "", "kill", "stop"]))
     def end(self, how: str) -> None:
+        """The process ends and comes back."""
         if how:
             getattr(self.hub, how)()
             self.hub.start()
 
     @rule(sender=PEOPLE, name=PEOPLE, content=TEXT, luck=st.integers(0, 6))
-    def send_and_die(self, sender: str, name: str, content: str, luck: int) -> None:
+    def send_and_die(
+        self, sender: str, name: str, content: str, luck: int
+    ) -> None:
         """Killed before the answer is read; the retry stores it once, whatever happened."""
         to = self.world + name
         if luck < 6 or to not in self.members:
             return
         body = self.made(sender, content, to=to)
-        connection = http.client.HTTPConnection("127.0.0.1", self.hub.port, timeout=10)
-        connection.request("POST", "/api/send", json.dumps(body),
-                           {"Content-Type": "application/json"})
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.hub.port, timeout=10
+        )
+        connection.request(
+            "POST",
+            "/api/send",
+            json.dumps(body),
+            {"Content-Type": "application/json"},
+        )
         self.hub.kill()
         connection.close()
         self.hub.start()
         self.post(body, [to])
 
     def teardown(self) -> None:
-        rows = {row["name"]: row for row in self.hub.get("/api/agents")
-                if row["name"].startswith(self.world)}
+        """Everything agrees, and the world is left."""
+        rows = {
+            row["name"]: row
+            for row in self.hub.get("/api/agents")
+            if row["name"].startswith(self.world)
+        }
         assert rows.keys() == self.members.keys()
         for name, groups in self.members.items():
             assert rows[name]["unread"] == len(self.inbox[name])
-            assert set(rows[name]["groups"]) == {self.world + group for group in groups}
+            assert set(rows[name]["groups"]) == {
+                self.world + group for group in groups
+            }
             mail = [(m["id"], m["content"]) for m in self.hub.unread(name)]
             assert mail == self.inbox[name]
             self.hub.post("/api/deregister", {"agent_name": name})
@@ -2822,26 +5346,192 @@ class ChatMachine(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_the_hub_does_what_a_model_of_plain_lists_does(hub: Hub) -> None:
+    """Random work on both, killed in between; the answers must agree."""
     ChatMachine.hub = hub
-    run_state_machine_as_test(ChatMachine, settings=settings(  # type: ignore[no-untyped-call]
-        max_examples=150 if FULL else 25, stateful_step_count=30, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck)))
+    run_state_machine_as_test(
+        ChatMachine,
+        settings=settings(  # type: ignore[no-untyped-call]
+            max_examples=150 if FULL else 25,
+            stateful_step_count=30,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
     assert "Traceback" not in hub.log.read_text()
-    rows = look(hub.db, "SELECT count(*), count(DISTINCT id), "
-                        "count(DISTINCT from_agent || client_id) FROM messages")[0]
-    assert rows[0] == rows[1] == rows[2] > 50
+    ids = [
+        json.loads(line)["id"]
+        for line in hub.get("/api/export").splitlines()
+    ]
+    assert len(ids) == len(set(ids)) > 50
 
 
-def test_a_locked_file_does_not_end_a_hub_that_pushes_a_backlog(hub: Hub) -> None:
+def test_a_locked_file_does_not_end_a_hub_that_pushes_a_backlog(
+    hub: Hub,
+) -> None:
+    """What is pushed is marked in its own turn, and a turn may fail."""
     hub.register("bob")
     hub.send("ann", "bob", "waits")
     other = sqlite3.connect(hub.db, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert hub.socket("bob").status != 101, "what is pushed to an older client is marked in its turn"
-    assert hub.call("POST", "/api/send", {"from": "ann", "to": "bob", "content": "x"})[0] == 503
-    assert hub.call("GET", "/health")[0] == 200 and len(hub.unread("bob")) == 1
+    assert hub.socket("bob").status != 101, (
+        "what is pushed to an older client is marked in its turn"
+    )
+    assert (
+        hub.call(
+            "POST",
+            "/api/send",
+            {"from": "ann", "to": "bob", "content": "x"},
+        )[0]
+        == 503
+    )
+    assert (
+        hub.call("GET", "/health")[0] == 200 and len(hub.unread("bob")) == 1
+    )
     other.execute("ROLLBACK")
     assert hub.socket("bob").mail()["content"] == "waits"
+    assert "Traceback" not in hub.log.read_text()
+
+
+# -- everything at once: afterwards every counter equals what the lists say
+
+
+class Mix:
+    """Random work of several clients on one hub, with turns that fail in between."""
+
+    def __init__(self, hub: Hub, seed: int) -> None:
+        self.hub = hub
+        self.chance = random.Random(seed)
+        self.sessions: dict[str, str] = {}
+        self.told: list[str] = []
+        for name in ("ann", "ben", "cat", "dan"):
+            self.join(name)
+
+    def any_name(self) -> str:
+        """Somebody who is registered."""
+        return self.chance.choice(sorted(self.sessions))
+
+    def join(self, name: str, **more: str) -> None:
+        """Register, perhaps instead of the name so far."""
+        groups = tuple(
+            g for g in ("red", "blue") if self.chance.random() < 0.6
+        )
+        session = self.sessions.get(
+            more.get("rename_from", name).lower(), ""
+        )
+        body = {"name": name, "groups": list(groups), **more}
+        found = self.hub.ask("POST", "/api/register", body, session)
+        if found.status == 200:
+            self.sessions.pop(more.get("rename_from", "").lower(), None)
+            self.sessions[found.value["name"].lower()] = found.value[
+                "session"
+            ]
+
+    def send(self) -> None:
+        """A message to somebody, to a group or to the human."""
+        name = self.any_name()
+        target = self.chance.choice(
+            [{"to": self.any_name()}, {"group": "red"}, {"to": "human"}]
+        )
+        body = {"from": name, "content": "shall we?", **target}
+        found = self.hub.ask("POST", "/api/send", body, self.sessions[name])
+        if found.status == 200:
+            self.told.append(found.value["id"])
+
+    def mark(self) -> None:
+        """Some mail is read, seen or unread again, by its reader or by another."""
+        name = self.any_name()
+        how = self.chance.choice(["read", "read", "seen", "unread"])
+        ids = self.chance.sample(self.told, min(len(self.told), 6))
+        body = {"agent_name": name, "message_ids": ids}
+        self.hub.ask(
+            "POST", f"/api/messages/{how}", body, self.sessions[name]
+        )
+
+    def change_groups(self) -> None:
+        """Registering again replaces them."""
+        self.join(self.any_name())
+
+    def rename(self) -> None:
+        """The mail goes with the agent."""
+        self.join(
+            f"n{self.chance.randrange(30)}", rename_from=self.any_name()
+        )
+
+    def leave_and_come_back(self) -> None:
+        """Deregister; mail is stored under the name."""
+        name = self.any_name()
+        session = self.sessions[name]
+        self.hub.ask(
+            "POST", "/api/deregister", {"agent_name": name}, session
+        )
+        self.join(name.swapcase() if self.chance.random() < 0.5 else name)
+
+    def fail_turns(self) -> None:
+        """The file is locked by another process while some of this goes on."""
+        release = lock(self.hub)
+        for act in (self.send, self.mark, self.change_groups):
+            act()
+        release()
+
+    def step(self) -> None:
+        """One piece of work."""
+        acts = (
+            [self.send] * 8
+            + [self.mark] * 5
+            + [self.change_groups, self.rename, self.leave_and_come_back]
+        )
+        self.chance.choice(acts)()
+
+    def counters_agree(self) -> None:
+        """In memory, in the lists and after a restart, the same numbers."""
+        before = self.counters()
+        for row in self.hub.get("/api/agents"):
+            assert row["unread"] == before[row["name"]], row["name"]
+        self.hub.kill()
+        self.hub.start()
+        assert self.counters() == before
+        for row in self.hub.get("/api/agents"):
+            assert row["unread"] == before[row["name"]], row["name"]
+
+    def counters(self) -> dict[str, int]:
+        """How much unread mail each has, counted by listing it."""
+        found = {
+            "human": len(
+                self.hub.get("/api/messages?agent=human&peek=1&limit=1000")
+            )
+        }
+        for row in self.hub.get("/api/agents"):
+            path = f"/api/messages?agent={row['name']}&peek=1&limit=1000"
+            page = self.hub.ask(
+                "GET", path, None, self.sessions[row["name"].lower()]
+            )
+            assert page.status == 200, page
+            found[row["name"]] = len(page.value)
+            assert page.headers.get(
+                "x-unread", str(len(page.value))
+            ) == str(len(page.value))
+        return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_random_mix_every_counter_is_what_the_lists_say(
+    hub: Hub, seed: int
+) -> None:
+    """Sends, reads, renames, departures, group changes and failed turns; counts in
+    memory must equal what is stored."""
+    mix = Mix(hub, seed)
+    for number in range(250):
+        mix.step()
+        if number % 60 == 59:
+            mix.fail_turns()
+            mix.counters_agree()
+    stored = {m["id"] for m in hub.get("/api/messages/recent", limit=1000)}
+    assert set(mix.told) <= stored and len(mix.told) > 60
+    groups = {
+        group for row in hub.get("/api/agents") for group in row["groups"]
+    }
+    assert set(hub.get("/api/groups")) == groups
     assert "Traceback" not in hub.log.read_text()
 
 
@@ -2854,73 +5544,33 @@ import resource  # noqa: E402
 from hypothesis import given  # noqa: E402
 
 JSON = "Content-Type: application/json"
-ROUTES = sorted((method, path.replace("{id}", "msg-1")) for method, path in agent_chat.BY_ADDRESS)
+ROUTES = sorted(
+    (method, path.replace("{id}", "msg-1"))
+    for method, path in agent_chat.BY_ADDRESS
+)
 PATHS = sorted({path for _, path in ROUTES})
 OPEN = {"/health", "/", "/web/", "/agent_chat.py", "/install.sh"}
-UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
-           "Sec-WebSocket-Key": "MDAwMDAwMDAwMDAwMDAwMA=="}
 
 
-class Wire:
-    """A TCP connection on which tests say every byte themselves. ~ is a line end, @ the Host."""
-
-    def __init__(self, port: int, text: str = "", seconds: float = 8) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), seconds)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.data = b""
-        self.say(text.replace("~", "\r\n").replace("@", f"127.0.0.1:{port}").encode("latin-1"))
-
-    def say(self, data: bytes) -> Wire:
-        with contextlib.suppress(OSError):  # refused while we still talk; the answer tells
-            self.sock.sendall(data)
-        return self
-
-    def more(self) -> bool:
-        try:
-            chunk = self.sock.recv(1 << 16)
-        except ConnectionError:
-            chunk = b""
-        self.data += chunk
-        return bool(chunk)
-
-    def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers by lower-case name and body of the next answer; status 0 at the end.
-        Whatever it is, it grants no other origin anything and names no Python."""
-        while b"\r\n\r\n" not in self.data:
-            if not self.more():
-                return 0, {}, self.data
-        head, _, self.data = self.data.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        size = int(headers.get("content-length", "0"))
-        while len(self.data) < size and self.more():
-            pass
-        body, self.data = self.data[:size], self.data[size:]
-        status = int(first.split()[1])
-        if status >= 200:
-            assert (headers["x-content-type-options"], headers["cache-control"],
-                    headers["referrer-policy"]) == ("nosniff", "no-store", "no-referrer"), head
-        assert not re.search("(?i)access-control|set-cookie|python", head.decode("latin-1"))
-        assert status < 400 or len(json.loads(body)["error"]) > 10, (status, body)
-        return status, headers, body
-
-    def over(self) -> bool:
-        """True once the hub has closed; fails the test if it says more before."""
-        while self.more():
-            pass
-        assert not self.data, f"a second answer: {self.data[:200]!r}"
-        self.sock.close()
-        return True
-
-
-def ask(port: int, line: str, *headers: str, body: bytes | None = None,
-        host: str = "") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    port: int,
+    line: str,
+    *headers: str,
+    body: bytes | None = None,
+    host: str = "",
+) -> Answer:
     """One request on a connection of its own, header lines as given; the answer."""
-    head = [line + " HTTP/1.1", f"Host: {host or f'127.0.0.1:{port}'}", *headers]
+    head = [
+        line + " HTTP/1.1",
+        f"Host: {host or f'127.0.0.1:{port}'}",
+        *headers,
+    ]
     if line.startswith("POST") or body:
         body = b"{}" if body is None else body
         head += [f"Content-Length: {len(body)}", JSON]
-    wire = Wire(port).say("\r\n".join([*head, "", ""]).encode("latin-1") + (body or b""))
+    wire = Wire(port).say(
+        "\r\n".join([*head, "", ""]).encode("latin-1") + (body or b"")
+    )
     try:
         return wire.answer()
     finally:
@@ -2929,7 +5579,9 @@ def ask(port: int, line: str, *headers: str, body: bytes | None = None,
 
 def status_line(pid: int, what: str) -> int:
     """A number out of /proc/PID/status, such as Threads or VmRSS (KiB)."""
-    found = re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    found = re.search(
+        rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()
+    )
     return int(found[1]) if found else -1
 
 
@@ -2942,6 +5594,11 @@ def unharmed(hub: Hub) -> None:
 
 # -- framing
 
+# The pieces of requests that the corpus is made of. GET and POST are heads without their
+# last line, WHOLE is a length with the body that belongs to it. After an answer of ENDED
+# the connection is closed: what may hide behind the first request stays unheard. After
+# one of KEPT the next request is understood. The keys are the statuses.
+# fmt: off
 SEND = '{"from":"ann","to":"bob","content":"hi"}'
 GET = "GET /health HTTP/1.1~Host: @~"
 POST = f"POST /api/send HTTP/1.1~Host: @~{JSON}~"
@@ -2992,12 +5649,21 @@ KEPT: dict[int, list[str]] = {  # after the answer the next request is understoo
     400: [f"GET {path} HTTP/1.1~Host: @~~" for path in (
               "/%ff", "/api/messages?agent=%ff", "/api/messages?" + "a=b&" * 60, "/api/messages")],
     404: ["GET http://evil.test/health HTTP/1.1~Host: @~~"]}
+# fmt: on
 
 
-def test_the_corpus_of_raw_requests_gets_exactly_these_answers(hub: Hub) -> None:
+def test_the_corpus_of_raw_requests_gets_exactly_these_answers(
+    hub: Hub,
+) -> None:
+    """Framing that proxies and attackers get wrong. The exact status; after a bad one
+    nothing more is heard on that connection."""
     hub.register("bob")
-    cases = [(status, ends, text) for table, ends in ((ENDED, True), (KEPT, False))
-             for status, texts in table.items() for text in texts]
+    cases = [
+        (status, ends, text)
+        for table, ends in ((ENDED, True), (KEPT, False))
+        for status, texts in table.items()
+        for text in texts
+    ]
     wrong = []
     for wanted, ends, text in cases:
         wire = Wire(hub.port, text)
@@ -3008,51 +5674,115 @@ def test_the_corpus_of_raw_requests_gets_exactly_these_answers(hub: Hub) -> None
             assert wire.over()
         else:
             host = f"Host: 127.0.0.1:{hub.port}"
-            assert wire.say(f"GET /health HTTP/1.1\r\n{host}\r\n\r\n".encode()).answer()[0] == 200
+            assert (
+                wire.say(
+                    f"GET /health HTTP/1.1\r\n{host}\r\n\r\n".encode()
+                ).answer()[0]
+                == 200
+            )
     print(f"{len(cases)} raw requests, {len(wrong)} wrong")
     assert not wrong and len(cases) >= 60, wrong
-    sent = [text for status, _, text in cases if status == 200 and text.startswith("POST")]
+    sent = [
+        text
+        for status, _, text in cases
+        if status == 200 and text.startswith("POST")
+    ]
     assert len(hub.unread("bob")) == len(sent)
     unharmed(hub)
 
 
 def test_methods_of_no_route_are_405_everywhere(hub: Hub) -> None:
-    for method in ("GET", "POST", "HEAD", "OPTIONS", "TRACE", "PUT", "PATCH", "DELETE", "BREW"):
+    """And none of them echoes what was sent."""
+    for method in (
+        "GET",
+        "POST",
+        "HEAD",
+        "OPTIONS",
+        "TRACE",
+        "PUT",
+        "PATCH",
+        "DELETE",
+        "BREW",
+    ):
         for path in PATHS:
-            wire = Wire(hub.port, f"{method} {path} HTTP/1.1~Host: @~X-Echo: tell-me~{JSON}~"
-                        "Access-Control-Request-Method: POST~Content-Length: 2~~{}")
+            wire = Wire(
+                hub.port,
+                f"{method} {path} HTTP/1.1~Host: @~X-Echo: tell-me~{JSON}~"
+                "Access-Control-Request-Method: POST~Content-Length: 2~~{}",
+            )
             if method == "HEAD" and path in OPEN:
                 assert wire.more() and wire.data.startswith(b"HTTP/1.1 200")
                 continue
-            if method == "HEAD":  # has no body, and http.server's own 501 would be wrong too
+            if (
+                method == "HEAD"
+            ):  # has no body, and http.server's own 501 would be wrong too
                 while wire.more():
                     pass
-                assert wire.data.startswith(b"HTTP/1.1 405") and wire.data.endswith(b"\r\n\r\n")
+                assert wire.data.startswith(
+                    b"HTTP/1.1 405"
+                ) and wire.data.endswith(b"\r\n\r\n")
                 continue
             status, headers, body = wire.answer()
-            assert (status == 405) != ((method, path) in ROUTES), (method, path, status)
-            assert status != 405 or (headers["allow"] and b"tell-me" not in body)
+            assert (status == 405) != ((method, path) in ROUTES), (
+                method,
+                path,
+                status,
+            )
+            assert status != 405 or (
+                headers["allow"] and b"tell-me" not in body
+            )
     unharmed(hub)
 
 
 def test_unknown_paths_and_traversal_find_nothing(hub: Hub) -> None:
-    for form in ("/nowhere", "/api", "/api/", "/api/agents/", "/API/agents", "/api/messages/a/b",
-                 "/.git/config", "/../../../../etc/passwd", "/web/../../etc/passwd",
-                 "/..%2f..%2fetc/passwd", "/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/..%5c..%5cx",
-                 "//etc/passwd", "//evil.test/%2f..", "/%00", "/agent_chat.py%00.html", "/..\\x",
-                 "/install.sh/..", "/%2e%2e/x",
-                 "/./agent_chat.py", "/agent-chat.db", "/file:///etc/passwd", "/web/index.html",
-                 "/<script>alert(1)</script>", "/api/messages/%2e%2e", "/api/messages/%00",
-                 "/%252e%252e/x", "/.%2e/.%2e/etc/passwd"):
+    """The hub hands out five files by name and knows no others."""
+    for form in (
+        "/nowhere",
+        "/api",
+        "/api/",
+        "/api/agents/",
+        "/API/agents",
+        "/api/messages/a/b",
+        "/.git/config",
+        "/../../../../etc/passwd",
+        "/web/../../etc/passwd",
+        "/..%2f..%2fetc/passwd",
+        "/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "/..%5c..%5cx",
+        "//etc/passwd",
+        "//evil.test/%2f..",
+        "/%00",
+        "/agent_chat.py%00.html",
+        "/..\\x",
+        "/install.sh/..",
+        "/%2e%2e/x",
+        "/./agent_chat.py",
+        "/agent-chat.db",
+        "/file:///etc/passwd",
+        "/web/index.html",
+        "/<script>alert(1)</script>",
+        "/api/messages/%2e%2e",
+        "/api/messages/%00",
+        "/%252e%252e/x",
+        "/.%2e/.%2e/etc/passwd",
+    ):
         status, headers, body = ask(hub.port, f"GET {form}")
-        assert status == 404 and b"root:" not in body and "location" not in headers, (form, status)
+        assert (
+            status == 404 and b"root:" not in body and "location" not in headers
+        ), (form, status)
         assert headers["content-type"] == "application/json"
 
 
 def test_requests_may_come_in_any_pieces_and_many_at_once(hub: Hub) -> None:
+    """Cut at every fourth byte, byte by byte, and a hundred pipelined."""
     hub.register("bob")
     wire, host = Wire(hub.port), f"Host: 127.0.0.1:{hub.port}\r\n"
-    whole = (POST + WHOLE).replace("~", "\r\n").replace("@", f"127.0.0.1:{hub.port}").encode()
+    whole = (
+        (POST + WHOLE)
+        .replace("~", "\r\n")
+        .replace("@", f"127.0.0.1:{hub.port}")
+        .encode()
+    )
     for cut in range(1, len(whole), 4):
         assert wire.say(whole[:cut]).say(whole[cut:]).answer()[0] == 200
     for byte in whole:
@@ -3061,18 +5791,24 @@ def test_requests_may_come_in_any_pieces_and_many_at_once(hub: Hub) -> None:
     parts = []
     for number in range(60):
         body = json.dumps({"from": "ann", "to": "bob", "content": str(number)})
-        parts += [f"POST /api/send HTTP/1.1\r\n{host}{JSON}\r\nContent-Length: {len(body)}\r\n\r\n",
-                  body, f"GET /api/messages/history?limit=1 HTTP/1.1\r\n{host}\r\n"]  # by a thread
+        parts += [
+            f"POST /api/send HTTP/1.1\r\n{host}{JSON}\r\nContent-Length: {len(body)}\r\n\r\n",
+            body,
+            f"GET /api/messages/history?limit=1 HTTP/1.1\r\n{host}\r\n",
+        ]  # by a thread
     wire.say("".join([*parts, "nonsense\r\n\r\n", *parts]).encode())
     for _ in range(60):
         (first, _, sent), (second, _, history) = wire.answer(), wire.answer()
         assert (first, second) == (200, 200)
         assert json.loads(history)[0]["id"] == json.loads(sent)["id"]
     assert wire.answer()[0] == 400 and wire.over()
-    assert [m["content"] for m in hub.unread("bob")][-60:] == [str(n) for n in range(60)]
+    assert [m["content"] for m in hub.unread("bob")][-60:] == [
+        str(n) for n in range(60)
+    ]
 
 
 def test_expect_continue_is_answered_before_the_body(hub: Hub) -> None:
+    """Who asks whether to send a body is told so, or is told why not."""
     hub.register("bob")
     head = POST + "Expect: 100-continue~Content-Length: %d~~"
     wire = Wire(hub.port, head % 40)
@@ -3084,6 +5820,9 @@ def test_expect_continue_is_answered_before_the_body(hub: Hub) -> None:
 
 # -- JSON
 
+# Bodies that are no JSON, or JSON that means two things; then values of the wrong type or
+# form for each field, and for each route a body that is right but for one of them.
+# fmt: off
 HOSTILE_JSON = [b"", b"{", b"[]", b'"x"', b"null", b"1", b"{} {}", b"{'a':1}", b'{"a":1,}', b"\xff",
            b"\xef\xbb\xbf{}", SEND.encode("utf-16"), b"[" * 200_000, b'{"a":' * 100_000,
            b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b'{"n":' + b"9" * 5000 + b"}",
@@ -3114,35 +5853,57 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/api/send-group": {"from": "ann", "group": "crew", "content": "hi"}, "/api/deregister": {},
     "/api/agents/status": {"agent_name": "bob"}, "/api/agents/bell": {"agent_name": "bob"},
     "/api/messages/read": {"agent_name": "bob", "message_ids": []}, "/api/loops/resume": {}}
+# fmt: on
 
 
-def test_hostile_json_is_400_with_a_sentence_and_changes_nothing(hub: Hub) -> None:
+def test_hostile_json_is_400_with_a_sentence_and_changes_nothing(
+    hub: Hub,
+) -> None:
+    """Broken, doubled, endless or foreign JSON, and wrong types in right fields."""
     hub.register("bob", ("crew",))
     bodies = [("/api/send", body) for body in HOSTILE_JSON] + [
         (path, json.dumps({**RIGHT[path], field: value}).encode())
-        for (path, field), values in WRONG.items() for value in values]
-    codes = [(ask(hub.port, f"POST {path}", body=body)[0], path, body[:90])
-             for path, body in bodies]
+        for (path, field), values in WRONG.items()
+        for value in values
+    ]
+    codes = [
+        (ask(hub.port, f"POST {path}", body=body)[0], path, body[:90])
+        for path, body in bodies
+    ]
     print(f"{len(codes)} hostile bodies")
-    assert not [found for found in codes if found[0] != 400] and len(codes) > 120
+    assert (
+        not [found for found in codes if found[0] != 400] and len(codes) > 120
+    )
     assert hub.unread("bob") == [] and hub.get("/api/messages/recent") == []
-    assert [(a["name"], a["groups"], a["mute"]) for a in hub.get("/api/agents")] == [
-        ("bob", ["crew"], [])]
+    assert [
+        (a["name"], a["groups"], a["mute"]) for a in hub.get("/api/agents")
+    ] == [("bob", ["crew"], [])]
     unharmed(hub)
 
 
 # -- many, slow and too many
 
+
 def test_two_hundred_clients_at_once_are_all_served(hub: Hub) -> None:
+    """They all connect in the same moment."""
     hub.register("bob")
     gate = threading.Barrier(200)
     codes: list[int] = []
 
     def client(number: int) -> None:
+        """One client of many: waits for the start, then sends."""
         gate.wait()
-        codes.append(hub.call("POST", "/api/send", {**RIGHT["/api/send"], "from": f"a{number}"})[0])
+        codes.append(
+            hub.call(
+                "POST",
+                "/api/send",
+                {**RIGHT["/api/send"], "from": f"a{number}"},
+            )[0]
+        )
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(200)]
+    clients = [
+        threading.Thread(target=client, args=(number,)) for number in range(200)
+    ]
     for one in clients:
         one.start()
     for one in clients:
@@ -3150,10 +5911,24 @@ def test_two_hundred_clients_at_once_are_all_served(hub: Hub) -> None:
     assert codes == [200] * len(hub.unread("bob")) == [200] * 200
 
 
+# The bar is 100 on an idle machine; a shared one may take the processor away for as long.
+PATIENCE_MS = 100 if FULL else 400
+
+
 @pytest.mark.slow
-def test_three_hundred_slow_sockets_disturb_nobody_and_are_gone_in_time(hub: Hub) -> None:
-    halves = ["", "G", "GET /health HTTP/1.1~", GET, POST + "Content-Length: 999~~{",
-              "GET /health HTTP/1.1\nHost: @\n\n"]
+def test_three_hundred_slow_sockets_disturb_nobody_and_are_gone_in_time(
+    hub: Hub,
+) -> None:
+    """Half-sent requests cost a buffer and a deadline, never a thread; who said
+    something is told 408."""
+    halves = [
+        "",
+        "G",
+        "GET /health HTTP/1.1~",
+        GET,
+        POST + "Content-Length: 999~~{",
+        "GET /health HTTP/1.1\nHost: @\n\n",
+    ]
     begun = time.monotonic()
     wires = [Wire(hub.port, halves[number % 6]) for number in range(300)]
     times, waiting = [], set(wires)
@@ -3164,7 +5939,9 @@ def test_three_hundred_slow_sockets_disturb_nobody_and_are_gone_in_time(hub: Hub
             with contextlib.suppress(BlockingIOError):
                 if wire in waiting and not wire.more():
                     waiting.discard(wire)
-            if wire in waiting and number % 3 == 1:  # one more byte now and then is no request
+            if (
+                wire in waiting and number % 3 == 1
+            ):  # one more byte now and then is no request
                 wire.say(b"x")
         for _ in range(20):
             asked = time.monotonic()
@@ -3173,20 +5950,28 @@ def test_three_hundred_slow_sockets_disturb_nobody_and_are_gone_in_time(hub: Hub
             times.append(time.monotonic() - asked)
         time.sleep(0.3)  # the pace of the drip
     p99 = sorted(times)[int(len(times) * 0.99)] * 1000
-    print(f"300 slow sockets: others' p99 {p99:.1f} ms, gone in {time.monotonic() - begun:.1f} s")
+    print(
+        f"300 slow sockets: others' p99 {p99:.1f} ms, gone in {time.monotonic() - begun:.1f} s"
+    )
     assert not waiting
-    assert p99 < 1000, "generous; the bar on an idle machine is 100"
+    assert p99 < PATIENCE_MS
     told = [wire.data.split(b" ")[1] for wire in wires if wire.data]
-    assert set(told) == {b"408"} and len(told) >= 250, "who said something hears what went wrong"
+    assert set(told) == {b"408"} and len(told) >= 250, (
+        "who said something hears what went wrong"
+    )
     unharmed(hub)
 
 
 def processor_time(pid: int) -> float:
+    """Seconds of processor that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_running_out_of_file_descriptors_neither_spins_nor_kills(hub: Hub) -> None:
+def test_running_out_of_file_descriptors_neither_spins_nor_kills(
+    hub: Hub,
+) -> None:
+    """At the limit the hub accepts nobody, rests, and goes on when there is room."""
     hub.register("bob")
     resource.prlimit(hub.pid, resource.RLIMIT_NOFILE, (64, 64))
     wires = [Wire(hub.port) for _ in range(120)]
@@ -3198,14 +5983,19 @@ def test_running_out_of_file_descriptors_neither_spins_nor_kills(hub: Hub) -> No
     assert share < 0.2
     for wire in wires:
         wire.sock.close()
-    eventually(lambda: hub.call("POST", "/api/send", RIGHT["/api/send"])[0] == 200)
+    eventually(
+        lambda: hub.call("POST", "/api/send", RIGHT["/api/send"])[0] == 200
+    )
     assert len(hub.unread("bob")) == 1
     unharmed(hub)
 
 
 def test_connections_over_the_limit_are_told_503(tmp_path: Path) -> None:
+    """So that a client knows to come again."""
     class Tight(Hub):
+        """A hub that may hold few files from its start."""
         def launch(self) -> subprocess.Popen[bytes]:
+            """With the limit set before it serves."""
             process = super().launch()
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
             return process
@@ -3225,6 +6015,7 @@ def test_connections_over_the_limit_are_told_503(tmp_path: Path) -> None:
 
 
 def test_who_asks_and_does_not_read_costs_no_memory(hub: Hub) -> None:
+    """Two thousand answers are asked for and none is read."""
     hub.register("bob")
     for _ in range(12):
         hub.send("ann", "bob", "x" * 900_000)
@@ -3232,8 +6023,13 @@ def test_who_asks_and_does_not_read_costs_no_memory(hub: Hub) -> None:
     for path in ("/api/messages?agent=bob&peek=1", "/api/export"):
         for _ in range(5):
             wire = Wire(hub.port, f"GET {path} HTTP/1.1~Host: @~~")
-            wire.sock.settimeout(0.2)  # the hub stops reading from who does not read
-            wire.say(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{hub.port}\r\n\r\n".encode() * 2000)
+            wire.sock.settimeout(
+                0.2
+            )  # the hub stops reading from who does not read
+            wire.say(
+                f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{hub.port}\r\n\r\n".encode()
+                * 2000
+            )
             wire.sock.detach()  # stays open until the test ends
     assert hub.call("GET", "/health")[0] == 200
     grown = status_line(hub.pid, "VmRSS") / 1024 - before
@@ -3244,15 +6040,25 @@ def test_who_asks_and_does_not_read_costs_no_memory(hub: Hub) -> None:
 
 # -- strangers: Host, Origin and the key, on every route
 
-def call_route(hub: Hub, method: str, path: str, *headers: str, host: str = "") -> int:
+
+def call_route(
+    hub: Hub, method: str, path: str, *headers: str, host: str = ""
+) -> int:
     """The status that a well-formed request to a route gets."""
-    body = json.dumps(RIGHT.get(path, {"agent_name": "bob"})).encode() if method == "POST" else None
+    body = (
+        json.dumps(RIGHT.get(path, {"agent_name": "bob"})).encode()
+        if method == "POST"
+        else None
+    )
     if path == "/ws":
         path += "?agent=bob"
         headers += tuple(f"{name}: {value}" for name, value in UPGRADE.items())
     return ask(hub.port, f"{method} {path}", *headers, body=body, host=host)[0]
 
 
+# What a stranger's page, a rebound name or a confused proxy may send; %d is the port.
+# Each looks a little like the hub's own address and is another.
+# fmt: off
 HOSTS = ["evil.test", "evil.test:%d", "127.0.0.1", "127.0.0.1:9", "127.0.0.1:%d0", "localhost.:%d",
          "127.0.0.1:%d.evil.test", "127.0.0.1:evil.test", "localhost:%d.evil.test", "127.0.0.1 :%d",
          "127.0.0.1@evil.test:%d", "evil.test@127.0.0.1:%d", "0.0.0.0:%d", "127.1:%d", "[::]:%d",
@@ -3262,41 +6068,74 @@ ORIGINS = ["http://evil.test", "http://evil.test:%d", "null", "", "http://127.0.
            "http://127.0.0.1:9", "http://localhost:%d", "http://127.0.0.1:%d0", "127.0.0.1:%d",
            "http://127.0.0.1:%d/", "http://127.0.0.1:%d.evil.test", "http://127.0.0.1:%d@evil.test",
            "chrome-extension://abc", "http://127.0.0.1:%d http://evil.test", "ws://127.0.0.1:%d"]
+# fmt: on
 
 
 @pytest.mark.parametrize("kind", ["Host", "Origin", "Sec-Fetch-Site"])
 def test_a_stranger_is_refused_on_every_route(hub: Hub, kind: str) -> None:
+    """Other hosts, other origins, other sites: whatever a browser can be made to send."""
     hub.register("bob")
     seed = hub.send("ann", "bob")["id"]
-    for value in {"Host": HOSTS, "Origin": ORIGINS}.get(kind, ["cross-site", "same-site"]):
+    for value in {"Host": HOSTS, "Origin": ORIGINS}.get(
+        kind, ["cross-site", "same-site"]
+    ):
         named = value % hub.port if "%d" in value else value
         for method, path in ROUTES:
-            status = (call_route(hub, method, path, host=named) if kind == "Host"
-                      else call_route(hub, method, path, f"{kind}: {named}"))
+            status = (
+                call_route(hub, method, path, host=named)
+                if kind == "Host"
+                else call_route(hub, method, path, f"{kind}: {named}")
+            )
             assert status == 403, (method, path, named, status)
     assert [m["id"] for m in hub.get("/api/messages/recent")] == [seed]
     assert hub.receipts(seed)["bob"]["state"] == "stored"
     unharmed(hub)
 
 
-def test_the_hubs_own_names_and_those_of_a_proxy_are_welcome(make_hub: Callable[..., Hub]) -> None:
+def test_the_hubs_own_names_and_those_of_a_proxy_are_welcome(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """Loopback under its names, and what the configuration allows."""
     hub = make_hub(config="allowed_hosts: chat.example, other.example:8443\n")
-    for name in ("127.0.0.1:%d", "localhost:%d", "[::1]:%d", "LocalHost:%d", "chat.example",
-                 "chat.example:%d", "other.example:8443"):
+    for name in (
+        "127.0.0.1:%d",
+        "localhost:%d",
+        "[::1]:%d",
+        "LocalHost:%d",
+        "chat.example",
+        "chat.example:%d",
+        "other.example:8443",
+    ):
         name = name % hub.port if "%d" in name else name
-        for more in (f"Origin: http://{name}", f"Origin: https://{name}", "Sec-Fetch-Site: none",
-                     "Sec-Fetch-Site: same-origin",
-                     "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Dest: document"):
+        for more in (
+            f"Origin: http://{name}",
+            f"Origin: https://{name}",
+            "Sec-Fetch-Site: none",
+            "Sec-Fetch-Site: same-origin",
+            "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Dest: document",
+        ):
             for path in ("/", "/api/agents", "/ws"):
-                assert call_route(hub, "GET", path, more, host=name) in (200, 101), (name, more)
+                assert call_route(hub, "GET", path, more, host=name) in (
+                    200,
+                    101,
+                ), (name, more)
     assert ask(hub.port, "GET /health", host="other.example")[0] == 403
 
 
 def test_looking_changes_nothing(hub: Hub) -> None:
+    """A GET can be caused by any page; it leaves no mark."""
     hub.register("bob", ("crew",))
     sent = hub.send("ann", "bob")["id"]
-    paths = [path.replace("msg-1", sent) for method, path in ROUTES if method == "GET"]
-    for path in [*paths, "/api/messages?agent=bob", "/api/messages/history?agent=bob"] * 10:
+    paths = [
+        path.replace("msg-1", sent)
+        for method, path in ROUTES
+        if method == "GET"
+    ]
+    for path in [
+        *paths,
+        "/api/messages?agent=bob",
+        "/api/messages/history?agent=bob",
+    ] * 10:
         ask(hub.port, f"GET {path}")
     assert hub.receipts(sent)["bob"]["state"] == "stored"
     assert [m["id"] for m in hub.unread("bob")] == [sent]
@@ -3305,35 +6144,85 @@ def test_looking_changes_nothing(hub: Hub) -> None:
 KEY = "k3y-f00d/Zz+9=="
 
 
-def test_without_the_key_every_route_but_five_is_shut(make_hub: Callable[..., Hub]) -> None:
+def test_without_the_key_every_route_but_five_is_shut(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """No header, cookie or query that looks like a key opens any of the others."""
     hub = make_hub(key=KEY)
     hub.register("bob")
-    assert {path for (_, path), route in agent_chat.BY_ADDRESS.items() if not route.needs_key} == OPEN
+    assert {
+        path
+        for (_, path), route in agent_chat.BY_ADDRESS.items()
+        if not route.needs_key
+    } == OPEN
     basic = base64.b64encode(f":{KEY}".encode()).decode()
-    bad = ["X: y", f"X-API-Key: {KEY}", f"Cookie: key={KEY}", f"X-Agent-Session: {KEY}", *(
-        f"Authorization: {value}" for value in (
-            "", "Bearer", "Bearer ", KEY, f"Basic {basic}", f"Token {KEY}", f"Bearer {KEY[:-1]}",
-            f"Bearer {KEY}x", f"Bearer {KEY.upper()}", f'Bearer "{KEY}"', "Bearer \xe9\xff"))]
+    bad = [
+        "X: y",
+        f"X-API-Key: {KEY}",
+        f"Cookie: key={KEY}",
+        f"X-Agent-Session: {KEY}",
+        *(
+            f"Authorization: {value}"
+            for value in (
+                "",
+                "Bearer",
+                "Bearer ",
+                KEY,
+                f"Basic {basic}",
+                f"Token {KEY}",
+                f"Bearer {KEY[:-1]}",
+                f"Bearer {KEY}x",
+                f"Bearer {KEY.upper()}",
+                f'Bearer "{KEY}"',
+                "Bearer \xe9\xff",
+            )
+        ),
+    ]
     for method, path in ROUTES:
         for header in bad:
             status = call_route(hub, method, path, header)
-            assert status == (200 if path in OPEN else 401), (method, path, header, status)
-        assert call_route(hub, method, path, f"Authorization: Bearer {KEY}") in (200, 101, 400, 404)
-    for query in (f"key={KEY}", f"token={KEY}", f"api_key={KEY}", f"Authorization=Bearer+{KEY}"):
+            assert status == (200 if path in OPEN else 401), (
+                method,
+                path,
+                header,
+                status,
+            )
+        assert call_route(
+            hub, method, path, f"Authorization: Bearer {KEY}"
+        ) in (200, 101, 400, 404)
+    for query in (
+        f"key={KEY}",
+        f"token={KEY}",
+        f"api_key={KEY}",
+        f"Authorization=Bearer+{KEY}",
+    ):
         assert ask(hub.port, f"GET /api/agents?{query}")[0] == 401
         assert Socket(hub.port, f"/ws?watch=1&{query}").status == 401
-    assert ask(hub.port, "POST /api/send", body=b"{not json")[0] == 401, "the key before the body"
-    assert set(hub.call("GET", "/health")[1]) == {"status", "version", "fingerprint"}
+    assert ask(hub.port, "POST /api/send", body=b"{not json")[0] == 401, (
+        "the key before the body"
+    )
+    assert set(hub.call("GET", "/health")[1]) == {
+        "status",
+        "version",
+        "fingerprint",
+    }
     unharmed(hub)
 
 
 def test_the_key_is_nowhere_to_be_read(make_hub: Callable[..., Hub]) -> None:
+    """Not in logs, files, command lines, pages or messages, in no spelling."""
     hub = make_hub(key=KEY, log_level="debug")
     hub.register("bob")
     hub.send("ann", "bob")
     for method, path in ROUTES:
         call_route(hub, method, path, f"Authorization: Bearer {KEY}")
-        call_route(hub, method, path, f"Authorization: Bearer {KEY}", "Origin: http://evil.test")
+        call_route(
+            hub,
+            method,
+            path,
+            f"Authorization: Bearer {KEY}",
+            "Origin: http://evil.test",
+        )
         ask(hub.port, f"{method} {path}?key={urllib.parse.quote(KEY, '')}")
     page = Socket(hub.port, "/ws?watch=1", {"Origin": hub.url})
     page.send({"type": "auth", "key": KEY})
@@ -3342,26 +6231,52 @@ def test_the_key_is_nowhere_to_be_read(make_hub: Callable[..., Hub]) -> None:
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             argv.append(line.read_bytes())
-    files = [path.read_bytes() for path in hub.home.rglob("*") if path.is_file()]
+    files = [
+        path.read_bytes() for path in hub.home.rglob("*") if path.is_file()
+    ]
     shown = [ask(hub.port, f"GET {path}")[2] for path in OPEN]
-    assert len(files) >= 4 and Path(f"/proc/{hub.pid}/cmdline").read_bytes() in argv
+    assert (
+        len(files) >= 4
+        and Path(f"/proc/{hub.pid}/cmdline").read_bytes() in argv
+    )
     assert b" /api/agents" in hub.log.read_bytes(), "the log is on"
-    words = [KEY.encode(), urllib.parse.quote(KEY, "").encode(), base64.b64encode(KEY.encode())]
-    for text in [*shown, *files, *argv, json.dumps(hub.get("/api/messages/recent")).encode()]:
+    words = [
+        KEY.encode(),
+        urllib.parse.quote(KEY, "").encode(),
+        base64.b64encode(KEY.encode()),
+    ]
+    for text in [
+        *shown,
+        *files,
+        *argv,
+        json.dumps(hub.get("/api/messages/recent")).encode(),
+    ]:
         assert not [word for word in words if word in text], text[:100]
 
 
 def test_log_lines_cannot_be_forged(make_hub: Callable[..., Hub]) -> None:
+    """What others send cannot begin a line or colour a terminal."""
     hub = make_hub(log_level="debug")
-    for path in ("/%0d%0a2026%20INFO%20forged", "/%1b[2J", "/\x9b2J", "/%c2%9b2J", "/%e2%80%ae"):
+    for path in (
+        "/%0d%0a2026%20INFO%20forged",
+        "/%1b[2J",
+        "/\x9b2J",
+        "/%c2%9b2J",
+        "/%e2%80%ae",
+    ):
         ask(hub.port, f"GET {path}")
     log = hub.log.read_text()
-    assert log.count(" 404 ") >= 4 and not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u202e]", log)
+    assert log.count(" 404 ") >= 4 and not re.search(
+        "[\0-\x09\x0b-\x1f\x7f-\x9f\u202e]", log
+    )
     assert not re.search("(?m)^2026 INFO forged", log)
 
 
 # -- anything at all
 
+# Random text with a liking for words that mean something to the hub, JSON made of it,
+# and every field and parameter that some route understands.
+# fmt: off
 ODD = st.text(max_size=40) | st.sampled_from([
     "bob", "ann", "crew", "", "0", "-1", "1", "9" * 20, "2026-11-22T10:00:00Z", "9999-12-31", "*",
     "0001-01-01", '"', "NEAR(", "a AND", "%", "msg-1", "jsonl"])
@@ -3370,28 +6285,56 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 FIELDS = {field for body in RIGHT.values() for field in body} | {field for _, field in WRONG}
 QUERIES = ["agent", "limit", "before", "after", "with", "group", "since", "until", "q", "peek",
            "format", "id", "watch"]
+# fmt: on
 
 
 def test_whatever_is_asked_no_answer_is_a_5xx(hub: Hub) -> None:
+    """A thousand random requests, right and wrong ones mixed."""
     hub.register("bob", ("crew",))
     hub.send("ann", "bob", "words to find")
     kept = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=20)
     codes: dict[int, int] = {}
 
-    @settings(max_examples=1000, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))
-    @given(route=st.sampled_from(ROUTES), tail=st.text(max_size=10),
-           query=st.dictionaries(st.sampled_from(QUERIES), ODD, max_size=4),
-           session=st.sampled_from("  xé"),
-           body=st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, max_size=6) | VALUES
-           | st.sampled_from(list(RIGHT.values())), raw=st.none() | st.binary(max_size=60))
-    def fuzz(route: tuple[str, str], tail: str, session: str, query: dict[str, str], body: Any,
-             raw: bytes | None) -> None:
+    @settings(
+        max_examples=1000,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        route=st.sampled_from(ROUTES),
+        tail=st.text(max_size=10),
+        query=st.dictionaries(st.sampled_from(QUERIES), ODD, max_size=4),
+        session=st.sampled_from("  xé"),
+        body=st.dictionaries(
+            st.sampled_from(sorted(FIELDS)), VALUES, max_size=6
+        )
+        | VALUES
+        | st.sampled_from(list(RIGHT.values())),
+        raw=st.none() | st.binary(max_size=60),
+    )
+    def fuzz(
+        route: tuple[str, str],
+        tail: str,
+        session: str,
+        query: dict[str, str],
+        body: Any,
+        raw: bytes | None,
+    ) -> None:
+        """One of them."""
         method, path = route
-        path += urllib.parse.quote(tail, "", errors="surrogatepass") if "msg-1" in path else ""
+        path += (
+            urllib.parse.quote(tail, "", errors="surrogatepass")
+            if "msg-1" in path
+            else ""
+        )
         path += "?" + urllib.parse.urlencode(query, errors="surrogatepass")
         data = raw if raw is not None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "X-Agent-Session": session.strip()}
+        headers = {
+            "Content-Type": "application/json",
+            "X-Agent-Session": session.strip(),
+        }
         kept.request(method, path, data if method == "POST" else None, headers)
         answer = kept.getresponse()
         text = answer.read()
@@ -3407,32 +6350,67 @@ def test_whatever_is_asked_no_answer_is_a_5xx(hub: Hub) -> None:
 
 # -- the machine
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.test", ""])
-def test_without_a_key_only_this_machine_is_served(tmp_path: Path, host: str) -> None:
-    words = f"{PYTHON} {PROGRAM} serve --port 0 --db {tmp_path}/x.db --host".split()
-    done = subprocess.run([*words, host], env=clean_environment(tmp_path), capture_output=True,
-                          text=True, timeout=20)
-    assert done.returncode == 1 and "key" in done.stderr and "Traceback" not in done.stderr
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.0.2.1", "example.test", ""]
+)
+def test_without_a_key_only_this_machine_is_served(
+    tmp_path: Path, host: str
+) -> None:
+    """A hub that the network can reach must have a key."""
+    words = (
+        f"{PYTHON} {PROGRAM} serve --port 0 --db {tmp_path}/x.db --host".split()
+    )
+    done = subprocess.run(
+        [*words, host],
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (
+        done.returncode == 1
+        and "key" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "x.db").exists()
 
 
 def test_by_default_only_loopback_listens(hub: Hub) -> None:
-    lines = [line.split() for name in ("tcp", "tcp6")
-             for line in Path(f"/proc/net/{name}").read_text().splitlines()]
-    assert [words[1] for words in lines if words[3] == "0A" and words[1].endswith(
-        f":{hub.port:04X}")] == [f"0100007F:{hub.port:04X}"]
+    """As the kernel's own table says."""
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()
+    ]
+    assert [
+        words[1]
+        for words in lines
+        if words[3] == "0A" and words[1].endswith(f":{hub.port:04X}")
+    ] == [f"0100007F:{hub.port:04X}"]
 
 
 def test_a_wide_umask_and_a_planted_link_change_nothing(
-        make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+    make_hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    """Files are private whatever the shell was set to, and no link is followed."""
     before = os.umask(0)
     try:
         hub = make_hub(db=tmp_path / "deep" / "er" / "x.db")
     finally:
         os.umask(before)
     hub.register("bob")
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in hub.db.parent.iterdir()}
-    assert {"x.db", "x.db-wal", "x.db-shm", "x.db.lock", "x.db.pid"} <= modes.keys()
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in hub.db.parent.iterdir()
+    }
+    assert {
+        "x.db",
+        "x.db-wal",
+        "x.db-shm",
+        "x.db.lock",
+        "x.db.pid",
+    } <= modes.keys()
     assert set(modes.values()) == {"0o600"}, modes
     folders = (hub.db.parent, hub.db.parent.parent)
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
@@ -3446,12 +6424,276 @@ def test_a_wide_umask_and_a_planted_link_change_nothing(
     assert victim.read_text() == "precious"
 
 
-def test_a_key_that_others_can_read_is_named_at_start(make_hub: Callable[..., Hub]) -> None:
+def test_a_key_that_others_can_read_is_named_at_start(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """A warning with the command that mends it, and without the key."""
     hub = make_hub(config=f"api_key: {KEY}\n")
     assert "chmod 600" not in hub.log.read_text()
     (hub.home / "config.yaml").chmod(0o644)
     hub.restart()
     assert "chmod 600" in hub.log.read_text() and KEY not in hub.log.read_text()
+
+
+# -- nobody's request is another's failure
+
+# Every type that JSON has, empty and filled, short and long, right and wrong; the fields
+# of every route; and for parameters the ends of the calendar and of numbers. With GOOD in
+# the other fields a body is right but for the one that is tried.
+# fmt: off
+JSON_KINDS: tuple[Any, ...] = (
+    None, True, False, 0, 5, -1, 1.5, 10 ** 30, "", "x", "bob", "msg-1", [], ["bob"], [5], [None],
+    [[]], [{}], ["bob", 5], {}, {"a": 1}, {"a": {"b": []}}, "\u202e", "x" * 70_000)
+BODY_FIELDS = {
+    "/api/register": ("name", "groups", "type", "host", "cwd", "doors", "door_note", "instance",
+                      "auto", "rename_from"),
+    "/api/deregister": ("agent_name",), "/api/agents/status": ("agent_name", "status"),
+    "/api/agents/bell": ("agent_name", "mute", "allow"), "/api/agents/ring": ("agent_name",),
+    "/api/send": ("from", "to", "group", "content", "in_reply_to", "client_id", "choices"),
+    "/api/send-group": ("from", "group", "content"),
+    "/api/messages/seen": ("agent_name", "message_ids"),
+    "/api/messages/read": ("agent_name", "message_ids"),
+    "/api/messages/unread": ("agent_name", "message_ids"),
+    "/api/messages/dismiss": ("message_ids",), "/api/loops/resume": ("agents", "thread", "all")}
+QUERY_FIELDS = ("agent", "limit", "before", "after", "with", "from", "to", "group", "since", "until",
+                "q", "peek", "max_bytes", "count", "range", "format", "watch")
+TIMES = ("since", "until")
+QUERY_TEXTS = ("", "0", "-1", "9" * 30, "x", "bob", "%", "\0", "é", '"', "0001-01-01",
+               "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-11-22T10:00:00Z",
+               "24:00", "*", "NEAR(", "1e5", "٣")
+GOOD = {"agent_name": "probe", "name": "probe", "from": "probe", "to": "probe", "content": "x",
+        "status": "idle"}
+# fmt: on
+
+
+def odd_requests() -> Iterator[tuple[str, str, Any]]:
+    """Every kind of JSON in every field of every route, every odd text in every parameter."""
+    for path, fields in BODY_FIELDS.items():
+        for value in JSON_KINDS:
+            yield "POST", path, value
+        good = {name: GOOD[name] for name in fields if name in GOOD}
+        for name in fields:
+            yield from (
+                ("POST", path, {**good, name: value}) for value in JSON_KINDS
+            )
+    texts = itertools.cycle(QUERY_TEXTS)
+    for method, path in ROUTES:
+        if method == "GET" and path not in OPEN | {"/ws"}:
+            for name in (*QUERY_FIELDS, *TIMES * 3):
+                query = urllib.parse.urlencode(
+                    {"agent": "probe", "limit": 1, name: next(texts)}
+                )
+                yield method, f"{path}?{query}", None
+
+
+class Sender(threading.Thread):
+    """A client that sends and sends; it keeps every status it was given."""
+
+    def __init__(self, hub: Hub, name: str) -> None:
+        super().__init__(daemon=True)
+        self.hub = hub
+        self.sender = name
+        self.statuses: list[int] = []
+        self.goes_on = True
+
+    def run(self) -> None:
+        """Until somebody says that it is enough."""
+        wire = Wire(self.hub.port)
+        while self.goes_on:
+            body = {
+                "from": self.sender,
+                "to": "keeper",
+                "content": str(len(self.statuses)),
+            }
+            wire.request("POST", "/api/send", json.dumps(body).encode())
+            self.statuses.append(wire.answer().status)
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def six_senders(hub: Hub) -> Iterator[list[Sender]]:
+    """Six clients that send all the time; not one of their sends may fail."""
+    hub.register("keeper")
+    senders = [Sender(hub, f"sender{number}") for number in range(6)]
+    for sender in senders:
+        sender.start()
+    yield senders
+    for sender in senders:
+        sender.goes_on = False
+        sender.join()
+        assert set(sender.statuses) == {200} and len(sender.statuses) > 10
+
+
+def test_no_odd_request_fails_the_sends_of_six_others(
+    hub: Hub, six_senders: list[Sender]
+) -> None:
+    """One request's mistake is undone alone. None of these may be answered with a 5xx
+    either."""
+    hub.register("probe")
+    codes: dict[int, int] = {}
+    wire = Wire(hub.port)
+    for method, path, value in odd_requests():
+        body = json.dumps(value).encode() if method == "POST" else None
+        found = wire.request(method, path, body).answer()
+        if not found.status or found.headers.get("connection") == "close":
+            wire = Wire(hub.port)
+        codes[found.status] = codes.get(found.status, 0) + 1
+        assert found.status in (200, 400, 403, 404, 409, 413, 422), (
+            method,
+            path,
+            value,
+            found,
+        )
+    print(
+        "odd requests:",
+        codes,
+        "sends:",
+        sum(len(one.statuses) for one in six_senders),
+    )
+    assert sum(codes.values()) > 1000 and codes[400] > 300
+    assert "Traceback" not in hub.log.read_text()
+
+
+def test_every_list_has_a_bound_that_is_said(hub: Hub) -> None:
+    """What is asked bounds what it costs everybody else."""
+    session = hub.register("bob")["session"]
+    for path, field, most, more in (
+        ("messages/read", "message_ids", 1000, {"agent_name": "bob"}),
+        ("messages/seen", "message_ids", 1000, {"agent_name": "bob"}),
+        ("messages/unread", "message_ids", 1000, {"agent_name": "bob"}),
+        ("messages/dismiss", "message_ids", 1000, {}),
+        ("register", "groups", 64, {"name": "bob"}),
+        ("register", "doors", 16, {"name": "bob"}),
+        ("agents/bell", "mute", 1000, {"agent_name": "bob"}),
+        ("agents/bell", "allow", 1000, {"agent_name": "bob"}),
+    ):
+        for count in (most + 1, 60_000):
+            names = [f"n{number}" for number in range(count)]
+            found = hub.ask(
+                "POST", f"/api/{path}", {**more, field: names}, session
+            )
+            assert found.status == 400 and str(most) in found.value["error"], (
+                path,
+                count,
+                found,
+            )
+        if field in ("message_ids", "groups"):
+            found = hub.ask(
+                "POST", f"/api/{path}", {**more, field: names[:most]}, session
+            )
+            assert found.status == 200, (path, found)
+    assert len(json.dumps(hub.get("/api/agents"))) < 20_000
+
+
+def test_no_body_is_collected_from_who_has_no_key(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """The head is enough to refuse."""
+    hub = make_hub(key=KEY)
+    before = status_line(hub.pid, "VmRSS")
+    wires = []
+    for _ in range(150):
+        wire = Wire(
+            hub.port,
+            POST.replace("@", f"127.0.0.1:{hub.port}")
+            + "Content-Length: 1000000~~",
+        )
+        wire.sock.settimeout(1)
+        wires.append(wire.say(b"{" * 900_000))
+    assert hub.ask("GET", "/health").status == 200
+    assert status_line(hub.pid, "VmRSS") - before < 30_000, "KiB for 135 MB"
+    assert {wire.answer().status for wire in wires} <= {401, 0}
+
+
+def test_readers_that_do_not_read_are_bounded_in_all(hub: Hub) -> None:
+    """Memory and time have a total, not only a bound for each connection."""
+    hub.register("bob")
+    for _ in range(4):
+        hub.send("ann", "bob", "x" * 1_000_000)
+    before = status_line(hub.pid, "VmRSS")
+    wires = []
+    for _ in range(200):
+        wire = Wire(hub.port)
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wires.append(
+            wire.request("GET", "/api/messages?agent=bob&peek=1&limit=10")
+        )
+    slowest = 0.0
+    for _ in range(10):
+        asked = time.monotonic()
+        assert hub.ask("GET", "/health").status == 200
+        slowest = max(slowest, time.monotonic() - asked)
+    grown = (status_line(hub.pid, "VmRSS") - before) // 1024
+    print(
+        f"200 readers of 4 MB each that do not read: {grown} MiB, health {slowest:.2f} s"
+    )
+    assert grown < 120 and slowest < 3
+    for wire in wires:
+        wire.close()
+
+
+def test_an_export_that_nobody_reads_leaves_the_log_bounded(hub: Hub) -> None:
+    """A reader that holds an old view would keep the log from being folded into the
+    file."""
+    hub.register("bob")
+    for _ in range(40):
+        hub.send("ann", "bob", "x" * 300_000)
+    wire = Wire(hub.port)
+    wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wire.request("GET", "/api/export")
+    assert wire.more()
+    for _ in range(80):
+        hub.send("ann", "bob", "y" * 300_000)
+    log = hub.db.with_name(hub.db.name + "-wal").stat().st_size
+    assert log < 16 << 20, f"{log >> 20} MiB of log for 24 MB of messages"
+
+
+def test_a_stop_during_an_export_gives_all_of_it(hub: Hub) -> None:
+    """What has begun is finished."""
+    for number in range(60):
+        hub.send("alice", "human", f"{number} " + "x" * 50_000)
+    wire = Wire(hub.port, seconds=20).request("GET", "/api/export")
+    assert wire.more() and hub.process
+    hub.process.terminate()
+    found = wire.answer()
+    lines = [
+        json.loads(line)["content"].split()[0]
+        for line in found.body.splitlines()
+    ]
+    assert lines == [str(number) for number in range(60)]
+    assert hub.process.wait(10) == 0 and "Traceback" not in hub.log.read_text()
+
+
+def test_searches_of_clients_that_hung_up_do_not_starve_history(
+    hub: Hub,
+) -> None:
+    """Their work ends with them, and quick questions have a thread of their own."""
+    for number in range(300):
+        hub.send("alice", "human", f"{number} common words here")
+    eventually(lambda: hub.get("/api/messages/search", q="299"))
+    for number in range(200):
+        query = urllib.parse.quote(f"common words*  absent{number}")
+        wire = Wire(hub.port).request(
+            "GET", f"/api/messages/search?q={query}&count=1"
+        )
+        wire.close()
+    asked = time.monotonic()
+    assert len(hub.get("/api/messages/history", agent="alice", limit=5)) == 5
+    assert time.monotonic() - asked < 3
+    unharmed(hub)
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_head_is_answered_as_get_without_its_body(
+    shared_hub: Hub, path: str
+) -> None:
+    """As `wget --spider` and load balancers ask."""
+    wire = Wire(shared_hub.port)
+    head = wire.request("HEAD", path).answer(head_only=True)
+    whole = wire.request("GET", path).answer()
+    assert (head.status, whole.status) == (200, 200)
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert int(whole.headers["content-length"]) == len(whole.body) > 0
 
 
 # ======================================================================================
@@ -3468,6 +6710,7 @@ def closed_with(sock: Socket, seconds: float = 8) -> int:
 
 
 def answers_ping(sock: Socket) -> bool:
+    """True if the hub is still there on this socket."""
     sock.write(9, b"there?")
     while (found := sock.frame()) and found[0] != 8:
         if found == (10, b"there?"):
@@ -3475,6 +6718,9 @@ def answers_ping(sock: Socket) -> bool:
     return False
 
 
+# By status: the query of /ws, and what is changed in the headers of a good request.
+# An empty value leaves the header out; @ is the hub's own address.
+# fmt: off
 HANDSHAKES: dict[int, list[tuple[str, dict[str, str]]]] = {
     101: [("agent=bob", {}), ("agent=nobody-yet", {}), ("watch=1", {}), ("watch=1&after=-1", {}),
           ("watch=1&after=junk", {}), *(("agent=bob", more) for more in (
@@ -3490,14 +6736,20 @@ HANDSHAKES: dict[int, list[tuple[str, dict[str, str]]]] = {
           ("agent=bob", {"Sec-Fetch-Site": "cross-site"})],
     426: [("agent=bob", {"Upgrade": ""}), ("agent=bob", {"Upgrade": "h2c"}),
           ("agent=bob", {"Connection": "close"})]}
+# fmt: on
 
 
 def test_handshakes_get_exactly_this_status(hub: Hub) -> None:
+    """Who may open a socket, and what must be in the request."""
     hub.register("bob")
     owner = hub.socket("owned", hub.register("owned")["session"])
-    cases = [(status, *case) for status, some in HANDSHAKES.items() for case in some]
+    cases = [
+        (status, *case) for status, some in HANDSHAKES.items() for case in some
+    ]
     for status, query, change in cases:
-        change = {name: value.replace("@", hub.url) for name, value in change.items()}
+        change = {
+            name: value.replace("@", hub.url) for name, value in change.items()
+        }
         sock = Socket(hub.port, f"/ws?{query}", change)
         assert sock.status == status, (query, change, sock.answer)
         assert ("Sec-WebSocket-Accept" in sock.answer) == (status == 101)
@@ -3508,16 +6760,24 @@ def test_handshakes_get_exactly_this_status(hub: Hub) -> None:
 
 
 def test_nothing_is_compressed_whatever_is_offered(hub: Hub) -> None:
+    """Compression costs memory for each socket, and leaks lengths."""
     hub.register("bob")
-    offer = {"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits, x-other"}
+    offer = {
+        "Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits, x-other"
+    }
     sock = hub.socket("bob", **offer)
     assert sock.status == 101 and "Extensions" not in sock.answer
     hub.send("ann", "bob", "x" * 5000)
     assert sock.mail()["content"] == "x" * 5000
-    sock.write(1, b'{"type":"rung"}', fin=128 | 64)  # the bit that compression would use
+    sock.write(
+        1, b'{"type":"rung"}', fin=128 | 64
+    )  # the bit that compression would use
     assert closed_with(sock) == 1002
 
 
+# By close code: what a client may get wrong. Clients mask their frames, here with zeros,
+# so that a payload stands in the bytes as it is. One close is right: its code comes back.
+# fmt: off
 MASK = b"\0\0\0\0"
 BAD_FRAMES: dict[int, dict[str, bytes]] = {
     1000: {"close 1000": b"\x88\x82" + MASK + b"\x03\xe8"},
@@ -3537,12 +6797,20 @@ BAD_FRAMES: dict[int, dict[str, bytes]] = {
     1009: {"65,537 bytes": b"\x81\xff\0\0\0\0\0\x01\0\x01" + MASK,
            "2^62": b"\x81\xff\x40" + b"\0" * 11, "2^64": b"\x81\xff" + b"\xff" * 8 + MASK,
            "in parts": b"\x01\xfe\xff\xff" + MASK + b"x" * 65535 + b"\x80\x82" + MASK + b"xx"}}
+# fmt: on
 
 
 @pytest.mark.parametrize("alone", [0, 200], ids=["at once", "byte by byte"])
-def test_bad_frames_end_their_socket_with_this_code(hub: Hub, alone: int) -> None:
+def test_bad_frames_end_their_socket_with_this_code(
+    hub: Hub, alone: int
+) -> None:
+    """Every rule of RFC 6455 that a client can break, and its close code."""
     hub.register("bob")
-    cases = [(code, *case) for code, some in BAD_FRAMES.items() for case in some.items()]
+    cases = [
+        (code, *case)
+        for code, some in BAD_FRAMES.items()
+        for case in some.items()
+    ]
     for code, label, data in cases:
         sock = hub.socket("bob")
         with contextlib.suppress(ConnectionError):
@@ -3560,15 +6828,30 @@ def test_what_the_hub_does_not_understand_is_ignored(hub: Hub) -> None:
     hub.register("eve")
     other = hub.send("ann", "bob", "for bob alone")["id"]
     sock = hub.socket("eve")
-    for frame in ({"role": "dashboard"}, {"type": "auth", "key": "x"}, {"type": "watch"},
-                  {"type": "rung"}, {"type": "rung", "ids": "x"}, {"type": None}, {"type": []},
-                  {"type": "rung", "ids": [1, None, other], "door": 5},
-                  {"type": "blocked", "ids": [other], "door": "tmux", "outcome": ["x"]},
-                  {"type": "deregister", "agent_name": "bob"}):
+    for frame in (
+        {"role": "dashboard"},
+        {"type": "auth", "key": "x"},
+        {"type": "watch"},
+        {"type": "rung"},
+        {"type": "rung", "ids": "x"},
+        {"type": None},
+        {"type": []},
+        {"type": "rung", "ids": [1, None, other], "door": 5},
+        {"type": "blocked", "ids": [other], "door": "tmux", "outcome": ["x"]},
+        {"type": "deregister", "agent_name": "bob"},
+    ):
         sock.send(frame)
-    for opcode, payload in ((1, b""), (1, b"null"), (1, b"[]"), (1, b"{"), (1, b"[" * 60_000),
-                            (1, b'{"type":NaN}'), (1, b'{"type":"rung","ids":["\\ud800"]}'),
-                            (2, b"{}"), (10, b"nobody asked")):
+    for opcode, payload in (
+        (1, b""),
+        (1, b"null"),
+        (1, b"[]"),
+        (1, b"{"),
+        (1, b"[" * 60_000),
+        (1, b'{"type":NaN}'),
+        (1, b'{"type":"rung","ids":["\\ud800"]}'),
+        (2, b"{}"),
+        (10, b"nobody asked"),
+    ):
         sock.write(opcode, payload)
     sock.write(1, b'{"ty', fin=0)
     sock.write(9, b"between the parts")
@@ -3577,20 +6860,34 @@ def test_what_the_hub_does_not_understand_is_ignored(hub: Hub) -> None:
     hub.send("ann", "bob", "still for bob alone")
     hub.send("ann", "eve", "for eve")
     assert sock.mail()["content"] == "for eve"
-    assert hub.receipts(other)["bob"]["state"] == "stored", "nobody rings for another"
+    assert hub.receipts(other)["bob"]["state"] == "stored", (
+        "nobody rings for another"
+    )
     unharmed(hub)
 
 
 def test_frames_may_come_with_the_handshake_and_byte_by_byte(hub: Hub) -> None:
+    """Frames that lie behind the request in the same packet are not lost."""
     session = hub.register("bob")["session"]
     sent = [hub.send("ann", "bob")["id"] for _ in range(3)]
-    texts = [json.dumps({"type": "rung", "ids": [one], "door": "tmux"}) for one in sent]
-    frames = [b"\x81" + bytes([128 | len(text)]) + MASK + text.encode() for text in texts]
+    texts = [
+        json.dumps({"type": "rung", "ids": [one], "door": "tmux"})
+        for one in sent
+    ]
+    frames = [
+        b"\x81" + bytes([128 | len(text)]) + MASK + text.encode()
+        for text in texts
+    ]
     head = "~".join(f"{name}: {value}" for name, value in UPGRADE.items())
     early = f"GET /ws?agent=bob HTTP/1.1~Host: @~X-Agent-Session: {session}~{head}~~"
     wire = Wire(hub.port)
-    wire.say(early.replace("~", "\r\n").replace("@", f"127.0.0.1:{hub.port}").encode()
-             + frames[0] + frames[1])
+    wire.say(
+        early.replace("~", "\r\n")
+        .replace("@", f"127.0.0.1:{hub.port}")
+        .encode()
+        + frames[0]
+        + frames[1]
+    )
     while b"\r\n\r\n" not in wire.data:
         assert wire.more()
     for byte in frames[2]:
@@ -3600,42 +6897,72 @@ def test_frames_may_come_with_the_handshake_and_byte_by_byte(hub: Hub) -> None:
 
 # -- the key
 
-def test_a_page_shows_the_key_in_its_first_frame(make_hub: Callable[..., Hub]) -> None:
+
+def test_a_page_shows_the_key_in_its_first_frame(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """A browser cannot send a header with a socket. Nothing is told before the key, and
+    a second try is none."""
     hub = make_hub(key=KEY)
     hub.register("bob")
     page = {"Origin": hub.url}
     good = Socket(hub.port, "/ws?watch=1", page)
     hub.send("ann", "bob", "not yet for you")
     good.write(9, b"a ping is no key")
-    assert good.frame() == (10, b"a ping is no key"), "nothing is told before the key"
+    assert good.frame() == (10, b"a ping is no key"), (
+        "nothing is told before the key"
+    )
     good.send({"type": "auth", "key": KEY})
     assert good.receive()["type"] == "hello"
     hub.send("ann", "bob", "now")
     assert good.mail()["content"] == "now"
-    first = [json.dumps(frame).encode() for frame in (
-        {"type": "auth"}, {"key": KEY}, {"type": "rung", "ids": []}, *(
-            {"type": "auth", "key": key} for key in ("wrong", [KEY], KEY + "x", "é", None)))]
-    for payload, code in [*((one, 4401) for one in (*first, b"{", b"", b"[]")),
-                          (b"\xff", 1007), (b"x" * 65_537, 1009)]:
+    first = [
+        json.dumps(frame).encode()
+        for frame in (
+            {"type": "auth"},
+            {"key": KEY},
+            {"type": "rung", "ids": []},
+            *(
+                {"type": "auth", "key": key}
+                for key in ("wrong", [KEY], KEY + "x", "é", None)
+            ),
+        )
+    ]
+    for payload, code in [
+        *((one, 4401) for one in (*first, b"{", b"", b"[]")),
+        (b"\xff", 1007),
+        (b"x" * 65_537, 1009),
+    ]:
         bad = Socket(hub.port, "/ws?watch=1", page)
         bad.write(1, payload)
         with contextlib.suppress(OSError):
             bad.send({"type": "auth", "key": KEY})  # too late
         assert (bad.receive(), bad.close_code) == ({}, code), payload[:40]
-    assert Socket(hub.port, "/ws?watch=1").status == 401, "no page and no header: no socket"
+    assert Socket(hub.port, "/ws?watch=1").status == 401, (
+        "no page and no header: no socket"
+    )
     unharmed(hub)
 
 
-def test_strangers_are_few_and_short_lived(make_hub: Callable[..., Hub]) -> None:
+def test_strangers_are_few_and_short_lived(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """Sockets without a key have few places and five seconds."""
     hub = make_hub(key=KEY)
     page, most = {"Origin": hub.url}, agent_chat.MAX_STRANGERS
     before, begun = len(os.listdir(f"/proc/{hub.pid}/fd")), time.monotonic()
     silent = [Socket(hub.port, "/ws?watch=1", page) for _ in range(60)]
-    assert [sock.status for sock in silent] == [101] * most + [503] * (60 - most)
+    assert [sock.status for sock in silent] == [101] * most + [503] * (
+        60 - most
+    )
     asked = time.monotonic()
     known = hub.watch()
-    assert known.receive()["type"] == "hello", "who has the key comes in all the same"
-    print(f"with 60 strangers, who has the key waits {(time.monotonic() - asked) * 1000:.0f} ms")
+    assert known.receive()["type"] == "hello", (
+        "who has the key comes in all the same"
+    )
+    print(
+        f"with 60 strangers, who has the key waits {(time.monotonic() - asked) * 1000:.0f} ms"
+    )
     for sock in silent[:most]:
         with contextlib.suppress(OSError):
             sock.write(9, b"a ping does not lengthen the stay")
@@ -3650,34 +6977,54 @@ def test_strangers_are_few_and_short_lived(make_hub: Callable[..., Hub]) -> None
 
 # -- floods, bursts and the end
 
+
 def test_a_flood_of_pings_that_nobody_reads_is_bounded(hub: Hub) -> None:
+    """Who does not take its pongs is not read from any more."""
     hub.register("bob")
-    sock, before, taken = hub.socket("bob"), status_line(hub.pid, "VmRSS") / 1024, 0
+    sock, before, taken = (
+        hub.socket("bob"),
+        status_line(hub.pid, "VmRSS") / 1024,
+        0,
+    )
     sock.sock.settimeout(2)
     sock.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-    with contextlib.suppress(OSError):  # the hub stops reading, or has enough of it
+    with contextlib.suppress(
+        OSError
+    ):  # the hub stops reading, or has enough of it
         while taken < 200:
             sock.sock.sendall((b"\x89\xfd" + MASK + b"p" * 125) * 1000)
             taken += 1
     assert hub.call("GET", "/health")[0] == 200
     grown = status_line(hub.pid, "VmRSS") / 1024 - before
-    print(f"pings whose pongs are not read: {taken / 8:.0f} MB taken, {grown:.0f} MiB more")
+    print(
+        f"pings whose pongs are not read: {taken / 8:.0f} MB taken, {grown:.0f} MiB more"
+    )
     assert grown < 15 and taken < 150, "who does not read is not read from"
     unharmed(hub)
 
 
 def test_a_flood_of_frames_leaves_room_for_others(hub: Hub) -> None:
+    """One socket that talks as fast as it can must not hold up the mail of others."""
     hub.register("bob")
     talker, other = hub.socket("bob"), hub.socket("bob")
-    noise = ((b"\x89\x84" + MASK + b"ping") * 200 + (b"\x81\x82" + MASK + b"{}") * 200
-             + b"\x01\x80" + MASK + (b"\x00\x80" + MASK) * 200 + b"\x80\x80" + MASK)
+    noise = (
+        (b"\x89\x84" + MASK + b"ping") * 200
+        + (b"\x81\x82" + MASK + b"{}") * 200
+        + b"\x01\x80"
+        + MASK
+        + (b"\x00\x80" + MASK) * 200
+        + b"\x80\x80"
+        + MASK
+    )
 
     def talk() -> None:
+        """Say noise for ever."""
         with contextlib.suppress(OSError):
             while True:
                 talker.sock.sendall(noise)
 
     def listen() -> None:
+        """Throw away what comes."""
         with contextlib.suppress(OSError):
             while talker.sock.recv(1 << 20):
                 pass
@@ -3691,32 +7038,46 @@ def test_a_flood_of_frames_leaves_room_for_others(hub: Hub) -> None:
         assert other.mail()["content"] == str(number)
         times.append(time.monotonic() - asked)
     talker.sock.shutdown(socket.SHUT_RDWR)  # both threads end
-    print(f"send to frame in a flood: median {sorted(times)[25] * 1000:.0f}, longest "
-          f"{max(times) * 1000:.0f} ms")
+    print(
+        f"send to frame in a flood: median {sorted(times)[25] * 1000:.0f}, longest "
+        f"{max(times) * 1000:.0f} ms"
+    )
     assert max(times) < 3
     unharmed(hub)
 
 
 def test_a_burst_reaches_everybody_whole_and_in_order(hub: Hub) -> None:
+    """Five hundred messages to thirty sockets and a dashboard."""
     names = [f"a{number}" for number in range(30)]
     for name in names:
         hub.register(name, ("crew",))
     sockets = [*(hub.socket(name) for name in names), hub.watch()]
     wire = Wire(hub.port, seconds=30)
     for number in range(500):
-        body = json.dumps({"from": "ann", "group": "crew", "content": str(number)})
-        wire.say(f"POST /api/send HTTP/1.1\r\nHost: 127.0.0.1:{hub.port}\r\n{JSON}\r\n"
-                 f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        body = json.dumps(
+            {"from": "ann", "group": "crew", "content": str(number)}
+        )
+        wire.say(
+            f"POST /api/send HTTP/1.1\r\nHost: 127.0.0.1:{hub.port}\r\n{JSON}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
     assert [wire.answer()[0] for _ in range(500)] == [200] * 500
     for sock in sockets:
-        assert [sock.mail()["content"] for _ in range(500)] == [str(n) for n in range(500)]
+        assert [sock.mail()["content"] for _ in range(500)] == [
+            str(n) for n in range(500)
+        ]
 
 
 def test_at_the_end_every_socket_is_closed_with_1001(hub: Hub) -> None:
+    """Also when one of them neither reads nor answers."""
     hub.register("bob")
     sockets = [hub.socket("bob"), hub.watch(), hub.socket("bob")]
-    hub.socket("bob")  # reads nothing and answers nothing: it must not hold the end up
-    waiting = Wire(hub.port, "GET /api/messages?agent=bob&wait=40 HTTP/1.1~Host: @~~")
+    hub.socket(
+        "bob"
+    )  # reads nothing and answers nothing: it must not hold the end up
+    waiting = Wire(
+        hub.port, "GET /api/messages?agent=bob&wait=40 HTTP/1.1~Host: @~~"
+    )
     assert hub.call("GET", "/health")[0] == 200
     begun = time.monotonic()
     assert hub.stop() == 0
@@ -3762,38 +7123,95 @@ def python27() -> str:
     """A Python 2.7 that runs; pyenv's shims lie about that when HOME is another."""
     shim = shutil.which("python2.7") or ""
     roots = [Path.home() / ".pyenv", *Path(shim).parents[1:2]]
-    tries = [shim, *(str(path) for root in roots for path in root.glob("versions/2.7*/bin/python"))]
-    return next((path for path in tries if path and not subprocess.run(
-        [path, "-c", ""], capture_output=True, check=False).returncode), "")
+    tries = [
+        shim,
+        *(
+            str(path)
+            for root in roots
+            for path in root.glob("versions/2.7*/bin/python")
+        ),
+    ]
+    return next(
+        (
+            path
+            for path in tries
+            if path
+            and not subprocess.run(
+                [path, "-c", ""], capture_output=True, check=False
+            ).returncode
+        ),
+        "",
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.skipif(not python27(), reason="autobahntestsuite is for Python 2.7 alone; also in CI")
+@pytest.mark.skipif(
+    not python27(),
+    reason="autobahntestsuite is for Python 2.7 alone; also in CI",
+)
 def test_autobahn_finds_nothing_beyond_the_librarys_own(
-        monkeypatch: pytest.MonkeyPatch, make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+    monkeypatch: pytest.MonkeyPatch,
+    make_hub: Callable[..., Hub],
+    tmp_path: Path,
+) -> None:
+    """More than two hundred cases of the reference test suite."""
     venv = Path.home() / ".cache" / "agent-chat" / "autobahn-25.10.1"
     if not (venv / "bin" / "wstest").exists():  # a minute, once a machine
-        for words in (f"{python27()} -m pip install -q virtualenv",
-                      f"{python27()} -m virtualenv {venv}",
-                      f"{venv}/bin/pip install -q autobahntestsuite==25.10.1"):
-            subprocess.run(words.split(), check=True, capture_output=True, timeout=300)
+        for words in (
+            f"{python27()} -m pip install -q virtualenv",
+            f"{python27()} -m virtualenv {venv}",
+            f"{venv}/bin/pip install -q autobahntestsuite==25.10.1",
+        ):
+            subprocess.run(
+                words.split(), check=True, capture_output=True, timeout=300
+            )
     (tmp_path / "echo.py").write_text(ECHO)
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", tmp_path / "echo.py")
     hub = make_hub()
-    (tmp_path / "spec.json").write_text(json.dumps({
-        "outdir": f"{tmp_path}/report", "cases": ["*"], "exclude-cases": ["9.*", "12.*", "13.*"],
-        "servers": [{"agent": "hub", "url": f"ws://127.0.0.1:{hub.port}/ws?agent=echo"}]}))
-    words = [str(venv / "bin" / "wstest"), "-m", "fuzzingclient", "-s", str(tmp_path / "spec.json")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    (tmp_path / "spec.json").write_text(
+        json.dumps(
+            {
+                "outdir": f"{tmp_path}/report",
+                "cases": ["*"],
+                "exclude-cases": ["9.*", "12.*", "13.*"],
+                "servers": [
+                    {
+                        "agent": "hub",
+                        "url": f"ws://127.0.0.1:{hub.port}/ws?agent=echo",
+                    }
+                ],
+            }
+        )
+    )
+    words = [
+        str(venv / "bin" / "wstest"),
+        "-m",
+        "fuzzingclient",
+        "-s",
+        str(tmp_path / "spec.json"),
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "report" / "index.json").read_text())["hub"]
     verdicts: dict[str, list[str]] = {}
     for case, result in found.items():
         verdicts.setdefault(result["behavior"], []).append(case)
-    print("autobahn:", {verdict: len(cases) for verdict, cases in verdicts.items()})
-    assert len(found) > 200 and set(verdicts) <= {"OK", "NON-STRICT", "INFORMATIONAL", "FAILED"}
-    assert set(verdicts.get("FAILED", [])) <= {"7.1.5"}, "that one is the library's own"
+    print(
+        "autobahn:",
+        {verdict: len(cases) for verdict, cases in verdicts.items()},
+    )
+    assert len(found) > 200 and set(verdicts) <= {
+        "OK",
+        "NON-STRICT",
+        "INFORMATIONAL",
+        "FAILED",
+    }
+    assert set(verdicts.get("FAILED", [])) <= {"7.1.5"}, (
+        "that one is the library's own"
+    )
     unharmed(hub)
 
 
@@ -3813,9 +7231,9 @@ SOCKET = """new Promise(done => {{
 MAIL = "JSON.stringify({from: 'eve', to: 'bob', content: 'let me in'})"
 PROBES = {  # what a page can do; each gives back what it learned, "" is nothing
     "simple fetch": f"fetch(HUB + '/api/send', {{method: 'POST', mode: 'no-cors', body: {MAIL}}})"
-                    ".then(r => r.text())",
+    ".then(r => r.text())",
     "json fetch": f"fetch(HUB + '/api/send', {{method: 'POST', body: {MAIL}, "
-                  "headers: {'Content-Type': 'application/json'}}).then(r => r.text())",
+    "headers: {'Content-Type': 'application/json'}}).then(r => r.text())",
     "beacon": f"Promise.resolve(navigator.sendBeacon(HUB + '/api/send', {MAIL}) && '')",
     "read": "fetch(HUB + '/api/messages/recent').then(r => r.text())",
     "opaque read": "fetch(HUB + '/api/messages?agent=bob', {mode: 'no-cors'}).then(r => r.text())",
@@ -3830,26 +7248,35 @@ PROBES = {  # what a page can do; each gives back what it learned, "" is nothing
         document.querySelector('iframe[name=f]').onload = () => done('');
         document.querySelector('form').submit() })""",
     "socket that watches": SOCKET.format(query="watch=1&after=0"),
-    "socket of an agent": SOCKET.format(query="agent=bob")}
+    "socket of an agent": SOCKET.format(query="agent=bob"),
+}
 PLACES = ["127.0.0.1", "localhost", "0.0.0.0", "rebind.test"]
 REFUSED = r" (?:400|403|405|415) "
 
 
 def tried(page: Any, name: str, hub_url: str) -> str:
     """What the probe learned; "" where the browser or the hub stopped it."""
-    learned: str = page.evaluate(f"HUB => ({PROBES[name]}).catch(e => '')", hub_url)
+    learned: str = page.evaluate(
+        f"HUB => ({PROBES[name]}).catch(e => '')", hub_url
+    )
     return learned
 
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
     """Another server on this machine, as a web page under development is; its address."""
+
     class Page(http.server.BaseHTTPRequestHandler):
+        """A web page under development."""
         def do_GET(self) -> None:
+            """The page, in a sandbox if asked."""
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             if self.path == "/sandboxed":  # its origin is null
-                self.send_header("Content-Security-Policy", "sandbox allow-scripts allow-forms")
+                self.send_header(
+                    "Content-Security-Policy",
+                    "sandbox allow-scripts allow-forms",
+                )
             self.end_headers()
             self.wfile.write(b"<!doctype html><title>page</title><body>hello")
 
@@ -3864,7 +7291,9 @@ def elsewhere() -> Iterator[str]:
 
 def untouched(hub: Hub, seed: str) -> None:
     """Nothing was stored, nothing was marked, not even as pushed."""
-    assert [m["id"] for m in hub.get("/api/messages/recent", limit=1000)] == [seed]
+    assert [m["id"] for m in hub.get("/api/messages/recent", limit=1000)] == [
+        seed
+    ]
     assert hub.receipts(seed)["bob"]["state"] == "stored"
     assert [agent["name"] for agent in hub.get("/api/agents")] == ["bob"]
     unharmed(hub)
@@ -3874,25 +7303,37 @@ def untouched(hub: Hub, seed: str) -> None:
 @NEEDS_CHROMIUM
 @pytest.mark.parametrize("origin", ["another port", "null"])
 def test_a_page_of_another_origin_gets_nothing_and_leaves_nothing(
-        make_hub: Callable[..., Hub], elsewhere: str, browser: Any, origin: str) -> None:
+    make_hub: Callable[..., Hub], elsewhere: str, browser: Any, origin: str
+) -> None:
+    """Twelve ways in which a page can reach a local server, at four names of it."""
     hub = make_hub(log_level="debug")
     hub.register("bob")
     seed = hub.send("ann", "bob", "the secret plan")["id"]
     page = browser.new_page()
     page.goto(elsewhere + ("/sandboxed" if origin == "null" else "/"))
-    assert page.evaluate("self.origin") == ("null" if origin == "null" else elsewhere)
+    assert page.evaluate("self.origin") == (
+        "null" if origin == "null" else elsewhere
+    )
     for place in PLACES:
         for name in PROBES:
             before = hub.log.read_text()
-            assert tried(page, name, f"http://{place}:{hub.port}") == "", (place, name)
+            assert tried(page, name, f"http://{place}:{hub.port}") == "", (
+                place,
+                name,
+            )
 
             def said(before: str = before) -> str:
-                return hub.log.read_text()[len(before):]
+                """What the hub has logged since."""
+                return hub.log.read_text()[len(before) :]
 
-            eventually(lambda said=said: re.search(REFUSED, said()))  # it did reach the hub
+            eventually(
+                lambda said=said: re.search(REFUSED, said())
+            )  # it did reach the hub
             assert " 200 " not in said(), (place, name)
     print(f"{origin}: {len(PROBES)} probes at {len(PLACES)} names, all refused")
-    page.goto(hub.url + "/health")  # and from its own page the same probes do work
+    page.goto(
+        hub.url + "/health"
+    )  # and from its own page the same probes do work
     assert "secret plan" in tried(page, "read", hub.url)
     assert tried(page, "socket that watches", hub.url) == "open"
     untouched(hub, seed)
@@ -3905,9 +7346,17 @@ def test_a_rebound_name_is_not_this_hub(hub: Hub, browser: Any) -> None:
     hub.register("bob")
     seed = hub.send("ann", "bob", "the secret plan")["id"]
     page, here = browser.new_page(), f"http://rebind.test:{hub.port}"
-    for path in ("/", "/health", "/agent_chat.py", "/api/agents", "/api/messages?agent=bob"):
+    for path in (
+        "/",
+        "/health",
+        "/agent_chat.py",
+        "/api/agents",
+        "/api/messages?agent=bob",
+    ):
         answer = page.goto(here + path)
-        assert answer and answer.status == 403 and "secret" not in page.content(), path
+        assert (
+            answer and answer.status == 403 and "secret" not in page.content()
+        ), path
     for name in PROBES:
         assert not re.search("secret|msg-|open", tried(page, name, here)), name
     untouched(hub, seed)
@@ -12797,14 +16246,20 @@ def test_the_readmes_measurements_have_a_place_of_their_own() -> None:
 # JOURNEY -- all of it: two agents in two panes, a dashboard, a hub that is killed.
 # ======================================================================================
 
-DOORBELL_NEW = (r'\[agent-chat\] Call check_messages for details, then reply with send_message\. '
-                r'New message from {}: "{}" #[0-9a-f]{{4}}')
-DOORBELL_REPLY = (r'\[agent-chat\] REPLY received\. Do NOT auto-reply — wait for human user to '
-                  r'explicitly ask you to respond\. From {}: "{}" \(reply to msg-[-0-9a-f]+\) '
-                  r'#[0-9a-f]{{4}}')
-DOORBELL_GROUP = (r'\[agent-chat\] Call check_messages for details, then reply with '
-                  r'send_group_message or send_message\. New message in {} from {}: "{}" '
-                  r'#[0-9a-f]{{4}}')
+DOORBELL_NEW = (
+    r"\[agent-chat\] Call check_messages for details, then reply with send_message\. "
+    r'New message from {}: "{}" #[0-9a-f]{{4}}'
+)
+DOORBELL_REPLY = (
+    r"\[agent-chat\] REPLY received\. Do NOT auto-reply — wait for human user to "
+    r'explicitly ask you to respond\. From {}: "{}" \(reply to msg-[-0-9a-f]+\) '
+    r"#[0-9a-f]{{4}}"
+)
+DOORBELL_GROUP = (
+    r"\[agent-chat\] Call check_messages for details, then reply with "
+    r'send_group_message or send_message\. New message in {} from {}: "{}" '
+    r"#[0-9a-f]{{4}}"
+)
 
 
 def answered(agent: Agent, tool: str, **arguments: Any) -> dict[str, Any]:
@@ -12817,8 +16272,13 @@ def answered(agent: Agent, tool: str, **arguments: Any) -> dict[str, Any]:
 
 def rung_with(agent: Agent, pattern: str, seconds: float = 15) -> str:
     """The first submitted line that the pattern matches whole."""
-    return eventually(lambda: next((line for line in agent.submitted()
-                                    if re.fullmatch(pattern, line)), ""), seconds, 0.01)
+    return eventually(
+        lambda: next(
+            (line for line in agent.submitted() if re.fullmatch(pattern, line)), ""
+        ),
+        seconds,
+        0.01,
+    )
 
 
 @pytest.mark.tmux
@@ -12826,31 +16286,56 @@ def rung_with(agent: Agent, pattern: str, seconds: float = 15) -> str:
 @NEEDS_TMUX
 @NEEDS_CHROMIUM
 def test_a_message_travels_from_tool_call_to_pane_and_dashboard(
-        hub: Hub, tmux: Tmux, tmp_path: Path, visit: Callable[..., Person]) -> None:
+    hub: Hub, tmux: Tmux, tmp_path: Path, visit: Callable[..., Person]
+) -> None:
     def launch(name: str) -> Agent:
-        env = clean_environment(tmp_path, AGENT_CHAT_SERVER=hub.url, AGENT_NAME=name,
-                                AGENT_GROUPS="dev-team")
-        chosen = {k: v for k, v in env.items() if k.startswith("AGENT") or k == "HOME"}
-        return Agent(tmux, tmp_path / name, [PYTHON, str(PROGRAM), "mcp"], chosen, handshake=True)
+        """With the limit set before it serves."""
+        env = clean_environment(
+            tmp_path,
+            AGENT_CHAT_SERVER=hub.url,
+            AGENT_NAME=name,
+            AGENT_GROUPS="dev-team",
+        )
+        chosen = {
+            k: v for k, v in env.items() if k.startswith("AGENT") or k == "HOME"
+        }
+        return Agent(
+            tmux,
+            tmp_path / name,
+            [PYTHON, str(PROGRAM), "mcp"],
+            chosen,
+            handshake=True,
+        )
 
     alice, bob = launch("alice"), launch("bob")
-    eventually(lambda: [a["status"] for a in hub.get("/api/agents")] == ["online", "online"], 20)
+    eventually(
+        lambda: (
+            [a["status"] for a in hub.get("/api/agents")] == ["online", "online"]
+        ),
+        20,
+    )
     dashboard = visit(hub, allowed=NETWORK_NOISE).live()
 
     # a message: the doorbell in bob's pane, the text only through the tool
     begun = time.time()
     sent = answered(alice, "send_message", to="bob", content="API spec ready")
     line = rung_with(bob, DOORBELL_NEW.format("alice", "API spec ready"))
-    rung_at = next(json.loads(entry)["at"] for entry in bob.file.read_text().splitlines()
-                   if json.loads(entry)["value"] == line)
+    rung_at = next(
+        json.loads(entry)["at"]
+        for entry in bob.file.read_text().splitlines()
+        if json.loads(entry)["value"] == line
+    )
     print(f"send to submitted line: {(rung_at - begun) * 1000:.0f} ms")
     found = answered(bob, "check_messages")
-    assert [(m["from"], m["content"], m["verified"]) for m in found["messages"]] == [
-        ("alice", "API spec ready", True)]
+    assert [
+        (m["from"], m["content"], m["verified"]) for m in found["messages"]
+    ] == [("alice", "API spec ready", True)]
     assert "not from your user" in found["note"]
 
     # a reply carries the wording that stops politeness loops
-    answered(bob, "send_message", to="alice", content="Looks good", reply_to=sent["id"])
+    answered(
+        bob, "send_message", to="alice", content="Looks good", reply_to=sent["id"]
+    )
     rung_with(alice, DOORBELL_REPLY.format("bob", "Looks good"))
     answered(alice, "check_messages", mark_read=True)
 
@@ -12861,8 +16346,17 @@ def test_a_message_travels_from_tool_call_to_pane_and_dashboard(
     answered(bob, "read_messages", message_ids=ids)
     assert answered(bob, "check_messages")["messages"] == []
     states = hub.receipts(sent["id"])["bob"]
-    assert (states["state"], states["door"], states["outcome"]) == ("read", "tmux", "rung")
-    assert states["stored_at"] <= states["pushed_at"] <= states["seen_at"] <= states["read_at"]
+    assert (states["state"], states["door"], states["outcome"]) == (
+        "read",
+        "tmux",
+        "rung",
+    )
+    assert (
+        states["stored_at"]
+        <= states["pushed_at"]
+        <= states["seen_at"]
+        <= states["read_at"]
+    )
     assert states["rung_at"]
     for text in ("API spec ready", "Standup"):
         expect(dashboard.message(text)).to_be_visible()
