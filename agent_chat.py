@@ -11188,7 +11188,6 @@ JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 JSON_SCALAR = re.compile(rf"(?:{JSON_NUMBER}|true|false|null)(?![\w.])")
 LINE_END_COMMENT = re.compile(r"[ \t]*(?://[^\r\n]*|/\*[^\r\n]*?\*/(?=[ \t]*\r?\n))")
 FIRST_INDENT = re.compile(r'\n([ \t]+)["\[{/]')
-INDENT = re.compile(r"[ \t]*")
 TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 TOML_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 TOML_HEADER = re.compile(r"[ \t]*\[")
@@ -11277,10 +11276,15 @@ class JsonReader:
             return self.object(at, depth)
         if opening == "[":
             return self.array(at, depth)
-        match = JSON_STRING.match(self.text, at) or JSON_SCALAR.match(self.text, at)
+        scalar = JSON_SCALAR
+        if opening == '"':
+            scalar = JSON_STRING
+        match = scalar.match(self.text, at)
         if not match:
             raise self.trouble("a value is expected", at)
-        return JsonNode(at, match.end(), json.loads(match[0]))
+        data = json.loads(match[0])
+        end = match.end()
+        return JsonNode(at, end, data)
 
     def object(self, start: int, depth: int) -> JsonNode:
         """The object that begins there; FileTrouble if it has a key twice: which of the
@@ -11289,31 +11293,45 @@ class JsonReader:
         data: dict[str, Json] = {}
         at = self.skip(start + 1)
         while self.peek(at) != "}":
-            match = JSON_STRING.match(self.text, at)
-            if not match:
+            label = JSON_STRING.match(self.text, at)
+            if not label:
                 raise self.trouble("a key is expected", at)
-            key = json.loads(match[0])
+            key = json.loads(label[0])
             if key in data:
-                raise self.trouble(f"the key {match[0]} stands there a second time", at)
-            colon = self.skip(match.end())
-            if self.peek(colon) != ":":
-                raise self.trouble("a colon is expected", colon)
-            value = self.value(self.skip(colon + 1), depth + 1)
-            items.append(JsonItem(key, at, value))
+                what = f"the key {label[0]} stands there a second time"
+                raise self.trouble(what, at)
+            content = self.behind_colon(label.end())
+            value = self.value(content, depth + 1)
+            item = JsonItem(key, at, value)
+            items.append(item)
             data[key] = value.data
             at = self.after_item(value.end, "}")
-        return JsonNode(start, at + 1, data, tuple(items))
+        end = at + 1
+        found = tuple(items)
+        return JsonNode(start, end, data, found)
+
+    def behind_colon(self, at: int) -> int:
+        """Where the value of a member begins, behind the end of its key."""
+        colon = self.skip(at)
+        if self.peek(colon) != ":":
+            raise self.trouble("a colon is expected", colon)
+        return self.skip(colon + 1)
 
     def array(self, start: int, depth: int) -> JsonNode:
         """The array that begins there."""
         items: list[JsonItem] = []
+        data: list[Json] = []
         at = self.skip(start + 1)
         while self.peek(at) != "]":
             value = self.value(at, depth + 1)
-            items.append(JsonItem(len(items), at, value))
+            number = len(items)
+            item = JsonItem(number, at, value)
+            items.append(item)
+            data.append(value.data)
             at = self.after_item(value.end, "]")
-        data = [item.value.data for item in items]
-        return JsonNode(start, at + 1, data, tuple(items))
+        end = at + 1
+        found = tuple(items)
+        return JsonNode(start, end, data, found)
 
     def after_item(self, end: int, closing: str) -> int:
         """Where the next item begins, or the closing bracket stands."""
@@ -11323,23 +11341,31 @@ class JsonReader:
         if self.peek(at) != ",":
             raise self.trouble("a comma is expected", at)
         following = self.skip(at + 1)
-        if self.peek(following) == closing and not self.comments:
+        is_last = self.peek(following) == closing
+        if is_last and not self.comments:
             raise self.trouble("a comma too many", at)
         return following
 
     def trouble(self, what: str, at: int) -> FileTrouble:
         """The sentence, with the line that it is about."""
-        line = self.text.count("\n", 0, at) + 1
+        before = self.text[:at]
+        line = 1 + before.count("\n")
         return FileTrouble(f"line {line}: {what}")
 
 
 def next_token(text: str, at: int) -> int:
     """The next place that is neither blank nor inside a comment."""
     match = JSON_BLANK.match(text, at)
-    return match.end() if match else at
+    if match is None:
+        return at
+    return match.end()
 
 
 # -- editing JSON
+
+
+# A comma belongs to the item before it, a comment at the end of a line to that line;
+# both stay where they are when ours comes and goes.
 
 
 class JsonText:
@@ -11354,7 +11380,9 @@ class JsonText:
     def get(self, path: KeyPath) -> Json:
         """What stands at that path, None if there is nothing."""
         node = self.find(path)
-        return node.data if node else None
+        if node is None:
+            return None
+        return node.data
 
     def find(self, path: KeyPath) -> JsonNode | None:
         """The node at that path, None if there is none."""
@@ -11371,24 +11399,35 @@ class JsonText:
         old = self.find(path)
         if old is None:
             self.add(path, value)
-        elif isinstance(old.data, dict) and isinstance(value, Mapping):
-            for key, part in value.items():
-                self.merge((*path, key), part)
+            return
+        both_objects = isinstance(old.data, dict) and isinstance(value, Mapping)
+        if both_objects:
+            self.merge_members(path, value)
         elif old.data != value:
-            written = self.written(value, self.indent_of_line(old.start))
-            self.splice([Splice(old.start, old.end, written)])
+            indent = self.indent_of_line(old.start)
+            written = self.written(value, indent)
+            piece = Splice(old.start, old.end, written)
+            self.splice([piece])
+
+    def merge_members(self, path: KeyPath, values: Json) -> None:
+        """Puts each of these members into the object there."""
+        for key, value in values.items():
+            inner = (*path, key)
+            self.merge(inner, value)
 
     def add(self, path: KeyPath, value: object) -> None:
         """Puts a new member there; objects on the way to it are made where they are
         missing."""
-        *way, key = path
-        parent = self.find(tuple(way))
+        *steps, key = path
+        way = tuple(steps)
+        parent = self.find(way)
         if parent is None:
-            self.add(tuple(way), {key: value})
+            self.add(way, {key: value})
         elif not isinstance(parent.data, dict):
-            raise FileTrouble(f"{dotted(tuple(way))} is no JSON object")
+            raise FileTrouble(f"{dotted(way)} is no JSON object")
         else:
-            label = json.dumps(key, ensure_ascii=False) + ": "
+            name = json.dumps(key, ensure_ascii=False)
+            label = name + ": "
             self.insert(parent, label, value)
             self.expect(path, value)
 
@@ -11401,8 +11440,9 @@ class JsonText:
         elif not isinstance(array.data, list):
             raise FileTrouble(f"{dotted(path)} is no JSON list")
         else:
+            number = len(array.items)
             self.insert(array, "", value)
-            self.expect((*path, len(array.items)), value)
+            self.expect((*path, number), value)
 
     def expect(self, path: KeyPath, value: object) -> None:
         """FileTrouble if that does not stand there now."""
@@ -11412,8 +11452,9 @@ class JsonText:
     def remove(self, path: KeyPath) -> None:
         """Takes that value out, and every container that has nothing left in it
         then."""
-        *way, key = path
-        parent = self.find(tuple(way))
+        *steps, key = path
+        way = tuple(steps)
+        parent = self.find(way)
         if parent is None or parent.child(key) is None:
             return
         meant = without(self.root.data, path)
@@ -11421,18 +11462,27 @@ class JsonText:
             self.cut(parent, key)
         if self.root.data != meant:
             raise FileTrouble(f"a comment stands in the way of {dotted(path)}")
-        rest = self.find(tuple(way))
-        if way and rest and not self.text[rest.start + 1:rest.end - 1].strip():
-            self.remove(tuple(way))
+        rest = self.find(way)
+        if way and rest and self.is_bare(rest):
+            self.remove(way)
 
-    # -- pieces of text
+    def is_bare(self, node: JsonNode) -> bool:
+        """True if nothing stands between the brackets, not even a comment."""
+        start = node.start + 1
+        end = node.end - 1
+        inside = self.text[start:end]
+        return not inside.strip()
+
+    # -- pieces of text. Nothing but blanks, one comma and our own value is ever replaced.
 
     def splice(self, pieces: Sequence[Splice]) -> None:
         """Replaces these pieces, which stand in the order of the text, and reads it
         again."""
         text = self.text
         for piece in reversed(pieces):
-            text = text[:piece.start] + piece.text + text[piece.end:]
+            before = text[:piece.start]
+            behind = text[piece.end:]
+            text = before + piece.text + behind
         self.root = JsonReader(text, self.comments).document()
         self.text = text
 
@@ -11441,79 +11491,110 @@ class JsonText:
         indent = self.item_indent(parent)
         item = label + self.written(value, indent)
         if indent is not None:
-            item = self.newline() + indent + item
+            line_start = self.newline() + indent
+            item = line_start + item
         if parent.items:
-            self.splice(self.behind_last(parent, item, indent))
+            pieces = self.behind_last(parent, item, indent)
         else:
-            self.splice([self.between_brackets(parent, item, indent)])
+            piece = self.between_brackets(parent, item, indent)
+            pieces = [piece]
+        self.splice(pieces)
 
-    def behind_last(self, parent: JsonNode, item: str, indent: str | None) -> list[Splice]:
+    def behind_last(self, parent: JsonNode, item: str,
+                    indent: str | None) -> list[Splice]:
         """An item behind the last one, and the comma between them. A comment at the end
         of the last one's line stays with it."""
-        last = parent.items[-1].value.end
-        comma = next_token(self.text, last)
+        *_, last = parent.items
+        end = last.value.end
+        comma = next_token(self.text, end)
         has_comma = self.text[comma] == ","
-        if indent is None and has_comma:
-            return [Splice(comma + 1, comma + 1, f" {item},")]
-        if indent is None:
-            return [Splice(last, last, ", " + item)]
+        behind = end
+        # Where the last item has a comma behind it, ours gets one, too.
         if has_comma:
-            place = self.behind_comment(comma + 1)
-            return [Splice(place, place, item + ",")]
-        place = self.behind_comment(last)
-        return [Splice(last, last, ","), Splice(place, place, item)]
+            behind = comma + 1
+            item += ","
+        if indent is None:
+            piece = " " + item
+        else:
+            piece = item
+            behind = self.behind_comment(behind)
+        addition = Splice(behind, behind, piece)
+        if has_comma:
+            return [addition]
+        return [Splice(end, end, ","), addition]
 
     def behind_comment(self, at: int) -> int:
         """That place, or the end of a comment that ends its line."""
         comment = LINE_END_COMMENT.match(self.text, at)
-        return comment.end() if comment else at
+        if comment is None:
+            return at
+        return comment.end()
 
-    def between_brackets(self, parent: JsonNode, item: str, indent: str | None) -> Splice:
+    def between_brackets(self, parent: JsonNode, item: str,
+                         indent: str | None) -> Splice:
         """A first item, behind the comments that stand there instead of one."""
         start = parent.start + 1
         end = parent.end - 1
-        comments = list(JSON_COMMENT.finditer(self.text, start, end))
-        if comments:
-            behind = comments[-1].end()
+        behind = 0
+        for comment in JSON_COMMENT.finditer(self.text, start, end):
+            behind = comment.end()
+        if behind:
             return Splice(behind, behind, item)
         if indent is not None:
-            item += self.newline() + self.indent_of_line(parent.start)
+            newline = self.newline()
+            closing = self.indent_of_line(parent.start)
+            item += newline + closing
         return Splice(start, end, item)
 
     def cut(self, parent: JsonNode, key: str | int) -> None:
         """Takes one item out, with the blanks before it and one comma."""
-        number = [item.key for item in parent.items].index(key)
-        item = parent.items[number]
-        gap = parent.items[number - 1].value.end if number else parent.start + 1
+        gap = parent.start + 1
+        is_first = True
+        for item in parent.items:
+            if item.key == key:
+                break
+            gap = item.value.end
+            is_first = False
         start = self.blanks_before(item.start, gap)
         end = item.value.end
         comma = next_token(self.text, end)
         if self.text[comma] == ",":
-            self.splice([Splice(start, end), Splice(comma, comma + 1)])
-        elif number:
-            before = next_token(self.text, gap)
-            start = max(start, before + 1)
-            self.splice([Splice(before, before + 1), Splice(start, end)])
+            itself = Splice(start, end)
+            its_comma = Splice(comma, comma + 1)
+            self.splice([itself, its_comma])
+        elif is_first:
+            itself = self.only_item(parent, start, end)
+            self.splice([itself])
         else:
-            if self.is_alone(parent, start, end):
-                end = parent.end - 1
-            self.splice([Splice(start, end)])
+            comma = next_token(self.text, gap)
+            start = max(start, comma + 1)
+            itself = Splice(start, end)
+            its_comma = Splice(comma, comma + 1)
+            self.splice([its_comma, itself])
 
     def blanks_before(self, item: int, gap: int) -> int:
         """Where the blanks before an item begin, in the gap since the last value or
         bracket; a comment there keeps the blanks that are part of it."""
-        start = len(self.text[:item].rstrip(" \t\r\n"))
+        before = self.text[:item]
+        bare = before.rstrip(" \t\r\n")
+        start = len(bare)
         for comment in JSON_COMMENT.finditer(self.text, gap, item):
             start = max(start, comment.end())
         return start
 
-    def is_alone(self, parent: JsonNode, start: int, end: int) -> bool:
-        """True if nothing else stands between the brackets, not even a comment."""
-        before = self.text[parent.start + 1:start]
-        behind = self.text[end:parent.end - 1]
-        return not (before + behind).strip()
+    def only_item(self, parent: JsonNode, start: int, end: int) -> Splice:
+        """The piece that goes with the only item; no blank stays between the brackets
+        unless there are comments."""
+        inside = parent.start + 1
+        closing = parent.end - 1
+        before = self.text[inside:start]
+        behind = self.text[end:closing]
+        rest = before + behind
+        if rest.strip():
+            return Splice(start, end)
+        return Splice(start, closing)
 
-    # -- layout
+    # -- layout: that of the file, guessed from the first indentation in it
 
     def newline(self) -> str:
         """The line end of this file."""
@@ -11524,33 +11605,41 @@ class JsonText:
         found = FIRST_INDENT.search(self.text)
         if found:
             return found[1]
-        return "" if self.root.items else "  "
+        if self.root.items:
+            return ""
+        return "  "
 
     def indent_of_line(self, at: int) -> str:
         """The blanks that begin the line of that place."""
         start = self.text.rfind("\n", 0, at) + 1
-        blanks = INDENT.match(self.text, start)
-        return blanks[0] if blanks else ""
+        line = self.text[start:at]
+        text = line.lstrip(" \t")
+        return line.removesuffix(text)
 
     def item_indent(self, parent: JsonNode) -> str | None:
         """What begins the line of a new item; None where items stand in one line."""
-        if parent.items:
-            first = parent.items[0].start
-            if "\n" in self.text[parent.start:first]:
-                return self.indent_of_line(first)
-            return None
         unit = self.unit()
-        if not unit and "\n" not in self.text[parent.start:parent.end]:
+        if not parent.items:
+            inside = self.text[parent.start:parent.end]
+            if not unit and "\n" not in inside:
+                return None
+            outer = self.indent_of_line(parent.start)
+            return outer + (unit or "  ")
+        first, *_ = parent.items
+        before = self.text[parent.start:first.start]
+        if "\n" not in before:
             return None
-        return self.indent_of_line(parent.start) + (unit or "  ")
+        return self.indent_of_line(first.start)
 
     def written(self, value: object, indent: str | None) -> str:
         """The value as JSON, in the layout of this file."""
         unit = self.unit()
         if indent is None or not unit:
             return json.dumps(value, ensure_ascii=False)
-        lines = json.dumps(value, indent=unit, ensure_ascii=False).split("\n")
-        return (self.newline() + indent).join(lines)
+        text = json.dumps(value, indent=unit, ensure_ascii=False)
+        lines = text.split("\n")
+        line_start = self.newline() + indent
+        return line_start.join(lines)
 
 
 def without(data: Json, path: KeyPath) -> Json:
@@ -11558,7 +11647,8 @@ def without(data: Json, path: KeyPath) -> Json:
     key, *rest = path
     copy = data.copy()
     if rest:
-        copy[key] = without(data[key], tuple(rest))
+        inner = data[key]
+        copy[key] = without(inner, tuple(rest))
     else:
         del copy[key]
     return copy
@@ -11606,18 +11696,21 @@ def toml_without(text: str, is_ours: Callable[[str], bool]) -> str:
             kept += "".join(TOML_COMMENT.findall(section))
         else:
             kept += section
-    return TOML_LAST_BLANK.sub(r"\1", kept) if ours else kept
+    if not ours:
+        return kept
+    return TOML_LAST_BLANK.sub(r"\1", kept)
 
 
 def toml_with(text: str, lines: Sequence[str]) -> str:
     """The text with these lines behind a blank one at its end, in its own line ends."""
     newline = "\r\n" if "\r\n" in text else "\n"
-    start = text
-    if start and not start.endswith("\n"):
-        start += newline
-    if start:
-        start += newline
-    return start + "".join(line + newline for line in lines)
+    if text and not text.endswith("\n"):
+        text += newline
+    if text:
+        text += newline
+    for line in lines:
+        text += line + newline
+    return text
 
 
 def toml_lines(header: str, values: Mapping[str, Json]) -> list[str]:
@@ -11625,11 +11718,14 @@ def toml_lines(header: str, values: Mapping[str, Json]) -> list[str]:
     keys."""
     lines = [header]
     for key, value in values.items():
+        name = toml_key(key)
         if not isinstance(value, dict):
-            lines.append(f"{toml_key(key)} = {toml_value(value)}")
+            lines.append(f"{name} = {toml_value(value)}")
             continue
         for inner, content in value.items():
-            lines.append(f"{toml_key(key)}.{toml_key(inner)} = {toml_value(content)}")
+            inner_name = toml_key(inner)
+            written = toml_value(content)
+            lines.append(f"{name}.{inner_name} = {written}")
     return lines
 
 
@@ -11643,26 +11739,33 @@ def toml_key(key: str) -> str:
 def toml_value(value: object) -> str:
     """Strings, numbers, booleans and lists of them, which TOML writes nearly as JSON
     does."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")
 
 
 # -- YAML: only written, never read
 
 
-def yaml_lines(value: object, indent: str = "") -> list[str]:
+def yaml_lines(value: Json, indent: str = "") -> list[str]:
     """Objects, and lists of objects, as blocks; everything else as JSON, which YAML
     includes."""
     lines: list[str] = []
+    deeper = indent + "  "
     if isinstance(value, list):
         for part in value:
-            first, *rest = yaml_lines(part, indent + "  ")
-            lines += [f"{indent}- {first.lstrip()}", *rest]
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            if is_yaml_block(part):
-                lines += [f"{indent}{key}:", *yaml_lines(part, indent + "  ")]
-            else:
-                lines.append(f"{indent}{key}: {json.dumps(part, ensure_ascii=False)}")
+            first, *rest = yaml_lines(part, deeper)
+            first = first.lstrip()
+            lines.append(f"{indent}- {first}")
+            lines += rest
+        return lines
+    for key, part in value.items():
+        if is_yaml_block(part):
+            block = yaml_lines(part, deeper)
+            lines.append(f"{indent}{key}:")
+            lines += block
+        else:
+            text = json.dumps(part, ensure_ascii=False)
+            lines.append(f"{indent}{key}: {text}")
     return lines
 
 
@@ -11739,7 +11842,7 @@ class Reply(NamedTuple):
 
     context: tuple[str, ...] = ("hookSpecificOutput", "additionalContext")
     reason: tuple[str, ...] = ("reason",)
-    verdict: tuple[str, str] = ("decision", "block")  # beside the reason; ("", "") = none
+    verdict: Mapping[str, str] = {"decision": "block"}  # what stands beside the reason
 
 
 class HookRow(NamedTuple):
@@ -11794,6 +11897,8 @@ OPENCODE_KEYS = EntryKeys("command", "", "environment")
 STDIO = {"type": "stdio"}
 
 AGENT_CLIS = {
+    # Grok, Copilot, Kimi and Qoder read its files, too. Its tools are deferred unless each
+    # of them asks to be loaded, which the plugin does.
     "claude": AgentCli(
         ("claude",), CLAUDE_HOME,
         user=(FileTable(CLAUDE_HOME + "/.config.json", SERVERS),
@@ -11803,11 +11908,12 @@ AGENT_CLIS = {
         tools=ToolSight.ASKED_BY_TOOL,
         hooks=HookRow((FileTable(CLAUDE_HOME + "/settings.json", HOOKS),),
                       (FileTable(".claude/settings.json", HOOKS),), CLAUDE_EVENTS)),
+    # It hands on only the variables that are named, gives a tool up after 60 s, and asks
+    # before each tool call. Nothing keeps it from deferring tools. Grok can read its file.
     "codex": AgentCli(
         ("codex",), CODEX_HOME,
         user=(FileTable(CODEX_HOME + "/config.toml", ("mcp_servers",)),),
         project=(FileTable(".codex/config.toml", ("mcp_servers",)),),
-        # it hands on what is named, and asks before each tool call
         more={"env_vars": ["TMUX", "TMUX_PANE", "AGENT_CHAT_API_KEY", "AGENT_CHAT_TMUX"],
               "tool_timeout_sec": MAX_WAIT_SECONDS + 10,
               "default_tools_approval_mode": "approve"},
@@ -11815,6 +11921,7 @@ AGENT_CLIS = {
         tools=ToolSight.DEFERRED,
         hooks=HookRow((FileTable(CODEX_HOME + "/hooks.json", HOOKS),),
                       (FileTable(".codex/hooks.json", HOOKS),), CLAUDE_EVENTS)),
+    # It starts no server in a folder that it does not trust, and strips comments.
     "gemini": AgentCli(
         ("gemini",), GEMINI_HOME + "/settings.json",
         user=(FileTable(GEMINI_HOME + "/settings.json", SERVERS),),
@@ -11825,7 +11932,9 @@ AGENT_CLIS = {
                       (FileTable(".gemini/settings.json", HOOKS),),
                       {Moment.PROMPT: "BeforeAgent", Moment.TOOL: "AfterTool",
                        Moment.END: "AfterAgent"},
-                      Reply(verdict=("decision", "deny")))),
+                      Reply(verdict={"decision": "deny"}))),
+    # OPENCODE_CONFIG names one more file, which wins over the others. Version 2 has its
+    # servers one table deeper.
     "opencode": AgentCli(
         ("opencode",), CONFIG_HOME + "/opencode",
         user=(FileTable("${OPENCODE_CONFIG}", ("mcp",)),
@@ -11838,6 +11947,8 @@ AGENT_CLIS = {
         comments=True,
         nested="servers",
         tools=ToolSight.SHOWN),
+    # A project's file is Claude's, so its entry there has only what Claude overlooks. Its
+    # hooks have a file of our own. What a hook says to a prompt it may drop.
     "copilot": AgentCli(
         ("copilot",), COPILOT_HOME,
         user=(FileTable(COPILOT_HOME + "/mcp-config.json", SERVERS),),
@@ -11852,6 +11963,7 @@ AGENT_CLIS = {
                       {Moment.TOOL: "PostToolUse", Moment.END: "Stop"},
                       Reply(context=("additionalContext",)),
                       grouped=False, version=1)),
+    # One unknown event in its hooks file, and it overlooks the whole file.
     "cursor": AgentCli(
         ("cursor-agent",), "~/.cursor",
         user=(FileTable("~/.cursor/mcp.json", SERVERS),),
@@ -11860,8 +11972,9 @@ AGENT_CLIS = {
         hooks=HookRow((FileTable("~/.cursor/hooks.json", HOOKS),),
                       (FileTable(".cursor/hooks.json", HOOKS),),
                       {Moment.TOOL: "postToolUse", Moment.END: "stop"},
-                      Reply(("additional_context",), ("followup_message",), ("", "")),
+                      Reply(("additional_context",), ("followup_message",), {}),
                       grouped=False, typed=False, version=1)),
+    # A descendant of Gemini's, with Claude's hooks.
     "qwen": AgentCli(
         ("qwen",), QWEN_HOME,
         user=(FileTable(QWEN_HOME + "/settings.json", SERVERS),),
@@ -11871,6 +11984,8 @@ AGENT_CLIS = {
         tools=ToolSight.ASKED_BY_ENTRY,
         hooks=HookRow((FileTable(QWEN_HOME + "/settings.json", HOOKS),),
                       (FileTable(".qwen/settings.json", HOOKS),), CLAUDE_EVENTS)),
+    # Its hooks are an array of tables. It only listens at a prompt and at the end of a
+    # turn.
     "kimi": AgentCli(
         ("kimi",), KIMI_HOME,
         user=(FileTable(KIMI_HOME + "/mcp.json", SERVERS),),
@@ -11879,32 +11994,35 @@ AGENT_CLIS = {
                       {Moment.PROMPT: "UserPromptSubmit", Moment.END: "Stop"},
                       Reply(("hookSpecificOutput", "message"),
                             ("hookSpecificOutput", "permissionDecisionReason"),
-                            ("permissionDecision", "deny")))),
+                            {"permissionDecision": "deny"}))),
     "grok": AgentCli(
         ("grok",), GROK_HOME,
         user=(FileTable(GROK_HOME + "/config.toml", ("mcp_servers",)),),
         project=(FileTable(".grok/config.toml", ("mcp_servers",)),)),
+    # Without `exposure`, tools are reachable by generated code alone.
     "pi": AgentCli(
         ("pi",), "${PI_CODING_AGENT_DIR:-~/.pi/agent}",
         user=(FileTable("${PI_CODING_AGENT_DIR:-~/.pi/agent}/mcp.json", SERVERS),),
         project=(FileTable(".pi/mcp.json", SERVERS),),
         more={"exposure": "direct"},
         tools=ToolSight.ASKED_BY_ENTRY),
+    # The editor and the command line of that name share one file.
     "antigravity": AgentCli(
         ("agy",), "~/.gemini/config",
         user=(FileTable("~/.gemini/config/mcp_config.json", SERVERS),),
         project=(FileTable(".agents/mcp_config.json", SERVERS),)),
+    # A hooks.json, where there is one, makes it overlook the hooks in settings.json.
     "droid": AgentCli(
         ("droid",), DROID_HOME,
         user=(FileTable(DROID_HOME + "/mcp.json", SERVERS),),
         project=(FileTable(".factory/mcp.json", SERVERS),),
         more=STDIO,
         tools=ToolSight.DEFERRED,
-        # hooks.json, if it is there, makes it overlook the hooks in settings.json
         hooks=HookRow((FileTable(DROID_HOME + "/hooks.json", ()),
                        FileTable(DROID_HOME + "/settings.json", HOOKS)),
                       (FileTable(".factory/hooks.json", ()),
                        FileTable(".factory/settings.json", HOOKS)), CLAUDE_EVENTS)),
+    # A descendant of opencode, version 1.
     "kilo": AgentCli(
         ("kilo",), CONFIG_HOME + "/kilo",
         user=(FileTable("${KILO_CONFIG}", ("mcp",)),
@@ -11926,12 +12044,14 @@ AGENT_CLIS = {
         user=(FileTable("~/.augment/settings.json", SERVERS),),
         project=(FileTable(".augment/settings.json", SERVERS),),
         more=STDIO),
+    # The table is one key with a dot in it.
     "amp": AgentCli(
         ("amp",), CONFIG_HOME + "/amp",
         user=(FileTable("${AMP_SETTINGS_FILE}", ("amp.mcpServers",)),
               FileTable(CONFIG_HOME + "/amp/settings.json", ("amp.mcpServers",))),
         project=(FileTable(".amp/settings.json", ("amp.mcpServers",)),),
         comments=True),
+    # The rest is only printed: YAML, lists, or files that other programs rewrite.
     "goose": AgentCli(
         ("goose",), CONFIG_HOME + "/goose",
         user=(FileTable(CONFIG_HOME + "/goose/config.yaml", ("extensions",)),),
@@ -11972,12 +12092,16 @@ AGENT_CLIS = {
 def located(file: str, base: str) -> str:
     """The path that a row means, "" where it needs a variable that is not set."""
     variable = PLACE_VARIABLE.match(file)
-    if not variable:
-        return os.path.realpath(os.path.join(base, os.path.expanduser(file)))
-    root = environ().get(variable[1]) or os.path.expanduser(variable[2] or "")
-    if not root:
-        return ""
-    return os.path.realpath(os.path.join(base, root + file[variable.end():]))
+    if variable:
+        name, default = variable.groups()
+        root = environ().get(name)
+        if not root and not default:
+            return ""
+        rest = file[variable.end():]
+        file = (root or default) + rest
+    path = os.path.expanduser(file)
+    path = os.path.join(base, path)
+    return os.path.realpath(path)
 
 
 def chosen_place(places: Sequence[FileTable], base: str) -> tuple[str, FileTable] | None:
@@ -12024,14 +12148,19 @@ def own_command(portable: bool) -> list[str]:
     Neither variables nor modules of the project it is started in come into a plain
     copy."""
     here = os.path.abspath(__file__)
-    home = os.path.expanduser("~")
-    if here.startswith(os.path.join(home, ".local", "share", "agent-chat", "")):
-        launcher = os.path.join(home, ".local", "bin", "agent-chat")
-        return ["agent-chat"] if portable else [launcher]
-    if "environments-v" in sys.prefix:  # where `uv run` keeps its throw-away environments
+    local = os.path.expanduser("~/.local")
+    installed = os.path.join(local, "share", "agent-chat", "")
+    if here.startswith(installed) and portable:
+        return ["agent-chat"]
+    if here.startswith(installed):
+        launcher = os.path.join(local, "bin", "agent-chat")
+        return [launcher]
+    # Where `uv run` keeps its throw-away environments.
+    if "environments-v" in sys.prefix:
         return ["uv", "run", "--script", here]
-    flags = () if needs_python_variables() else PYTHON_FLAGS
-    return [sys.executable, *flags, here]
+    if needs_python_variables():
+        return [sys.executable, here]
+    return [sys.executable, *PYTHON_FLAGS, here]
 
 
 @functools.cache
@@ -12056,10 +12185,14 @@ def needs_python_variables() -> bool:
 def is_own_program(words: Sequence[str], verb: str) -> bool:
     """True if a command line starts agent-chat with that verb, by itself or by a
     Python."""
-    for place, word in enumerate(words[:-1]):
-        name = FILE_NAME.split(word)[-1]
-        if name in OWN_PROGRAMS and words[place + 1] == verb:
-            starter = FILE_NAME.split(words[0])[-1]
+    names = [FILE_NAME.split(word)[-1] for word in words]
+    for program in OWN_PROGRAMS:
+        if program not in names:
+            continue
+        place = names.index(program)
+        *_, verb_here = words[:place + 2]
+        if verb_here == verb:
+            starter = names[0]
             return place == 0 or starter.startswith(STARTERS)
     return False
 
@@ -12080,7 +12213,10 @@ def refuse_stranger(entry: object) -> None:
     """FileTrouble if that entry under our name is somebody else's server."""
     if entry is None or is_own_entry(entry):
         return
-    if not isinstance(entry, Mapping) or any(key in entry for key in STRANGER_KEYS):
+    starts_something = True
+    if isinstance(entry, Mapping):
+        starts_something = not entry.keys().isdisjoint(STRANGER_KEYS)
+    if starts_something:
         raise FileTrouble(f"it has another server by the name of {ENTRY_NAME}")
 
 
@@ -12089,19 +12225,20 @@ def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Jso
     variable; the kind of the agent only where no other CLI reads the file."""
     cli = AGENT_CLIS[name]
     keys = cli.keys
-    command = [*own_command(portable), "mcp"]
+    program, *words = [*own_command(portable), "mcp"]
     variables = {"AGENT_CHAT_SERVER": settings.server}
     if cli.alone:
         variables["AGENT_TYPE"] = name
+    # Gemini may hide variables that look like secrets, unless they are named.
     if name == "gemini" and environ().get("AGENT_CHAT_API_KEY"):
-        variables["AGENT_CHAT_API_KEY"] = "$AGENT_CHAT_API_KEY"  # Gemini may hide keys else
+        variables["AGENT_CHAT_API_KEY"] = "$AGENT_CHAT_API_KEY"
     entry: dict[str, Json] = {}
     if cli.named_list:
         entry["name"] = ENTRY_NAME
     if keys.arguments:
-        entry |= {keys.command: command[0], keys.arguments: command[1:]}
+        entry |= {keys.command: program, keys.arguments: words}
     else:
-        entry |= {"type": cli.more["type"], keys.command: command}
+        entry |= {"type": cli.more["type"], keys.command: [program, *words]}
     entry[keys.variables] = variables
     more = cli.more
     if portable and cli.project_more is not None:
@@ -12113,56 +12250,79 @@ def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Jso
 def merged_entry(old: object, ours: Mapping[str, Json], cli_name: str) -> dict[str, Json]:
     """Our entry over an older one; settings and variables that a person added are kept.
     A kind that an earlier init pinned goes where the file is read by several CLIs."""
-    merged: dict[str, Json] = dict(old) if isinstance(old, Mapping) else {}
+    merged: dict[str, Json] = {}
+    if isinstance(old, Mapping):
+        merged.update(old)
     for key, value in ours.items():
         before = merged.get(key)
         if isinstance(value, dict) and isinstance(before, dict):
-            value = before | value
-        merged[key] = value
-    variables = AGENT_CLIS[cli_name].keys.variables
-    if is_pinned(merged.get(variables), ours[variables], cli_name):
-        merged[variables] = without(merged[variables], ("AGENT_TYPE",))
+            merged[key] = before | value
+        else:
+            merged[key] = value
+    key = AGENT_CLIS[cli_name].keys.variables
+    variables = merged.get(key)
+    if is_pinned(variables, ours[key], cli_name):
+        merged[key] = without(variables, ("AGENT_TYPE",))
     return merged
 
 
 def is_pinned(variables: object, ours: Mapping[str, str], cli_name: str) -> bool:
     """True if the kind stands among the variables only because an earlier init wrote
     it."""
-    return (isinstance(variables, Mapping) and "AGENT_TYPE" not in ours
-            and variables.get("AGENT_TYPE") == cli_name)
+    if not isinstance(variables, Mapping) or "AGENT_TYPE" in ours:
+        return False
+    kind = variables.get("AGENT_TYPE")
+    return bool(kind == cli_name)
 
 
 def entry_as_found(cli_name: str, ours: Mapping[str, Json],
                    found: object) -> Mapping[str, Json]:
     """Our entry with the variables of one in a file, if all of them are such as init
     writes."""
+    if not isinstance(found, Mapping):
+        return ours
     key = AGENT_CLIS[cli_name].keys.variables
-    variables = found.get(key) if isinstance(found, Mapping) else None
-    if isinstance(variables, Mapping) and OWN_VARIABLES.issuperset(variables):
-        return {**ours, key: dict(variables)}
-    return ours
+    variables = found.get(key)
+    if not isinstance(variables, Mapping):
+        return ours
+    if not OWN_VARIABLES.issuperset(variables):
+        return ours
+    return {**ours, key: dict(variables)}
 
 
 def printed_block(name: str, settings: Settings) -> str:
     """The block that a person can put into that CLI's file by hand."""
     cli = AGENT_CLIS[name]
-    place = cli.user[-1]
-    content: Json = plugin_entry(name, settings, portable=False)
-    content = [content] if cli.named_list else {ENTRY_NAME: content}
+    *_, place = cli.user
+    entry = plugin_entry(name, settings, portable=False)
     if place.file.endswith(".toml"):
-        header = f"[{place.table[0]}.{ENTRY_NAME}]"
-        if cli.named_list:
-            header = f"[[{place.table[0]}]]"
-        entry = content[0] if cli.named_list else content[ENTRY_NAME]
-        return "\n".join(toml_lines(header, entry))
+        lines = toml_lines(toml_header(cli, place), entry)
+        return "\n".join(lines)
+    content: Json = {ENTRY_NAME: entry}
+    if cli.named_list:
+        content = [entry]
     for key in reversed(place.table):
         content = {key: content}
     if place.file.endswith(".yaml"):
-        return "\n".join(yaml_lines(content))
+        lines = yaml_lines(content)
+        return "\n".join(lines)
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
+def toml_header(cli: AgentCli, place: FileTable) -> str:
+    """The line that begins our table in that CLI's TOML file."""
+    *_, table = place.table
+    if cli.named_list:
+        return f"[[{table}]]"
+    return f"[{table}.{ENTRY_NAME}]"
+
+
 # -- what init does to one file
+
+
+# A file may be read by several CLIs, and may hold servers and hooks. So what is wanted
+# in it is a list of changes, each of which can be put into a text and taken out of it
+# again.
 
 
 class Change(Protocol):
@@ -12186,40 +12346,53 @@ class JsonServer(NamedTuple):
     table: tuple[str, ...]
     entry: Mapping[str, Json]
 
+    def opened(self, text: str) -> JsonText:
+        """The text as a document, with comments where this CLI reads them."""
+        row = AGENT_CLIS[self.name]
+        return JsonText(text, comments=row.comments)
+
     def put(self, text: str) -> str:
         """The text with our entry, over an older one of ours."""
-        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
-        path = (*self.server_table(document), ENTRY_NAME)
+        document = self.opened(text)
+        table = self.server_table(document)
+        path = (*table, ENTRY_NAME)
         refuse_stranger(document.get(path))
         document.merge(path, self.entry)
-        variables = AGENT_CLIS[self.name].keys.variables
-        if is_pinned(document.get((*path, variables)), self.entry[variables], self.name):
-            document.remove((*path, variables, "AGENT_TYPE"))
+        key = AGENT_CLIS[self.name].keys.variables
+        variables = document.get((*path, key))
+        if is_pinned(variables, self.entry[key], self.name):
+            document.remove((*path, key, "AGENT_TYPE"))
         return document.text
 
     def remove(self, text: str) -> str:
         """The text without our entry, wherever this CLI's versions keep it."""
-        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
-        for table in (self.table, (*self.table, AGENT_CLIS[self.name].nested)):
+        document = self.opened(text)
+        nested = AGENT_CLIS[self.name].nested
+        newer = (*self.table, nested)
+        for table in (self.table, newer):
             path = (*table, ENTRY_NAME)
-            if is_own_entry(document.get(path)):
+            entry = document.get(path)
+            if is_own_entry(entry):
                 document.remove(path)
         return document.text
 
     def as_found(self, text: str) -> JsonServer:
         """The same with the variables that stand in the text."""
-        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
-        found = document.get((*self.server_table(document), ENTRY_NAME))
-        return self._replace(entry=entry_as_found(self.name, self.entry, found))
+        document = self.opened(text)
+        table = self.server_table(document)
+        found = document.get((*table, ENTRY_NAME))
+        entry = entry_as_found(self.name, self.entry, found)
+        return self._replace(entry=entry)
 
     def server_table(self, document: JsonText) -> tuple[str, ...]:
         """The table of servers: a newer version's where the file has one."""
         nested = AGENT_CLIS[self.name].nested
-        inner = (*self.table, nested)
-        found = document.get(inner) if nested else None
-        if isinstance(found, dict) and not set(STRANGER_KEYS) & set(found):
-            return inner
-        return self.table
+        newer = (*self.table, nested)
+        found = document.get(newer)
+        if not nested or not isinstance(found, dict):
+            return self.table
+        is_a_server = not found.keys().isdisjoint(STRANGER_KEYS)
+        return self.table if is_a_server else newer
 
 
 class TomlServer(NamedTuple):
@@ -12232,49 +12405,77 @@ class TomlServer(NamedTuple):
     def put(self, text: str) -> str:
         """The text with our table at its end, over an older one of ours."""
         data = toml_data(text)
-        servers = data.setdefault(self.table[0], {})
+        servers = self.servers(data)
         old = servers.get(ENTRY_NAME)
         refuse_stranger(old)
         merged = merged_entry(old, self.entry, self.name)
         if merged == old:
             return text
-        rest = toml_without(text, self.is_plain_table)
-        own = dict(merged)
-        for key, value in merged.items():
-            if isinstance(value, dict) and key != AGENT_CLIS[self.name].keys.variables:
-                del own[key]  # it has a table of its own
-        edited = toml_with(rest, toml_lines(f"[{self.table[0]}.{ENTRY_NAME}]", own))
         servers[ENTRY_NAME] = merged
+        header = toml_header(AGENT_CLIS[self.name], FileTable("", self.table))
+        lines = toml_lines(header, self.plain_values(merged))
+        rest = toml_without(text, self.is_plain_table)
+        edited = toml_with(rest, lines)
         return self.checked(edited, data)
 
     def remove(self, text: str) -> str:
         """The text without our tables."""
         data = toml_data(text)
-        servers = data.setdefault(self.table[0], {})
-        if not is_own_entry(servers.get(ENTRY_NAME)):
+        servers = self.servers(data)
+        entry = servers.get(ENTRY_NAME)
+        if not is_own_entry(entry):
             return text
         del servers[ENTRY_NAME]
-        return self.checked(toml_without(text, self.is_any_table), data)
+        edited = toml_without(text, self.is_any_table)
+        return self.checked(edited, data)
 
     def as_found(self, text: str) -> TomlServer:
         """The same with the variables that stand in the text."""
-        found = toml_data(text).get(self.table[0], {}).get(ENTRY_NAME)
-        return self._replace(entry=entry_as_found(self.name, self.entry, found))
+        servers = self.servers(toml_data(text))
+        found = servers.get(ENTRY_NAME)
+        entry = entry_as_found(self.name, self.entry, found)
+        return self._replace(entry=entry)
 
-    def checked(self, edited: str, meant: Mapping[str, Json]) -> str:
+    def servers(self, data: dict[str, Json]) -> dict[str, Json]:
+        """The table of servers in the data, which is made where it is missing."""
+        *_, key = self.table
+        servers = data.setdefault(key, {})
+        if not isinstance(servers, dict):
+            raise FileTrouble(f"{key} is no table")
+        return servers
+
+    def plain_values(self, entry: Mapping[str, Json]) -> dict[str, Json]:
+        """What stands in the entry's own table; other tables of it have their own
+        header."""
+        key = AGENT_CLIS[self.name].keys.variables
+        values = dict(entry)
+        for name, value in entry.items():
+            if isinstance(value, dict) and name != key:
+                del values[name]
+        return values
+
+    def checked(self, edited: str, meant: dict[str, Json]) -> str:
         """The edited text; FileTrouble if it does not mean what it should."""
-        if {self.table[0]: {}} | toml_data(edited) != meant:
+        found = toml_data(edited)
+        self.servers(found)
+        if found != meant:
             raise FileTrouble(f"it has {ENTRY_NAME} in an unusual form")
         return edited
 
     def is_plain_table(self, section: str) -> bool:
         """True for the section of our entry, or of its variables."""
-        return self.is_any_table(section, r"(\.\s*env\s*)?\]")
+        return self.begins(section, r"(\.\s*env\s*)?\]")
 
-    def is_any_table(self, section: str, ending: str = r"[.\]]") -> bool:
+    def is_any_table(self, section: str) -> bool:
         """True for every section of our entry."""
-        name = rf"\s*\[\s*{self.table[0]}\s*\.\s*[\"']?{ENTRY_NAME}[\"']?\s*"
-        return bool(re.match(name + ending, section))
+        return self.begins(section, r"[.\]]")
+
+    def begins(self, section: str, ending: str) -> bool:
+        """True if a section has our entry's header, which ends in that way."""
+        *_, table = self.table
+        name = rf"[\"']?{ENTRY_NAME}[\"']?"
+        header = rf"\s*\[\s*{table}\s*\.\s*{name}\s*{ending}"
+        return re.match(header, section) is not None
 
 
 class JsonHooks(NamedTuple):
@@ -12285,31 +12486,44 @@ class JsonHooks(NamedTuple):
     table: tuple[str, ...]
     command: str
 
+    def opened(self, text: str) -> JsonText:
+        """The text as a document, with comments where this CLI reads them."""
+        row = AGENT_CLIS[self.name]
+        return JsonText(text, comments=row.comments)
+
     def put(self, text: str) -> str:
         """The text with one hook of ours for each event. One that is there gets the
         command of today; who moved it into a group of their own finds it there."""
-        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        document = self.opened(text)
         if self.row.version and document.get(("version",)) is None:
             document.merge(("version",), self.row.version)
         for event in self.row.events.values():
             path = (*self.table, event)
             present = self.own_hooks(document, path)
             if present:
-                document.merge((*present[0], "command"), self.command)
+                first, *_ = present
+                document.merge((*first, "command"), self.command)
             else:
                 document.append(path, self.new_hook())
         return document.text
 
     def remove(self, text: str) -> str:
         """The text without our hooks, and without groups that held nothing else."""
-        document = JsonText(text, comments=AGENT_CLIS[self.name].comments)
+        document = self.opened(text)
         for event in self.row.events.values():
-            for path in reversed(self.own_hooks(document, (*self.table, event))):
-                group = path[:-2]
-                if self.row.grouped and len(document.get((*group, "hooks"))) == 1:
-                    path = group
-                document.remove(path)
+            paths = self.own_hooks(document, (*self.table, event))
+            for path in reversed(paths):
+                self.remove_hook(document, path)
         return document.text
+
+    def remove_hook(self, document: JsonText, path: KeyPath) -> None:
+        """Takes a hook of ours out, and its group if that has no other."""
+        if self.row.grouped:
+            *group, _, _ = path
+            hooks = document.get((*group, "hooks"))
+            if len(hooks) == 1:
+                path = tuple(group)
+        document.remove(path)
 
     def as_found(self, _text: str) -> JsonHooks:
         """A hook has no variables."""
@@ -12317,27 +12531,41 @@ class JsonHooks(NamedTuple):
 
     def new_hook(self) -> dict[str, Json]:
         """What is added to the list of an event."""
-        hook: dict[str, Json] = {"command": self.command}
+        hook: dict[str, Json] = {}
         if self.row.typed:
-            hook = {"type": "command"} | hook
-        return {"hooks": [hook]} if self.row.grouped else hook
+            hook["type"] = "command"
+        hook["command"] = self.command
+        if self.row.grouped:
+            return {"hooks": [hook]}
+        return hook
 
     def own_hooks(self, document: JsonText, event: KeyPath) -> list[KeyPath]:
         """The paths of our hooks behind an event."""
         groups = document.get(event)
-        found: list[KeyPath] = []
         if groups is None:
-            return found
+            return []
         if not isinstance(groups, list):
             raise FileTrouble(f"{dotted(event)} is no JSON list")
+        found: list[KeyPath] = []
         for number, group in enumerate(groups):
             path = (*event, number)
-            if not self.row.grouped:
-                found += [path] if is_own_hook(group) else []
-                continue
-            hooks = group.get("hooks") if isinstance(group, dict) else None
-            for place, hook in enumerate(hooks if isinstance(hooks, list) else ()):
-                found += [(*path, "hooks", place)] if is_own_hook(hook) else []
+            if self.row.grouped:
+                found += self.own_hooks_of(group, path)
+            elif is_own_hook(group):
+                found.append(path)
+        return found
+
+    def own_hooks_of(self, group: object, path: KeyPath) -> list[KeyPath]:
+        """The paths of our hooks in the group at that path."""
+        found: list[KeyPath] = []
+        if not isinstance(group, Mapping):
+            return found
+        hooks = group.get("hooks")
+        if not isinstance(hooks, list):
+            return found
+        for number, hook in enumerate(hooks):
+            if is_own_hook(hook):
+                found.append((*path, "hooks", number))
         return found
 
 
@@ -12353,43 +12581,56 @@ class TomlHooks(NamedTuple):
         fresh = []
         for event in self.row.events.values():
             fresh.append({"event": event, "command": self.command})
-        present = self.hooks(text)
+        present = self.hooks(toml_data(text))
         if all(hook in present for hook in fresh):
             return text
         edited = self.remove(text)
         for hook in fresh:
-            edited = toml_with(edited, toml_lines(f"[[{self.table[0]}]]", hook))
+            lines = toml_lines(self.header(), hook)
+            edited = toml_with(edited, lines)
         return self.checked(edited, text, fresh)
 
     def remove(self, text: str) -> str:
         """The text without our tables."""
-        if not any(map(is_own_hook, self.hooks(text))):
+        present = self.hooks(toml_data(text))
+        if not any(map(is_own_hook, present)):
             return text
-        return self.checked(toml_without(text, self.is_own_section), text, [])
+        edited = toml_without(text, self.is_own_section)
+        return self.checked(edited, text, [])
 
     def as_found(self, _text: str) -> TomlHooks:
         """A hook has no variables."""
         return self
 
-    def hooks(self, text: str) -> list[Json]:
-        """All hooks in the text; FileTrouble if they are something else."""
-        hooks = toml_data(text).get(self.table[0], [])
+    def header(self) -> str:
+        """The line that begins a hook."""
+        *_, table = self.table
+        return f"[[{table}]]"
+
+    def hooks(self, data: dict[str, Json]) -> list[Json]:
+        """All hooks in the data, a list that is made where it is missing."""
+        *_, key = self.table
+        hooks = data.setdefault(key, [])
         if not isinstance(hooks, list):
-            raise FileTrouble(f"{self.table[0]} is no list of tables")
+            raise FileTrouble(f"{key} is no list of tables")
         return hooks
 
     def is_own_section(self, section: str) -> bool:
         """True for a section that is one hook of ours."""
-        if not section.lstrip().startswith(f"[[{self.table[0]}]]"):
+        if not section.lstrip().startswith(self.header()):
             return False
-        return is_own_hook(toml_data(section)[self.table[0]][0])
+        hooks = self.hooks(toml_data(section))
+        return any(map(is_own_hook, hooks))
 
     def checked(self, edited: str, before: str, ours: Sequence[Json]) -> str:
         """The edited text; FileTrouble if it does not mean what it should."""
         meant = toml_data(before)
-        hooks = [hook for hook in self.hooks(before) if not is_own_hook(hook)]
-        meant[self.table[0]] = [*hooks, *ours]
-        if {self.table[0]: []} | toml_data(edited) != meant:
+        hooks = self.hooks(meant)
+        hooks[:] = [hook for hook in hooks if not is_own_hook(hook)]
+        hooks += ours
+        found = toml_data(edited)
+        self.hooks(found)
+        if found != meant:
             raise FileTrouble("it has hooks in an unusual form")
         return edited
 
@@ -12401,11 +12642,17 @@ def is_own_hook(hook: object) -> bool:
         return False
     try:
         return is_own_program(shlex.split(hook["command"]), "hook")
-    except ValueError:  # quotes that do not close
+    except ValueError:
+        # Quotes that do not close.
         return False
 
 
 # -- what init does to all files
+
+
+# Undo knows three ways, the first that fits: the backup, if nobody but us changed the
+# file since; no file, if init made it and it is untouched; else the text without what
+# is ours.
 
 
 class Edit(NamedTuple):
@@ -12456,7 +12703,6 @@ def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
 
 def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]:
     """The changes of each file."""
-    import shlex
     changes: dict[str, list[Change]] = {}
     for name in scope.names:
         cli = AGENT_CLIS[name]
@@ -12464,25 +12710,42 @@ def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]
             continue
         if not cli.written:
             raise BadRequest(f"init does not write {name}'s file; see: init --print {name}")
-        entry = plugin_entry(name, settings, bool(scope.project))
-        for path, place in scope.places(cli.user, cli.project).items():
-            server = TomlServer if path.endswith(".toml") else JsonServer
-            changes.setdefault(path, []).append(server(name, place.table, entry))
-        if cli.hooks is None or not (scope.hooks or scope.undo):
-            continue
-        command = shlex.join([*own_command(bool(scope.project)), "hook", name])
-        for path, place in scope.places(cli.hooks.user, cli.hooks.project).items():
-            hooks = hook_change(name, cli.hooks, path, place, command)
-            changes.setdefault(path, []).append(hooks)
+        for path, change in server_changes(name, scope, settings):
+            changes.setdefault(path, []).append(change)
+        if scope.hooks or scope.undo:
+            for path, change in hook_changes(name, scope):
+                changes.setdefault(path, []).append(change)
     return changes
 
 
-def hook_change(name: str, row: HookRow, path: str, place: FileTable,
-                command: str) -> Change:
-    """Our hooks in the form that the file has."""
-    if path.endswith(".toml"):
-        return TomlHooks(row, place.table, command)
-    return JsonHooks(name, row, place.table, command)
+def server_changes(name: str, scope: Scope, settings: Settings) -> list[tuple[str, Change]]:
+    """Where our entry goes for that CLI, in the form that the file has."""
+    cli = AGENT_CLIS[name]
+    entry = plugin_entry(name, settings, bool(scope.project))
+    changes: list[tuple[str, Change]] = []
+    for path, place in scope.places(cli.user, cli.project).items():
+        if path.endswith(".toml"):
+            changes.append((path, TomlServer(name, place.table, entry)))
+        else:
+            changes.append((path, JsonServer(name, place.table, entry)))
+    return changes
+
+
+def hook_changes(name: str, scope: Scope) -> list[tuple[str, Change]]:
+    """Where our hooks go for that CLI, in the form that the file has."""
+    import shlex
+    row = AGENT_CLIS[name].hooks
+    if row is None:
+        return []
+    words = [*own_command(bool(scope.project)), "hook", name]
+    command = shlex.join(words)
+    changes: list[tuple[str, Change]] = []
+    for path, place in scope.places(row.user, row.project).items():
+        if path.endswith(".toml"):
+            changes.append((path, TomlHooks(row, place.table, command)))
+        else:
+            changes.append((path, JsonHooks(name, row, place.table, command)))
+    return changes
 
 
 def planned_edit(path: str, changes: Sequence[Change], scope: Scope,
@@ -12499,10 +12762,21 @@ def planned_edit(path: str, changes: Sequence[Change], scope: Scope,
         return Edit(path, before, after, backup=wants_backup(path, before, changes))
     except (OSError, ValueError) as error:
         trouble = f"{path} is left alone: {error}; see the README"
-        block = "" if scope.undo else "\n".join(
-            printed_block(name, settings) for name in scope.names
-            if path in planned_changes(scope._replace(names=(name,)), settings))
+        block = blocks_for(path, scope, settings)
         return Edit(path, before, before, trouble, block=block)
+
+
+def blocks_for(path: str, scope: Scope, settings: Settings) -> str:
+    """What a person can put into that file, for each CLI that reads it; "" for an
+    undo."""
+    if scope.undo:
+        return ""
+    blocks = []
+    for name in scope.names:
+        alone = scope._replace(names=(name,))
+        if path in planned_changes(alone, settings):
+            blocks.append(printed_block(name, settings))
+    return "\n".join(blocks)
 
 
 def started_text(text: str | None, path: str) -> str:
@@ -12531,29 +12805,44 @@ def wants_backup(path: str, before: str | None, changes: Sequence[Change]) -> bo
     (if anything) is older than the last undo."""
     if before is None:
         return False
-    if not before.strip() or without_all(changes, before) == before:
+    if not before.strip():
         return True
-    kept = os.path.exists(path + BACKUP_SUFFIX)
-    return not kept and without_all(changes, before).strip() not in ("", "{}")
+    rest = without_all(changes, before)
+    if rest == before:
+        return True
+    is_ours_alone = rest.strip() in ("", "{}")
+    is_kept = os.path.exists(path + BACKUP_SUFFIX)
+    return not is_kept and not is_ours_alone
 
 
 def undone_text(path: str, before: str | None, changes: Sequence[Change]) -> str | None:
     """The file without ours. If nobody else changed it since, it is what it was before
     init, byte for byte. It goes only if every byte of it is what init writes into a new
     one."""
-    if not before or not any(program in before for program in OWN_PROGRAMS):
+    if before is None or not names_us(before):
         return before
     rest = without_all(changes, before)
     if rest == before:
         return before
     backup = read_file(path + BACKUP_SUFFIX)
+    if backup is None and is_new_file(path, before, changes):
+        return None
     if backup is None:
-        return None if is_new_file(path, before, changes) else rest
+        return rest
     start = started_text(backup, path)
+    # A backup that has ours in it, too, is no way out.
     if without_all(changes, start) != start:
-        return rest  # ours was in there, too
-    again = without_all(changes, with_all(changes, start))
-    return backup if again.split() == rest.split() else rest
+        return rest
+    with_ours = with_all(changes, start)
+    again = without_all(changes, with_ours)
+    if again.split() == rest.split():
+        return backup
+    return rest
+
+
+def names_us(text: str) -> bool:
+    """True if our program stands anywhere in the text."""
+    return any(program in text for program in OWN_PROGRAMS)
 
 
 def is_new_file(path: str, text: str, changes: Sequence[Change]) -> bool:
@@ -12564,6 +12853,9 @@ def is_new_file(path: str, text: str, changes: Sequence[Change]) -> bool:
         if with_all(some, started_text(None, path)) == text:
             return True
     return False
+
+
+# -- reading and writing
 
 
 def read_file(path: str) -> str | None:
@@ -12660,7 +12952,9 @@ def hook_output(cli: str, stdin: int, settings: Settings) -> str:
     if not isinstance(event, dict):
         return ""
     answer = hook_answer(cli, event, settings, deadline)
-    return json.dumps(answer) if answer else ""
+    if answer is None:
+        return ""
+    return json.dumps(answer)
 
 
 def read_all(descriptor: int) -> bytes:
@@ -12685,8 +12979,11 @@ def within(deadline: float, work: Callable[[], Result]) -> Result | None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
-    return results[0] if results else None
+    left = deadline - time.monotonic()
+    thread.join(max(0.0, left))
+    if not results:
+        return None
+    return results[0]
 
 
 def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
@@ -12697,7 +12994,10 @@ def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
     silent."""
     row = AGENT_CLIS[cli].hooks
     moment = moment_of(row, event)
-    if row is None or moment is None or calling_cli(os.getppid()) not in ("", cli):
+    if row is None or moment is None:
+        return None
+    caller = calling_cli(os.getppid())
+    if caller not in ("", cli):
         return None
     if deadline is None:
         deadline = time.monotonic() + HOOK_SECONDS
@@ -12706,10 +13006,12 @@ def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
         return None
     remember(mail, settings)
     # A prompt that is our own line: the bell rang in the terminal just now.
-    if str(event.get("prompt", "")).lstrip().startswith(DOORBELL):
+    prompt = str(event.get("prompt", ""))
+    if prompt.lstrip().startswith(DOORBELL):
         return None
     line = doorbell_line(mail.fresh, preview=settings.preview)
-    return reply(row.reply, str(event["hook_event_name"]), moment, line)
+    name = str(event["hook_event_name"])
+    return reply(row.reply, name, moment, line)
 
 
 def moment_of(row: HookRow | None, event: Mapping[str, object]) -> Moment | None:
@@ -12732,11 +13034,12 @@ def moment_of(row: HookRow | None, event: Mapping[str, object]) -> Moment | None
 def reply(form: Reply, event_name: str, moment: Moment, line: str) -> dict[str, object]:
     """The answer in that CLI's form: its keys, the line where the last one is."""
     at_end = moment is Moment.END
-    *outer, key = form.reason if at_end else form.context
+    path = form.context
     answer: dict[str, object] = {}
-    verdict, word = form.verdict
-    if at_end and verdict:
-        answer[verdict] = word
+    if at_end:
+        path = form.reason
+        answer.update(form.verdict)
+    *outer, key = path
     answer[key] = line
     if outer:
         answer = {"hookEventName": event_name} | answer
@@ -12773,63 +13076,90 @@ def unheard_mail(cli: str, event: Mapping[str, object],
     """The mail that a hook could speak of, None if there is none, or if it cannot be
     told whose hook it is."""
     client = Client(settings.server, settings.api_key, timeout=HOOK_SECONDS)
-    agent = settings.agent_name or agent_here(client, cli, event)
+    agent = settings.agent_name
+    if not agent:
+        agent = agent_here(client, cli, event)
     if not agent:
         return None
     latest = client.get("/api/messages/history", agent=agent, limit=50)
+    told = read_file(heard_file(agent, settings)) or ""
+    heard = told.split()
     waiting = []
+    fresh = []
     for message in reversed(latest):
-        if any(is_waiting(receipt, agent) for receipt in message["receipts"]):
-            waiting.append(message)
-    heard = (read_file(heard_file(agent, settings)) or "").split()
-    fresh = [message for message in waiting if message["id"] not in heard]
-    return UnheardMail(agent, waiting, fresh) if fresh else None
+        if not waits_for(message, agent):
+            continue
+        waiting.append(message)
+        if message["id"] not in heard:
+            fresh.append(message)
+    if not fresh:
+        return None
+    return UnheardMail(agent, waiting, fresh)
 
 
 def agent_here(client: Client, cli: str, event: Mapping[str, object]) -> str:
     """The one agent of that CLI that runs in the event's directory, "" if there are
     several: a hook cannot prove which one it speaks for."""
     import socket
-    place = str(event.get("cwd") or first_root(event) or ".")
-    here = (socket.gethostname(), os.path.realpath(place))
-    names = []
+    host = socket.gethostname()
+    folder = os.path.realpath(folder_of(event))
+    names: list[str] = []
     for row in client.get("/api/agents"):
-        ours = row["type"].startswith(cli) and row["status"] != "offline"
-        if ours and (row["host"], row["cwd"]) == here:
-            names.append(str(row["name"]))
-    return names[0] if len(names) == 1 else ""
+        if row["host"] != host or row["cwd"] != folder:
+            continue
+        is_of_cli = row["type"].startswith(cli)
+        if is_of_cli and row["status"] != "offline":
+            names.append(row["name"])
+    if len(names) != 1:
+        return ""
+    return names[0]
 
 
-def first_root(event: Mapping[str, object]) -> object:
-    """The directory of an event that has a list of them instead of one; None if it has
-    none."""
+def folder_of(event: Mapping[str, object]) -> str:
+    """The directory that an event is about: its own, else the first of its
+    project's."""
+    folder = event.get("cwd")
+    if folder:
+        return str(folder)
     roots = event.get("workspace_roots")
-    return roots[0] if isinstance(roots, list) and roots else None
+    if isinstance(roots, list) and roots:
+        return str(roots[0])
+    return "."
 
 
-def is_waiting(receipt: Mapping[str, Json], agent: str) -> bool:
+def waits_for(message: Mapping[str, Json], agent: str) -> bool:
     """True if a message waits for this agent, and no loop guard or mute list keeps it
     quiet."""
-    if receipt["agent"].lower() != agent.lower():
-        return False
-    return not (receipt["seen_at"] or receipt["read_at"] or receipt["quiet"])
+    for receipt in message["receipts"]:
+        if receipt["agent"].lower() != agent.lower():
+            continue
+        is_known = receipt["seen_at"] or receipt["read_at"]
+        if not is_known and not receipt["quiet"]:
+            return True
+    return False
 
 
 def heard_file(agent: str, settings: Settings) -> str:
     """The file that has the ids of what hooks told this agent."""
-    return os.path.join(settings.home, "heard", checked_name(agent).lower())
+    name = checked_name(agent).lower()
+    return os.path.join(settings.home, "heard", name)
 
 
 def remember(mail: UnheardMail, settings: Settings) -> None:
     """Notes that hooks spoke of all this mail."""
-    ids = [str(message["id"]) for message in mail.waiting]
-    write_file(heard_file(mail.agent, settings), "\n".join(ids), 0o600)
+    ids = [message["id"] for message in mail.waiting]
+    path = heard_file(mail.agent, settings)
+    write_file(path, "\n".join(ids), 0o600)
 
 
 # ======================================================================================
 # DOCTOR -- what has to be right on this machine, and the proof that a bell rings.
 # Knows: Client, the tmux door, SETUP's places, subprocess.  Never: argparse, print, exit.
 # ======================================================================================
+
+# The user's own hub is asked what it is, and nothing more. What the bell does is proved
+# with a hub, an agent and a pane that exist for that moment only; so nothing is left
+# behind in anybody's history.
 
 RING_SECONDS = 10  # in a pane where nobody types
 VERSION_SECONDS = 4  # for all CLIs together to say their versions
@@ -12867,18 +13197,27 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
 def program_checks(settings: Settings) -> Iterator[Check]:
     """This file, its packages, its configuration."""
     from importlib import import_module, metadata
-    yield Check("program", "ok", f"{own_version()}, Python {sys.version.split()[0]}")
+    python, *_ = sys.version.split()
+    yield Check("program", "ok", f"{own_version()}, Python {python}")
     for name, part in (("websockets", "asyncio.client"), ("mcp", "server.stdio")):
         try:
             import_module(f"{name}.{part}")
-            yield Check(name, "ok", metadata.version(name))
-        except ImportError as error:  # its own parts may be missing, too
-            yield Check(name, "fail", f"not installed ({error})", "sh install.sh")
+            version = metadata.version(name)
+            yield Check(name, "ok", version)
+        except ImportError as error:
+            # Its own parts may be missing, too.
+            detail = f"not installed ({error})"
+            yield Check(name, "fail", detail, "sh install.sh")
     if settings.config and settings.api_key and os.name == "posix":
-        shared = os.stat(settings.config).st_mode & 0o077
-        state = "fail" if shared else "ok"
-        advice = f"others can read the key in it: chmod 600 {settings.config}"
-        yield Check("config", state, settings.config, advice)
+        yield config_check(settings.config)
+
+
+def config_check(path: str) -> Check:
+    """The file that the key stands in: its user's alone?"""
+    if not os.stat(path).st_mode & 0o077:
+        return Check("config", "ok", path)
+    advice = f"others can read the key in it: chmod 600 {path}"
+    return Check("config", "fail", path, advice)
 
 
 def own_version() -> str:
@@ -12886,7 +13225,10 @@ def own_version() -> str:
     return f"{__version__} ({fingerprint()})"
 
 
-# -- agent CLIs
+# -- agent CLIs: what is here, what knows us, what its model sees
+
+# A version is read from the package where there is one, because some programs take
+# seconds to say it, and leave files behind.
 
 
 class KnownEntry(NamedTuple):
@@ -12920,25 +13262,34 @@ def cli_checks(settings: Settings) -> Iterator[Check]:
 def cli_check(name: str, version: str, entries: Sequence[KnownEntry],
               settings: Settings) -> Check:
     """What is to be said of one CLI that is here."""
-    title = f"{name} {version}".rstrip()
-    if not entries:
-        return Check("agents", "note", f"{title} does not know agent-chat",
-                     f"agent-chat init {name}")
-    places = ", ".join(entry.path for entry in entries)
     cli = AGENT_CLIS[name]
-    lacking = missing_keys(name, entries[0], settings)
+    title = f"{name} {version}".rstrip()
+    advice = f"agent-chat init {name}"
+    if not entries:
+        detail = f"{title} does not know agent-chat"
+        return Check("agents", "note", detail, advice)
+    paths = [entry.path for entry in entries]
+    places = ", ".join(paths)
+    detail = f"{title} knows agent-chat ({places})"
+    first, *_ = entries
+    lacking = missing_keys(name, first, settings)
     if lacking:
-        detail = f"{title} knows agent-chat ({places}), but lacks {', '.join(lacking)}"
-        return Check("agents", "note", detail, f"agent-chat init {name}")
-    return Check("agents", "ok", f"{title} knows agent-chat ({places}); {cli.tools}")
+        keys = ", ".join(lacking)
+        detail += f", but lacks {keys}"
+        return Check("agents", "note", detail, advice)
+    return Check("agents", "ok", f"{detail}; {cli.tools}")
 
 
 def missing_keys(name: str, known: KnownEntry, settings: Settings) -> list[str]:
     """What today's init writes for that CLI and the entry does not have: it is of an
     earlier time, or by hand."""
-    in_home = known.path in existing_places(AGENT_CLIS[name].user, os.path.expanduser("~"))
-    wanted = plugin_entry(name, settings, portable=not in_home)
-    return [key for key in wanted if key not in known.entry]
+    home = os.path.expanduser("~")
+    cli = AGENT_CLIS[name]
+    own_files = existing_places(cli.user, home)
+    is_projects = known.path not in own_files
+    wanted = plugin_entry(name, settings, portable=is_projects)
+    lacking = wanted.keys() - known.entry.keys()
+    return sorted(lacking)
 
 
 def known_entries(name: str) -> list[KnownEntry]:
@@ -12975,27 +13326,41 @@ def entry_in(path: str, place: FileTable, cli: AgentCli) -> Json:
 def cli_versions(names: Iterable[str]) -> dict[str, str]:
     """The versions of these CLIs, as far as they say them in time: out of the package
     that the program lies in, else by `--version`, all at once."""
-    import shutil
     import threading
     versions: dict[str, str] = {}
-
-    def ask(name: str, program: str) -> None:
-        with contextlib.suppress(OSError):
-            said = VERSION.search(run_bounded([program, "--version"])[1])
-            versions[name] = said[0] if said else ""
-
     threads = []
     for name in names:
-        program = next(filter(None, map(shutil.which, AGENT_CLIS[name].programs)), "")
-        versions[name] = package_version(program) if program else ""
+        program = program_of(AGENT_CLIS[name])
+        versions[name] = package_version(program)
         if program and not versions[name]:
-            threads.append(threading.Thread(target=ask, args=(name, program), daemon=True))
-    for thread in threads:
-        thread.start()
+            words = (name, program, versions)
+            thread = threading.Thread(target=ask_version, args=words, daemon=True)
+            thread.start()
+            threads.append(thread)
     end = time.monotonic() + VERSION_SECONDS
     for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return versions
+        left = end - time.monotonic()
+        thread.join(max(0.0, left))
+    return dict(versions)
+
+
+def program_of(cli: AgentCli) -> str:
+    """Where the program of a CLI is, "" if it is not on the PATH."""
+    import shutil
+    for name in cli.programs:
+        path = shutil.which(name)
+        if path:
+            return path
+    return ""
+
+
+def ask_version(name: str, program: str, versions: dict[str, str]) -> None:
+    """Puts among the versions what a program says of itself."""
+    with contextlib.suppress(OSError):
+        _, output, _ = run_bounded([program, "--version"])
+        said = VERSION.search(output)
+        if said:
+            versions[name] = said[0]
 
 
 def package_version(program: str) -> str:
@@ -13004,11 +13369,14 @@ def package_version(program: str) -> str:
     folder = os.path.realpath(program)
     for _ in range(PACKAGE_LEVELS):
         folder = os.path.dirname(folder)
+        if "node_modules" not in folder:
+            return ""
+        path = os.path.join(folder, "package.json")
         try:
-            package = json.loads(read_file(os.path.join(folder, "package.json")) or "{}")
+            package = json.loads(read_file(path) or "{}")
         except (OSError, ValueError):
             return ""
-        if isinstance(package, dict) and "version" in package and "node_modules" in folder:
+        if isinstance(package, dict) and "version" in package:
             return str(package["version"])
     return ""
 
@@ -13018,10 +13386,16 @@ def package_version(program: str) -> str:
 
 def door_check(settings: Settings) -> Check:
     """The doors of an agent that is started in this terminal."""
-    names = ", ".join(Doors(settings).names())
+    doors = Doors(settings)
+    names = ", ".join(doors.names())
     pane = environ().get("TMUX_PANE", "none")
     detail = f"{names or 'none in this terminal'}; tmux pane {pane}"
-    return Check("doors", "ok" if names else "note", detail,
+    refused = doors.note()
+    if refused:
+        detail += f"; {refused}"
+    if names:
+        return Check("doors", "ok", detail)
+    return Check("doors", "note", detail,
                  "start agents inside tmux; elsewhere they learn of mail when they look")
 
 
@@ -13033,7 +13407,9 @@ def hub_checks(settings: Settings, client: Client) -> Iterator[Check]:
     try:
         health = client.get("/health")
         ms = (time.perf_counter() - started) * 1e3
-        theirs = f"{health.get('version', '?')} ({health.get('fingerprint', '?')})"
+        version = health.get("version", "?")
+        mark = health.get("fingerprint", "?")
+        theirs = f"{version} ({mark})"
         state = "ok" if theirs == own else "note"
         yield Check("hub", state, f"{client.server} has {theirs}",
                     "another copy: update the older one", ms)
@@ -13055,7 +13431,9 @@ def name_check(rows: Iterable[Mapping[str, Json]]) -> Check:
     here = []
     for row in rows:
         if row.get("cwd") == os.getcwd():
-            here.append(f"{row['name']} ({row['status']})")
+            name = row["name"]
+            status = row["status"]
+            here.append(f"{name} ({status})")
     if here:
         return Check("name", "ok", ", ".join(here))
     return Check("name", "note", "no agent is at home here",
@@ -13095,8 +13473,9 @@ def rehearsal(settings: Settings) -> Iterator[str]:
         human = Client(hub.url())
         sent = human.send(HUMAN, "does the bell ring", "doctor")
         yield "message stored"
-        message = agent.get_messages("doctor")[0]
-        ring_until_submitted(door, f"{doorbell_line(message)} #{os.urandom(2).hex()}", tmux)
+        messages, _ = agent.get_messages("doctor")
+        nonce = os.urandom(2).hex()
+        ring_until_submitted(door, f"{doorbell_line(messages)} #{nonce}", tmux)
         yield "line submitted"
         mark = {"agent_name": "doctor", "message_ids": [sent["id"]]}
         agent.post("/api/messages/read", mark)
@@ -13110,10 +13489,14 @@ def rehearsal(settings: Settings) -> Iterator[str]:
 
 def open_pane(tmux: Sequence[str], settings: Settings) -> str:
     """A pane with an empty prompt that says each line again; its id."""
-    glyph = "".join(f"\\{byte:03o}" for byte in settings.prompts[0].encode())
-    command = f"printf '{glyph} '; exec cat"
-    return run_bounded([*tmux, "-f", os.devnull, "new-session", "-d", "-x250",
-                        "-PF#{pane_id}", command])[1].strip()
+    sign = settings.prompts[0].encode()
+    octal = ""
+    for byte in sign:
+        octal += f"\\{byte:03o}"
+    command = f"printf '{octal} '; exec cat"
+    words = ["-f", os.devnull, "new-session", "-d", "-x250", "-PF#{pane_id}"]
+    _, output, _ = run_bounded([*tmux, *words, command])
+    return output.strip()
 
 
 def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None:
@@ -13121,15 +13504,16 @@ def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None
     is."""
     word = "the pane is not found"
     end = time.monotonic() + RING_SECONDS
-    while True:
-        said_again = run_bounded([*tmux, "capture-pane", "-p"])[1].count(line) >= 2
-        if word == "rung" and said_again:
+    while time.monotonic() < end:
+        _, screen, _ = run_bounded([*tmux, "capture-pane", "-p"])
+        if word == "rung" and screen.count(line) > 1:
             return
-        if time.monotonic() > end:
-            raise ChatError(f"no line submitted in a pane of its own: {word}")
-        if word != "rung" and door.available():  # it may not have been drawn yet
-            word = door.ring(line).word
+        # It may not have been drawn yet.
+        if word != "rung" and door.available():
+            outcome = door.ring(line)
+            word = outcome.word
         time.sleep(0.02)
+    raise ChatError(f"no line submitted in a pane of its own: {word}")
 
 
 class ThrowAwayHub:
@@ -13145,6 +13529,7 @@ class ThrowAwayHub:
             self.env.pop(name, None)
         command = [*own_command(portable=False), "serve", "--port", "0", "--config", config,
                    "--db", os.path.join(place, "hub.db")]
+        # Its address is in what it prints.
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
