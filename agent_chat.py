@@ -4787,10 +4787,10 @@ def seconds_ago(seconds: float) -> str:
 
 
 class Ask(NamedTuple):
-    """One request, whatever it came in by."""
+    """One request, as far as its meaning goes: no address, no headers, no connection."""
 
     query: Mapping[str, str]
-    body: Mapping[str, object]
+    body: Mapping[str, object]  # {} for what is no POST
     session: str  # the secret of X-Agent-Session, "" if none was shown
 
     def text(self, key: str) -> str:
@@ -4800,9 +4800,12 @@ class Ask(NamedTuple):
     def number(self, key: str, default: int, most: int = END, least: int = 1) -> int:
         """A number of the query; nonsense means the default, as older clients expect."""
         match = re.fullmatch(r"\d{1,18}", self.text(key), re.ASCII)
-        if not match or int(match[0]) < least:
+        if not match:
             return default
-        return min(int(match[0]), most)
+        number = int(match[0])
+        if number < least:
+            return default
+        return min(number, most)
 
     def time(self, key: str) -> str:
         """A time of the query as it is stored, "" for none. Raises BadRequest."""
@@ -4810,7 +4813,8 @@ class Ask(NamedTuple):
 
 
 class Answer(Enum):
-    """How an endpoint answers."""
+    """How an endpoint answers. What its method returns depends on it: NOW an object of
+    JSON, WAIT an Answered, POOL a Job, STREAM a PageMaker."""
 
     NOW = "in this turn"
     WAIT = "in this turn, or when there is something to say"
@@ -4822,7 +4826,7 @@ class Answer(Enum):
 
 
 class Answered(NamedTuple):
-    """Mail that answers a request, or that it waits for."""
+    """Mail that answers a request; without any, the request may wait for some."""
 
     messages: Sequence[Message | ShownJson]
     unread: int | None = None  # how much there is in all, where that was asked for
@@ -4836,19 +4840,25 @@ class Counted(NamedTuple):
     total: int
 
 
-Job = Callable[[Archive], object]  # what a thread of the pool does with its own view
-PageMaker = Callable[[Archive], "list[ShownJson]"]  # the next page of an export, [] at its end
+# What a thread of the pool does with its own view of the log. It may not touch a desk.
+Job = Callable[[Archive], object]
+# Gives the next page of an export, [] at its end. It runs on such a thread too.
+PageMaker = Callable[[Archive], "list[ShownJson]"]
 
 
 class Api:
-    """Owns the desks. A method that takes a Turn and an Ask is an endpoint."""
+    """Owns the desks. A method that takes a Turn and an Ask is an endpoint: it checks
+    what it was sent, asks the desk whose affair that is, and returns what is to be
+    answered. All of them run on the I/O thread; what they raise becomes the answer."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
         self.board = Switchboard()
         self.directory = Directory(store, self.board)
-        self.guard = Guard(settings.chain_limit, settings.pair_limit, settings.pair_minutes)
+        self.guard = Guard(
+            settings.chain_limit, settings.pair_limit, settings.pair_minutes
+        )
         self.mail = Mail(store, self.directory, self.guard)
         self.archive = Archive(store)
         self.keeping = Keeping(store, self.directory, self.mail, settings)
@@ -4857,11 +4867,12 @@ class Api:
     # -- the turn
 
     def begin_turn(self) -> Turn:
-        """Nothing has happened yet."""
+        """A turn in which nothing has happened yet. The one before has to be finished."""
         return Turn(self.store, self.board)
 
     def reload(self) -> None:
-        """Read anew everything that is kept in memory: it is a cache of the log."""
+        """Read anew everything that is kept in memory: it is a cache of the log. Raises
+        what the Store raises where it cannot be read."""
         self.directory.load()
         self.mail.load()
 
@@ -4870,15 +4881,17 @@ class Api:
         self.store.rollback()
 
     def tick(self, turn: Turn) -> None:
-        """Once a second."""
+        """Background work, once a second."""
         self.keeping.tick(turn, self.guard)
 
     def reader(self) -> Archive:
-        """This thread's own view of what is committed."""
+        """This thread's own view of what is committed. The only method here that another
+        thread may call."""
         return Archive(self.store.reader())
 
     def close(self) -> None:
-        """The last turn: when everybody was last seen."""
+        """The last turn: when everybody was last seen. The hub ends even if that cannot be
+        written."""
         turn = self.begin_turn()
         with contextlib.suppress(ChatError):
             for agent in self.directory.registered():
@@ -4890,7 +4903,12 @@ class Api:
     # -- who is who
 
     def register(self, turn: Turn, ask: Ask) -> object:
-        """Take a name, or come back under it; groups are replaced."""
+        """Take a name, or come back under it; groups are replaced. Raises Conflict where
+        the name is another's.
+
+        Mail that was left for an earlier session of the name is inherited, and rings
+        anew; with `rename_from` the mail of the old name follows to the new one.
+        """
         request = RegisterRequest.read(ask.body)
         old = None
         if request.rename_from:
@@ -4920,7 +4938,7 @@ class Api:
 
     def deregister(self, turn: Turn, ask: Ask) -> object:
         """Give a name up; its unread mail waits for whoever has it next."""
-        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        agent = self.acting(turn, ask)
         if agent.key == HUMAN:
             raise BadRequest("the human cannot be deregistered")
         self.directory.remove(turn, agent)
@@ -4931,13 +4949,14 @@ class Api:
         status = ask.body.get("status")
         if status not in (Presence.IDLE, Presence.WORKING):
             raise BadRequest("status must be 'idle' or 'working'")
-        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
+        agent = self.acting(turn, ask)
         agent.save(turn, status=status)
         self.directory.show_declared(turn, agent)
         return {"status": "ok"}
 
     def set_bell(self, turn: Turn, ask: Ask) -> object:
-        """Whose mail rings for an agent. What is muted is stored and unread as ever."""
+        """Whose mail rings for an agent. What is muted is stored and unread as ever. It
+        needs no session: it is the human who decides that."""
         agent = self.directory.find(ask.body.get("agent_name"))
         mute = checked_senders(ask.body.get("mute"))
         allow = checked_senders(ask.body.get("allow"))
@@ -4949,17 +4968,28 @@ class Api:
         """All agents but the human, by name."""
         rows: list[AgentJson] = []
         for agent in self.directory.registered():
-            rows.append(self.directory.row(agent, self.guard.count(agent.key)))
+            quiet = self.guard.count(agent.key)
+            row = self.directory.row(agent, quiet)
+            rows.append(row)
         return rows
 
     def list_groups(self, turn: Turn, ask: Ask) -> object:
         """The names of all groups."""
         return self.directory.groups()
 
+    def acting(self, turn: Turn, ask: Ask) -> Agent:
+        """The agent that a POST acts as: the one that its body names. Raises NotFound, or
+        NotAllowed where that agent wants another session."""
+        name = ask.body.get("agent_name")
+        return self.directory.acting(turn, name, ask.session)
+
     def unread_of(self, session: str) -> int | None:
-        """How much unread mail the agent of this session has, None if it is nobody's."""
+        """How much unread mail the agent of this session has, None if it is nobody's. Every
+        answer to a request with a session says so, and spares the agent the question."""
         agent = self.directory.asker(session)
-        return agent.unread if agent else None
+        if agent is None:
+            return None
+        return agent.unread
 
     # -- mail
 
@@ -4975,7 +5005,8 @@ class Api:
         if not name:
             raise BadRequest("agent query parameter is required")
         agent = self.directory.get(name)
-        if agent is None:  # as older clients expect of a name that nobody registered
+        # As older clients expect of a name that nobody registered.
+        if agent is None:
             return Answered([], 0)
         if ask.session or not peek:
             self.directory.acting(turn, name, ask.session)
@@ -4987,7 +5018,8 @@ class Api:
         return Answered(page.messages, page.unread, page.handed)
 
     def arrived(self, turn: Turn, handed: Handed) -> None:
-        """What was handed over has reached its reader."""
+        """What was handed over has reached its reader: the connection tells so, when the
+        client comes back on it."""
         agent = self.directory.get(handed.agent)
         if agent:
             self.mail.seen(turn, agent, handed.mail)
@@ -4995,27 +5027,32 @@ class Api:
     def mark_seen(self, turn: Turn, ask: Ask) -> object:
         """The reader says that these have arrived at who asked for them."""
         ids = checked_ids(ask.body.get("message_ids"))
-        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
-        marked = self.mail.seen(turn, agent, self.store.seqs_of(ids))
+        agent = self.acting(turn, ask)
+        mail = self.store.seqs_of(ids)
+        marked = self.mail.seen(turn, agent, mail)
         return {"status": "ok", "marked": marked}
 
     def mark_read(self, turn: Turn, ask: Ask) -> object:
-        """An agent has done with these messages; only its own rows change."""
+        """An agent has done with these messages; only its own rows change. A name that
+        nobody has registered is no mistake, as older clients expect."""
         name = checked_name(ask.body.get("agent_name"), "agent_name")
         ids = checked_ids(ask.body.get("message_ids"))
         if self.directory.get(name) is None:
             return {"status": "ok", "marked": 0}
         agent = self.directory.acting(turn, name, ask.session)
-        return {"status": "ok", "marked": self.mail.read(turn, agent, ids)}
+        marked = self.mail.read(turn, agent, ids)
+        return {"status": "ok", "marked": marked}
 
     def mark_unread(self, turn: Turn, ask: Ask) -> object:
         """An agent wants to be reminded of these."""
         ids = checked_ids(ask.body.get("message_ids"))
-        agent = self.directory.acting(turn, ask.body.get("agent_name"), ask.session)
-        return {"status": "ok", "marked": self.mail.unread_again(turn, agent, ids)}
+        agent = self.acting(turn, ask)
+        marked = self.mail.unread_again(turn, agent, ids)
+        return {"status": "ok", "marked": marked}
 
     def ring_again(self, turn: Turn, ask: Ask) -> object:
-        """Offer all unread mail of an agent to its door once more."""
+        """Offer the unread mail of an agent to its door once more. It needs no session:
+        it is the human who clicks there."""
         agent = self.directory.find(ask.body.get("agent_name"))
         count, connected = self.mail.ring_again(turn, agent)
         return {"status": "ok", "messages": count, "connected": connected}
@@ -5023,12 +5060,13 @@ class Api:
     def list_waiting(self, turn: Turn, ask: Ask) -> object:
         """What agents have asked the human and still wait to hear."""
         questions = self.store.open_questions(ask.number("limit", 100, MAX_PAGE))
-        return [self.archive.shown(message) for message in questions]
+        return list(map(self.archive.shown, questions))
 
     def dismiss(self, turn: Turn, ask: Ask) -> object:
         """The human will not answer these."""
         ids = checked_ids(ask.body.get("message_ids"))
-        return {"status": "ok", "dismissed": len(self.mail.dismiss(turn, ids))}
+        dismissed = self.mail.dismiss(turn, ids)
+        return {"status": "ok", "dismissed": len(dismissed)}
 
     def list_loops(self, turn: Turn, ask: Ask) -> object:
         """The pairs whose bell is quiet."""
@@ -5041,7 +5079,8 @@ class Api:
         return {"status": "ok", "resumed": len(loops)}
 
     def loops_meant(self, body: Mapping[str, object]) -> list[Loop]:
-        """The quiet pairs that a request to resume is about, or BadRequest."""
+        """The quiet pairs that a request to resume is about, or BadRequest. Pairs that are
+        not quiet, or not any more, are no mistake: there is nothing to do."""
         if body.get("all") is True:
             return list(self.guard.loops.values())
         thread = checked_text(body.get("thread"), "thread", REFERENCE_CHARACTERS)
@@ -5057,13 +5096,16 @@ class Api:
             if loop:
                 found.append(loop)
         if thread:
-            found += [loop for loop in self.guard.of_thread(thread) if loop not in found]
+            for loop in self.guard.of_thread(thread):
+                if loop not in found:
+                    found.append(loop)
         return found
 
     # -- what was said before
 
     def recent(self, turn: Turn, ask: Ask) -> Answered:
-        """Newest first; with `after`, what came after that seq, oldest first."""
+        """Newest first; with `after`, what came after that seq, oldest first, and with
+        `wait` a script can follow everything without a WebSocket."""
         limit = ask.number("limit", 50, MAX_PAGE)
         if "after" in ask.query:
             low = self.cursor(ask) + 1
@@ -5086,7 +5128,8 @@ class Api:
             high = min(high, log.seq_at(until, after=True))
         agent = ask.text("agent")
         other = ask.text("with")
-        if not agent:  # one name is one name
+        # `with` alone asks for one agent too.
+        if not agent:
             agent = other
             other = ""
         return Query(
@@ -5104,21 +5147,35 @@ class Api:
     def history(self, turn: Turn, ask: Ask) -> Job:
         """Newest first, by agent, pair, group and time; with count=1 also how many."""
         query = self.query_of(ask, self.store)
-        if ask.text("count") != "1":
-            return lambda archive: archive.history(query)
-        return lambda archive: Counted(archive.history(query), archive.count(query))
+        counts = ask.text("count") == "1"
+
+        def job(archive: Archive) -> object:
+            rows = archive.history(query)
+            if not counts:
+                return rows
+            return Counted(rows, archive.count(query))
+
+        return job
 
     def search(self, turn: Turn, ask: Ask) -> Job:
-        """Full text, newest first; with count=1 also how many."""
+        """Full text, newest first; with count=1 also how many. Nothing is found by nothing;
+        bad syntax is no mistake either, for words are all that is understood."""
         query = self.query_of(ask, self.store)
-        if not query.text.strip():
-            return lambda archive: []
-        if ask.text("count") != "1":
-            return lambda archive: archive.search(query)
-        return lambda archive: Counted(archive.search(query), archive.count(query))
+        counts = ask.text("count") == "1"
+
+        def job(archive: Archive) -> object:
+            if not query.text.strip():
+                return []
+            rows = archive.search(query)
+            if not counts:
+                return rows
+            return Counted(rows, archive.count(query))
+
+        return job
 
     def message(self, turn: Turn, ask: Ask) -> Job:
-        """One message, its receipts and its thread."""
+        """One message, its receipts and its thread. That there is none by this id is found
+        out on the other thread too, and answered from there."""
         wanted = ask.text("id")
         return lambda archive: archive.message(wanted)
 
@@ -5131,7 +5188,8 @@ class Api:
         return lambda archive: archive.stats(name, now)
 
     def export(self, turn: Turn, ask: Ask) -> PageMaker:
-        """Everything asked for, oldest first, a page at a time."""
+        """Everything asked for, oldest first, a page at a time. The query is understood
+        now, so that a wrong one is refused before the answer has begun."""
         rest: Query | None = self.query_of(ask, self.store)
 
         def next_page(archive: Archive) -> list[ShownJson]:
@@ -5147,6 +5205,7 @@ class Api:
 
     def listen(self, turn: Turn, ask: Ask, wake: Callable[[Turn], None]) -> Listener:
         """Who speaks on a new socket: a dashboard, an agent, or an older client's agent.
+        `wake` is called, with a turn, whenever there is something for it.
 
         Raises NotAllowed for a name that wants another session.
         """
@@ -5191,7 +5250,8 @@ class Api:
             turn.tell([listener], "pong", {})
 
     def park(self, ask: Ask, wake: Callable[[Turn], None]) -> Listener:
-        """A request without an answer yet. An agent's name waits for its mail, "" for any."""
+        """A request without an answer yet. An agent's name waits for its mail, "" for
+        any."""
         listener = Listener(ask.text("agent"), 0, wake)
         self.board.park(listener)
         return listener
@@ -5205,49 +5265,87 @@ class Api:
         return self.archive.shown(message)
 
 
+Call = Callable[[Api, Turn, Ask], object]  # a method of Api that is an endpoint
+
+
 class Endpoint(NamedTuple):
     """What answers at an address, and how."""
 
     method: str
     path: str
     how: Answer
-    call: Callable[[Api, Turn, Ask], object] | None = None
+    call: Call | None = None  # none where the connection answers by itself
     file: str = ""  # of the program itself
     needs_key: bool = True
 
-
+# Every address of the hub, by the way in which it is answered. First the calls that change
+# something; a page elsewhere cannot make a browser send their bodies.
+POST_CALLS: dict[str, Call] = {
+    "/api/register": Api.register,
+    "/api/deregister": Api.deregister,
+    "/api/agents/status": Api.set_status,
+    "/api/agents/bell": Api.set_bell,
+    "/api/agents/ring": Api.ring_again,
+    "/api/send": Api.send,
+    "/api/send-group": Api.send,
+    "/api/messages/seen": Api.mark_seen,
+    "/api/messages/read": Api.mark_read,
+    "/api/messages/unread": Api.mark_unread,
+    "/api/messages/dismiss": Api.dismiss,
+    "/api/loops/resume": Api.resume,
+}
+# Small things that memory holds, or nearly.
+GET_CALLS: dict[str, Call] = {
+    "/api/agents": Api.list_agents,
+    "/api/groups": Api.list_groups,
+    "/api/loops": Api.list_loops,
+    "/api/waiting": Api.list_waiting,
+}
+# Mail. With `wait`, a request that finds none is parked until there is some.
+WAITING_CALLS: dict[str, Call] = {
+    "/api/messages": Api.fetch,
+    "/api/messages/recent": Api.recent,
+}
+# What may take long, and so is read on another thread.
+POOL_CALLS: dict[str, Call] = {
+    "/api/messages/history": Api.history,
+    "/api/messages/search": Api.search,
+    "/api/messages/{id}": Api.message,
+    "/api/stats": Api.stats,
+}
+STREAM_CALLS: dict[str, Call] = {
+    "/api/export": Api.export,
+}
+# The program's own files. They need no key: a browser asks for the page before it has one,
+# and a machine for the program before it knows what a key is.
 PAGE_FILE = "agent_chat_web.html"
-ENDPOINTS = (
-    Endpoint("POST", "/api/register", Answer.NOW, Api.register),
-    Endpoint("POST", "/api/deregister", Answer.NOW, Api.deregister),
-    Endpoint("POST", "/api/agents/status", Answer.NOW, Api.set_status),
-    Endpoint("POST", "/api/agents/bell", Answer.NOW, Api.set_bell),
-    Endpoint("POST", "/api/agents/ring", Answer.NOW, Api.ring_again),
-    Endpoint("POST", "/api/send", Answer.NOW, Api.send),
-    Endpoint("POST", "/api/send-group", Answer.NOW, Api.send),
-    Endpoint("POST", "/api/messages/seen", Answer.NOW, Api.mark_seen),
-    Endpoint("POST", "/api/messages/read", Answer.NOW, Api.mark_read),
-    Endpoint("POST", "/api/messages/unread", Answer.NOW, Api.mark_unread),
-    Endpoint("POST", "/api/messages/dismiss", Answer.NOW, Api.dismiss),
-    Endpoint("POST", "/api/loops/resume", Answer.NOW, Api.resume),
-    Endpoint("GET", "/api/agents", Answer.NOW, Api.list_agents),
-    Endpoint("GET", "/api/groups", Answer.NOW, Api.list_groups),
-    Endpoint("GET", "/api/loops", Answer.NOW, Api.list_loops),
-    Endpoint("GET", "/api/waiting", Answer.NOW, Api.list_waiting),
-    Endpoint("GET", "/api/messages", Answer.WAIT, Api.fetch),
-    Endpoint("GET", "/api/messages/recent", Answer.WAIT, Api.recent),
-    Endpoint("GET", "/api/messages/history", Answer.POOL, Api.history),
-    Endpoint("GET", "/api/messages/search", Answer.POOL, Api.search),
-    Endpoint("GET", "/api/messages/{id}", Answer.POOL, Api.message),
-    Endpoint("GET", "/api/stats", Answer.POOL, Api.stats),
-    Endpoint("GET", "/api/export", Answer.STREAM, Api.export),
-    Endpoint("GET", "/ws", Answer.SOCKET),
-    Endpoint("GET", "/health", Answer.HEALTH, needs_key=False),
-    Endpoint("GET", "/", Answer.FILE, file=PAGE_FILE, needs_key=False),
-    Endpoint("GET", "/web/", Answer.FILE, file=PAGE_FILE, needs_key=False),
-    Endpoint("GET", "/agent_chat.py", Answer.FILE, file="agent_chat.py", needs_key=False),
-    Endpoint("GET", "/install.sh", Answer.FILE, file="install.sh", needs_key=False),
-)
+OWN_FILES = {
+    "/": PAGE_FILE,
+    "/web/": PAGE_FILE,
+    "/agent_chat.py": "agent_chat.py",
+    "/install.sh": "install.sh",
+}
+
+
+def all_endpoints() -> Iterator[Endpoint]:
+    """The tables above as one, in their order."""
+    for path, call in POST_CALLS.items():
+        yield Endpoint("POST", path, Answer.NOW, call)
+    for path, call in GET_CALLS.items():
+        yield Endpoint("GET", path, Answer.NOW, call)
+    for path, call in WAITING_CALLS.items():
+        yield Endpoint("GET", path, Answer.WAIT, call)
+    for path, call in POOL_CALLS.items():
+        yield Endpoint("GET", path, Answer.POOL, call)
+    for path, call in STREAM_CALLS.items():
+        yield Endpoint("GET", path, Answer.STREAM, call)
+    yield Endpoint("GET", "/ws", Answer.SOCKET)
+    yield Endpoint("GET", "/health", Answer.HEALTH, needs_key=False)
+    for path, file in OWN_FILES.items():
+        yield Endpoint("GET", path, Answer.FILE, file=file, needs_key=False)
+
+
+ENDPOINTS = tuple(all_endpoints())
 
 
 def checked_senders(value: object) -> tuple[str, ...]:
