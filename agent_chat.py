@@ -8677,10 +8677,10 @@ class Tmux(Terminal):
             return self.try_address(TmuxAddress(socket, pane), None)
         cli, pids = agent_cli()
         if not cli:
-            return "no agent's CLI is to be seen above this plugin"
+            return "no agent's CLI is to be seen above us"
         if not cli.tty:
             return (
-                f"{cli.name} ({cli.pid}), which started this plugin, has no terminal: "
+                f"{cli.name} ({cli.pid}), which started us, has no terminal: "
                 "it is a background service or runs without a screen"
             )
         refusal = f"{cli.name} ({cli.pid}) does not run inside tmux"
