@@ -14511,21 +14511,34 @@ def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> N
 # ======================================================================================
 
 BROWSER = shutil.which("chromium") or "/usr/bin/chromium"
-BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                 "--disable-sync", "--disable-background-networking", "--disable-component-update",
-                 "--host-resolver-rules=MAP rebind.test 127.0.0.1"]
-NETWORK_NOISE = r"ERR_CONNECTION|WebSocket connection|net::ERR|status of 401|ERR_EMPTY_RESPONSE"
+BROWSER_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--host-resolver-rules=MAP rebind.test 127.0.0.1",
+]
+NETWORK_NOISE = (
+    r"ERR_CONNECTION|WebSocket connection|net::ERR|status of 401|ERR_EMPTY_RESPONSE"
+)
 
 
 class Person:
     """Somebody at the dashboard: a page, and everything the browser complained about."""
 
-    def __init__(self, context: Any, hub: Hub, path: str = "/", allowed: str = "^$") -> None:
+    def __init__(
+        self, context: Any, hub: Hub, path: str = "/", allowed: str = "^$"
+    ) -> None:
         self.context, self.hub, self.allowed = context, hub, allowed
         self.complaints: list[str] = []
         self.page = context.new_page()
-        self.page.on("console", lambda m: m.type in ("error", "warning")
-                     and self.complaints.append(m.text))
+        self.page.on(
+            "console",
+            lambda m: m.type in ("error", "warning") and self.complaints.append(m.text),
+        )
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.page.goto(hub.url + path)
         self.log = self.page.get_by_role("log")
@@ -14536,22 +14549,27 @@ class Person:
         return self.page.locator("article").filter(has_text=text)
 
     def button(self, name: str) -> Any:
+        """The button with exactly this name."""
         return self.page.get_by_role("button", name=name, exact=True)
 
     def texts(self) -> list[str]:
+        """What the messages in the page say, from the top."""
         found: list[str] = self.page.locator("article .text").all_inner_texts()
         return found
 
     def live(self) -> Person:
+        """Wait until its socket is up."""
         expect(self.page.locator("#line")).to_have_text("live")
         return self
 
     def check(self) -> None:
+        """Nothing was complained about but what this test allows."""
         wrong = [text for text in self.complaints if not re.search(self.allowed, text)]
         assert not wrong, wrong
 
 
 def expect(locator: Any) -> Any:
+    """Playwright's own, which waits until it is true."""
     from playwright.sync_api import expect as real
 
     return real(locator, "the dashboard should show this")
@@ -14559,11 +14577,17 @@ def expect(locator: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api") if not CI else __import__(
-        "playwright.sync_api", fromlist=["sync_playwright"])
+    """One Chromium for all tests that want one; the name of a stranger's site leads here."""
+    sync_api = (
+        pytest.importorskip("playwright.sync_api")
+        if not CI
+        else __import__("playwright.sync_api", fromlist=["sync_playwright"])
+    )
     sync_api.expect.set_options(timeout=15_000)  # a machine that runs tests may be busy
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_FLAGS)
+        chromium = playwright.chromium.launch(
+            executable_path=BROWSER, args=BROWSER_FLAGS
+        )
         yield chromium
         chromium.close()
 
@@ -14587,8 +14611,12 @@ def visit(browser: Any) -> Iterator[Callable[..., Person]]:
 @pytest.fixture
 def team(hub: Hub) -> Hub:
     """A hub with three agents, two of them in a group."""
-    hub.register("backend-dev", ("dev-team",), type="claude", host="studio", cwd="/src/shop-api")
-    hub.register("frontend-dev", ("dev-team",), type="codex", host="studio", cwd="/src/shop-web")
+    hub.register(
+        "backend-dev", ("dev-team",), type="claude", host="studio", cwd="/src/shop-api"
+    )
+    hub.register(
+        "frontend-dev", ("dev-team",), type="codex", host="studio", cwd="/src/shop-web"
+    )
     hub.register("docs", type="gemini", host="attic", cwd="/src/handbook")
     return hub
 
@@ -14597,44 +14625,88 @@ browser_test = pytest.mark.browser
 
 
 def test_the_page_keeps_the_rules_of_its_house() -> None:
+    """No markup out of data, no inline handlers, no address but the hub's own.
+    The strict policy needs all of this; this test says which rule was broken.
+    """
     text = PAGE.read_text(encoding="utf-8")
-    for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
-                      "new Function", "@import", "url(", "<iframe", "localhost"):
+    for forbidden in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        "@import",
+        "url(",
+        "<iframe",
+        "localhost",
+    ):
         assert forbidden not in text, forbidden
     markup = re.sub(r"<(script|style)>.*?</\1>", "", text, flags=re.S)
     assert not re.search(r"\s(style|on[a-z]+)\s*=", markup)
     assert set(re.findall(r"https?://([^/'\"\s$]+)", text)) <= {"www.w3.org"}
-    for banner in ("LOOK", "PAGE", "STATE", "WIRE", "MARKDOWN", "VIEW", "COMPOSE", "KEYS"):
+    for banner in (
+        "LOOK",
+        "PAGE",
+        "STATE",
+        "WIRE",
+        "MARKDOWN",
+        "VIEW",
+        "COMPOSE",
+        "KEYS",
+    ):
         assert f"==== {banner} ====" in text
 
 
 def test_the_page_is_written_line_by_line() -> None:
+    """The page is read as often as the program: one rule and one statement a line,
+    state on `state` alone, and no drawing asks the hub for anything.
+    """
     text = PAGE.read_text(encoding="utf-8")
     wide = [line for line in text.splitlines() if len(line) > 120]
     assert wide == []
-    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("style", "script"))
+    style, script = (
+        re.search(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("style", "script")
+    )
     assert style and script
-    rules = [line for line in style[1].splitlines() if line.count("{") > 1 and "@keyframes" not in line]
+    rules = [
+        line
+        for line in style[1].splitlines()
+        if line.count("{") > 1 and "@keyframes" not in line
+    ]
     assert rules == []  # one rule a line
-    bare = [re.sub(r"//.*|`.*`|\".*?\"|'.*?'|/.*/|for \(.*?\)|=> \{[^{}]*\}", "", line)
-            for line in script[1].splitlines()]
+    bare = [
+        re.sub(r"//.*|`.*`|\".*?\"|'.*?'|/.*/|for \(.*?\)|=> \{[^{}]*\}", "", line)
+        for line in script[1].splitlines()
+    ]
     crowded = [line for line in bare if re.search(r";\s*\S", line)]
     assert crowded == []  # one statement a line
     outside = [line for line in script[1].splitlines() if re.match(r"(let|var) ", line)]
     assert outside == []  # state is on `state`
     prose = sum(line.lstrip().startswith("//") for line in script[1].splitlines())
     assert prose > 60
-    drawings = list(re.finditer(r"^(?:async )?function draw_\w+\(.*?^}", script[1], re.S | re.M))
+    drawings = list(
+        re.finditer(r"^(?:async )?function draw_\w+\(.*?^}", script[1], re.S | re.M)
+    )
     assert len(drawings) > 8
     for drawing in drawings:
-        assert not re.search(r"(?<![.\w])(get|post|request|fetch)\(", drawing[0])  # data goes one way
+        assert not re.search(
+            r"(?<![.\w])(get|post|request|fetch)\(", drawing[0]
+        )  # data goes one way
 
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_a_newcomer_sees_the_two_next_steps(hub: Hub, visit: Callable[..., Person]) -> None:
+def test_a_newcomer_sees_the_two_next_steps(
+    hub: Hub, visit: Callable[..., Person]
+) -> None:
+    """An empty hub shows what to paste, with its own address in it,
+    and the first message takes the place of that.
+    """
     person = visit(hub).live()
-    expect(person.page.get_by_role("heading", name="Nobody has spoken yet")).to_be_visible()
+    expect(
+        person.page.get_by_role("heading", name="Nobody has spoken yet")
+    ).to_be_visible()
     block = json.loads(person.page.locator("#block").inner_text())
     assert block["mcpServers"]["agent-chat"]["env"]["AGENT_CHAT_SERVER"] == hub.url
     hub.register("newcomer")
@@ -14646,7 +14718,10 @@ def test_a_newcomer_sees_the_two_next_steps(hub: Hub, visit: Callable[..., Perso
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_messages_arrive_live_in_two_tabs(team: Hub, visit: Callable[..., Person]) -> None:
+def test_messages_arrive_live_in_two_tabs(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """One tab shows everything, the other one agent: both at once, each what belongs there."""
     team.send("backend-dev", "frontend-dev", "before")
     one, two = visit(team).live(), visit(team, "/#agent=frontend-dev").live()
     for text in ("first", "second", "third"):
@@ -14662,7 +14737,10 @@ def test_messages_arrive_live_in_two_tabs(team: Hub, visit: Callable[..., Person
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_a_killed_hub_leaves_no_gap_and_no_double(team: Hub, visit: Callable[..., Person]) -> None:
+def test_a_killed_hub_leaves_no_gap_and_no_double(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The page comes back with its cursor: what was sent while it was away is there, once."""
     person = visit(team, allowed=NETWORK_NOISE).live()
     for number in range(5):
         team.send("backend-dev", "frontend-dev", f"m{number:02d}")
@@ -14681,17 +14759,27 @@ def test_a_killed_hub_leaves_no_gap_and_no_double(team: Hub, visit: Callable[...
 @browser_test
 @NEEDS_CHROMIUM
 def test_looking_elsewhere_while_messages_pour_in_leaves_no_gap_and_no_double(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """A view is read while the socket brings more of it:
+    what both of them bring stands there once.
+    """
     texts = [f"m{number:03d}" for number in range(300)]
 
     def pour() -> None:
+        """Three hundred messages, one after the other."""
         for text in texts:
             team.send("backend-dev", "frontend-dev", text)
 
     person = visit(team).live()
     sender = threading.Thread(target=pour)
     sender.start()
-    views = ["", "#agent=frontend-dev", "#inbox=1", "#agent=backend-dev&with=frontend-dev"]
+    views = [
+        "",
+        "#agent=frontend-dev",
+        "#inbox=1",
+        "#agent=backend-dev&with=frontend-dev",
+    ]
     while sender.is_alive():
         for view in views:
             person.page.evaluate("hash => { location.hash = hash }", view)
@@ -14699,17 +14787,21 @@ def test_looking_elsewhere_while_messages_pour_in_leaves_no_gap_and_no_double(
     expect(person.message("m299")).to_be_in_viewport()
     shown = person.texts()
     assert len(shown) > 20
-    assert shown == texts[-len(shown):]
-    expect(person.page.locator(".fold")).to_have_count(0)  # nothing stands twice in a card
+    assert shown == texts[-len(shown) :]
+    expect(person.page.locator(".fold")).to_have_count(
+        0
+    )  # nothing stands twice in a card
     person.page.reload()
     expect(person.message("m299")).to_be_in_viewport()
-    assert person.texts() == texts[-len(person.texts()):]
+    assert person.texts() == texts[-len(person.texts()) :]
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_human_writes_and_replies_by_keyboard_alone(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """No mouse from the first message to the answer in its thread, and back."""
     person = visit(team).live()
     keyboard = person.page.keyboard
     keyboard.press("c")
@@ -14730,7 +14822,9 @@ def test_a_human_writes_and_replies_by_keyboard_alone(
     team.send("frontend-dev", "human", "Unrelated.")
     expect(person.message("Unrelated.")).to_be_visible()
     expect(person.page.get_by_text("1 reply")).to_be_visible()
-    expect(person.page.locator(".fold")).to_contain_text("backend-dev: Nearly. Which format?")
+    expect(person.page.locator(".fold")).to_contain_text(
+        "backend-dev: Nearly. Which format?"
+    )
     keyboard.press("Escape")
     keyboard.press("k")
     expect(person.message("Unrelated.")).to_be_focused()
@@ -14759,7 +14853,9 @@ def test_a_human_writes_and_replies_by_keyboard_alone(
 @browser_test
 @NEEDS_CHROMIUM
 def test_sending_names_the_mistake_and_keeps_the_text(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Nobody to send to, a mistyped name, a group: a sentence each, and nothing typed is lost."""
     person = visit(team, allowed="status of 404").live()
     to = person.page.get_by_role("combobox", name="To", exact=True)
     text = person.page.get_by_role("textbox", name="Message")
@@ -14772,7 +14868,9 @@ def test_sending_names_the_mistake_and_keeps_the_text(
     expect(text).to_have_value("hello")
     to.fill("#dev-team")
     person.button("Send").click()
-    expect(person.page.locator("#note")).to_contain_text("Sent to 2 agents in #dev-team")
+    expect(person.page.locator("#note")).to_contain_text(
+        "Sent to 2 agents in #dev-team"
+    )
     expect(text).to_have_value("")
     assert [m["content"] for m in team.unread("backend-dev")] == ["hello"]
     person.message("hello").hover()
@@ -14782,7 +14880,10 @@ def test_sending_names_the_mistake_and_keeps_the_text(
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_search_and_filters_live_in_the_url(team: Hub, visit: Callable[..., Person]) -> None:
+def test_search_and_filters_live_in_the_url(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """What is looked at can be sent to somebody as a link, and Back undoes it."""
     team.send("backend-dev", "frontend-dev", "the kangaroo index is built")
     for number in range(120):
         team.send("backend-dev", "docs", f"filler {number}")
@@ -14814,20 +14915,26 @@ def test_search_and_filters_live_in_the_url(team: Hub, visit: Callable[..., Pers
     expect(person.message("standup about a")).to_be_visible()
     visit(team, "/#agent=docs&since=1h").live()
     gone = visit(team, "/#until=2001-01-01").live()
-    expect(gone.page.get_by_role("heading", name="No messages here yet")).to_be_visible()
+    expect(
+        gone.page.get_by_role("heading", name="No messages here yet")
+    ).to_be_visible()
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_hub_with_a_key_asks_for_it(
-        make_hub: Callable[..., Hub], visit: Callable[..., Person]) -> None:
+    make_hub: Callable[..., Hub], visit: Callable[..., Person]
+) -> None:
+    """The key stands in the tab's own storage, never in an address."""
     hub = make_hub(key="correct horse")
     hub.register("bob")
     person = visit(hub, "/#agent=bob", allowed=NETWORK_NOISE)
     field = person.page.get_by_role("textbox", name="API key")
     field.fill("wrong")
     person.page.keyboard.press("Enter")
-    expect(person.page.get_by_role("alert")).to_have_text("That is not the key of this hub.")
+    expect(person.page.get_by_role("alert")).to_have_text(
+        "That is not the key of this hub."
+    )
     expect(person.page.get_by_role("log")).to_be_hidden()
     field.fill("correct horse")
     person.button("Open").click()
@@ -14845,7 +14952,9 @@ def test_a_hub_with_a_key_asks_for_it(
 @browser_test
 @NEEDS_CHROMIUM
 def test_mail_to_human_is_counted_and_read_when_shown(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Read is what stood on the screen in the inbox, not what scrolled by in the big stream."""
     person = visit(team).live()
     team.send("backend-dev", "human", "May I deploy?")
     team.send("docs", "human", "Done.")
@@ -14854,7 +14963,9 @@ def test_mail_to_human_is_counted_and_read_when_shown(
     assert len(team.unread("human")) == 2  # seen in the big stream is not read
     person.page.get_by_role("link", name="Inbox").click()
     expect(person.message("Done.")).to_be_visible()
-    expect(person.page).to_have_title("(1) Inbox · agent-chat")  # its question is not answered
+    expect(person.page).to_have_title(
+        "(1) Inbox · agent-chat"
+    )  # its question is not answered
     assert team.unread("human") == []
     expect(person.page.locator("article[data-unread]")).to_have_count(0)
     team.send("human", "backend-dev", "Yes.")
@@ -14866,14 +14977,18 @@ def test_mail_to_human_is_counted_and_read_when_shown(
 @browser_test
 @NEEDS_CHROMIUM
 def test_receipts_say_in_words_how_far_a_message_got(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """From stored over a draft in the way to read, each step as it happens."""
     person = visit(team).live()
     session = team.register("shy", doors=["tmux"])["session"]
     sent = team.send("backend-dev", "shy", "knock knock")
     expect(person.message("knock knock").locator(".receipts")).to_contain_text("stored")
     socket = team.socket("shy", session)
     socket.mail()
-    socket.send({"type": "blocked", "ids": [sent["id"]], "door": "tmux", "outcome": "draft"})
+    socket.send(
+        {"type": "blocked", "ids": [sent["id"]], "door": "tmux", "outcome": "draft"}
+    )
     receipts = person.message("knock knock").locator(".receipts")
     expect(receipts).to_have_text("not rung: a draft stands in its prompt")
     row = person.page.locator(".agent").filter(has_text="shy")
@@ -14883,8 +14998,12 @@ def test_receipts_say_in_words_how_far_a_message_got(
     expect(person.page.locator("#profile")).to_contain_text("Doors: tmux")
     row.hover()
     row.get_by_role("button", name="Ring again").click()
-    assert socket.until(lambda frame: frame["type"] == "ring")["data"]["ids"] == [sent["id"]]
-    socket.send({"type": "rung", "ids": [sent["id"]], "door": "tmux", "outcome": "rung"})
+    assert socket.until(lambda frame: frame["type"] == "ring")["data"]["ids"] == [
+        sent["id"]
+    ]
+    socket.send(
+        {"type": "rung", "ids": [sent["id"]], "door": "tmux", "outcome": "rung"}
+    )
     expect(receipts).to_have_text("rung by tmux")
     team.get("/api/messages", session, agent="shy")
     expect(receipts).to_have_text("seen")
@@ -14897,12 +15016,16 @@ def test_receipts_say_in_words_how_far_a_message_got(
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_quiet_pair_has_a_banner_and_one_click_resumes(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The loop guard stopped a bell: the reason, and one click."""
     person = visit(team).live()
     parent = ""
     for number in range(15):
         pair = ("backend-dev", "frontend-dev")[:: 1 if number % 2 else -1]
-        parent = team.send(pair[0], pair[1], f"thanks {number}", in_reply_to=parent)["id"]
+        parent = team.send(pair[0], pair[1], f"thanks {number}", in_reply_to=parent)[
+            "id"
+        ]
     banner = person.page.locator("#banners")
     expect(banner).to_contain_text("backend-dev and frontend-dev is quiet")
     assert team.get("/api/loops")
@@ -14914,6 +15037,7 @@ def test_a_quiet_pair_has_a_banner_and_one_click_resumes(
 @browser_test
 @NEEDS_CHROMIUM
 def test_one_click_mutes_an_agent(team: Hub, visit: Callable[..., Person]) -> None:
+    """Muted here is muted at the hub, and can be undone in the same place."""
     person = visit(team).live()
     row = person.page.locator(".agent").filter(has_text="docs")
     row.hover()
@@ -14923,20 +15047,27 @@ def test_one_click_mutes_an_agent(team: Hub, visit: Callable[..., Person]) -> No
     assert agents["docs"]["mute"] == ["*"]
     row.get_by_role("button", name="Unmute docs").click()
     expect(row).not_to_contain_text("muted")
-    eventually(lambda: {a["name"]: a for a in team.get("/api/agents")}["docs"]["mute"] == [])
+    eventually(
+        lambda: {a["name"]: a for a in team.get("/api/agents")}["docs"]["mute"] == []
+    )
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_scrolling_up_loads_older_pages_and_keeps_the_place(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Older pages come in above, new messages below; what is being read does not move."""
     for number in range(420):
-        team.send("backend-dev" if number % 2 else "docs", "frontend-dev", f"n{number:03d}")
+        team.send(
+            "backend-dev" if number % 2 else "docs", "frontend-dev", f"n{number:03d}"
+        )
     person = visit(team).live()
     expect(person.message("n419")).to_be_in_viewport()
     rows = person.page.locator("#stream > li")
 
     def oldest_shown() -> bool:
+        """Scroll to the top once more; is the first message there?"""
         person.log.evaluate("log => { log.scrollTop = 0 }")
         return person.message("n000").count() == 1
 
@@ -14961,18 +15092,27 @@ def test_scrolling_up_loads_older_pages_and_keeps_the_place(
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_thousand_messages_leave_the_page_small_and_at_its_end(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """A burst of two senders: the page keeps few nodes and stands at the newest."""
     person = visit(team).live()
 
     def burst(sender: str) -> None:
+        """Five hundred messages on one connection, as fast as they are taken."""
         connection = http.client.HTTPConnection("127.0.0.1", team.port, timeout=30)
         for number in range(500):
-            body = json.dumps({"from": sender, "to": "docs", "content": f"{sender} {number:03d}"})
-            connection.request("POST", "/api/send", body, {"Content-Type": "application/json"})
+            body = json.dumps(
+                {"from": sender, "to": "docs", "content": f"{sender} {number:03d}"}
+            )
+            connection.request(
+                "POST", "/api/send", body, {"Content-Type": "application/json"}
+            )
             assert connection.getresponse().read()
 
-    senders = [threading.Thread(target=burst, args=(name,))
-               for name in ("backend-dev", "frontend-dev")]
+    senders = [
+        threading.Thread(target=burst, args=(name,))
+        for name in ("backend-dev", "frontend-dev")
+    ]
     for sender in senders:
         sender.start()
     for sender in senders:
@@ -14988,7 +15128,10 @@ def test_a_thousand_messages_leave_the_page_small_and_at_its_end(
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_replies_fold_and_long_messages_too(team: Hub, visit: Callable[..., Person]) -> None:
+def test_replies_fold_and_long_messages_too(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Threads and long texts are folded, by mouse and by keyboard."""
     root = team.send("backend-dev", "frontend-dev", "spec ready")["id"]
     for number in range(3):
         team.send("frontend-dev", "backend-dev", f"answer {number}", in_reply_to=root)
@@ -15021,7 +15164,9 @@ def test_replies_fold_and_long_messages_too(team: Hub, visit: Callable[..., Pers
 @NEEDS_CHROMIUM
 @pytest.mark.parametrize("path", ["/", "/#agent=docs", "/#q=spec"])
 def test_what_is_shown_can_be_exported(
-        path: str, team: Hub, visit: Callable[..., Person]) -> None:
+    path: str, team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Everything, one agent, a search: each as Markdown and as JSON Lines."""
     team.send("docs", "backend-dev", "the spec for everybody")
     person = visit(team, path).live()
     expect(person.message("the spec")).to_be_visible()
@@ -15035,11 +15180,22 @@ def test_what_is_shown_can_be_exported(
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_a_phone_scrolls_in_one_direction_only(team: Hub, visit: Callable[..., Person]) -> None:
+def test_a_phone_scrolls_in_one_direction_only(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Names, words and addresses without end never make the page wider than the phone."""
     team.register("a" * 64, ("g" * 64,), cwd="/" + "x" * 300, host="h" * 200)
-    team.send("a" * 64, group="dev-team", content="W" * 3000 + "\n```\n" + "code " * 100 + "\n```")
+    team.send(
+        "a" * 64,
+        group="dev-team",
+        content="W" * 3000 + "\n```\n" + "code " * 100 + "\n```",
+    )
     team.send("a" * 64, "human", "https://example.com/" + "y" * 400)
-    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    phone = {
+        "viewport": {"width": 360, "height": 740},
+        "has_touch": True,
+        "is_mobile": True,
+    }
     person = visit(team, **phone).live()
     for path in ("/", "/#agent=" + "a" * 64, "/#inbox=1", "/#group=dev-team"):
         person.page.goto(team.url + path)
@@ -15055,15 +15211,23 @@ def test_a_phone_scrolls_in_one_direction_only(team: Hub, visit: Callable[..., P
 
 
 def background(person: Person) -> str:
-    colour: str = person.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    """The colour that the page has just now."""
+    colour: str = person.page.evaluate(
+        "getComputedStyle(document.body).backgroundColor"
+    )
     return colour
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_light_and_dark_follow_the_system_and_the_switch(
-        team: Hub, visit: Callable[..., Person]) -> None:
-    light, dark = visit(team, color_scheme="light").live(), visit(team, color_scheme="dark").live()
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The system decides until the person does, and that is remembered."""
+    light, dark = (
+        visit(team, color_scheme="light").live(),
+        visit(team, color_scheme="dark").live(),
+    )
     white, black = background(light), background(dark)
     assert white == "rgb(255, 255, 255)" and black != white
     light.button("Theme: system").click()
@@ -15080,17 +15244,29 @@ def test_light_and_dark_follow_the_system_and_the_switch(
 @NEEDS_CHROMIUM
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(
-        scheme: str, make_hub: Callable[..., Hub], visit: Callable[..., Person]) -> None:
-    axe = pytest.importorskip("axe_playwright_python.base") if not CI else __import__(
-        "axe_playwright_python.base", fromlist=["AXE_FILE_PATH"])
+    scheme: str, make_hub: Callable[..., Hub], visit: Callable[..., Person]
+) -> None:
+    """Every view, both themes, the sign-in and the dialogs: no finding of any weight.
+    Contrast, names, roles and landmarks are what a person without eyes or mouse lives on.
+    """
+    axe = (
+        pytest.importorskip("axe_playwright_python.base")
+        if not CI
+        else __import__("axe_playwright_python.base", fromlist=["AXE_FILE_PATH"])
+    )
     script = Path(axe.AXE_FILE_PATH).read_text()
     hub = make_hub()
     person = visit(hub, color_scheme=scheme).live()
 
     def findings(person: Person) -> list[str]:
+        """What axe says of the page as it stands, each with the element."""
         person.page.evaluate(script)
         found = person.page.evaluate("axe.run()")["violations"]
-        return [f"{rule['id']}: {node['html'][:120]}" for rule in found for node in rule["nodes"]]
+        return [
+            f"{rule['id']}: {node['html'][:120]}"
+            for rule in found
+            for node in rule["nodes"]
+        ]
 
     assert findings(person) == []  # the empty page
     whole = {"doors": ["tmux"], "host": "h", "cwd": "/x"}
@@ -15099,22 +15275,40 @@ def test_axe_finds_nothing(
     parent = ""
     for number in range(15):
         pair = ("backend-dev", "docs")[:: 1 if number % 2 else -1]
-        parent = hub.send(pair[0], pair[1], f"thanks {number}", in_reply_to=parent,
-                          session=session if pair[0] == "backend-dev" else "")["id"]
+        parent = hub.send(
+            pair[0],
+            pair[1],
+            f"thanks {number}",
+            in_reply_to=parent,
+            session=session if pair[0] == "backend-dev" else "",
+        )["id"]
     sent = hub.send("reviewer", "backend-dev", "see this code\n" + MARKDOWN)
     hub.send("docs", "human", "to you", choices=["yes", "no"])
     hub.send("docs", group="dev-team", content="to all " * 400)
     socket = hub.socket("backend-dev", session)
     socket.mail()
-    socket.send({"type": "blocked", "ids": [sent["id"]], "door": "tmux", "outcome": "dialog"})
-    expect(person.message("see this code").locator(".receipts")).to_contain_text("dialog")
+    socket.send(
+        {"type": "blocked", "ids": [sent["id"]], "door": "tmux", "outcome": "dialog"}
+    )
+    expect(person.message("see this code").locator(".receipts")).to_contain_text(
+        "dialog"
+    )
     person.page.locator(".fold > button").click()
     person.button("Filters").click()
     assert findings(person) == []
-    wide = visit(hub, viewport={"width": 1400, "height": 900}, color_scheme=scheme).live()
-    views = {person: ("/#inbox=1", f"/#thread={parent}"),
-             wide: ("/#agent=backend-dev", "/#q=see", "/#agent=backend-dev&with=docs",
-                    "/#group=dev-team", f"/#inbox=1&thread={sent['id']}")}
+    wide = visit(
+        hub, viewport={"width": 1400, "height": 900}, color_scheme=scheme
+    ).live()
+    views = {
+        person: ("/#inbox=1", f"/#thread={parent}"),
+        wide: (
+            "/#agent=backend-dev",
+            "/#q=see",
+            "/#agent=backend-dev&with=docs",
+            "/#group=dev-team",
+            f"/#inbox=1&thread={sent['id']}",
+        ),
+    }
     for one, paths in views.items():
         for path in paths:
             one.page.goto(hub.url + path)
@@ -15133,7 +15327,9 @@ def test_axe_finds_nothing(
 @browser_test
 @NEEDS_CHROMIUM
 def test_mail_to_human_is_announced_to_whoever_is_elsewhere(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Only after permission, only mail to the human, once for all tabs."""
     person = visit(team).live()
     person.page.add_init_script("""
         window.notes = []; document.hasFocus = () => false;
@@ -15150,11 +15346,14 @@ def test_mail_to_human_is_announced_to_whoever_is_elsewhere(
     sent = team.send("docs", "human", "announced")
     expect(person.message("announced").last).to_be_visible()
     eventually(lambda: person.page.evaluate("notes.length"))
-    assert person.page.evaluate("notes") == [["docs writes to you", "announced", sent["id"]]]
+    assert person.page.evaluate("notes") == [
+        ["docs writes to you", "announced", sent["id"]]
+    ]
 
 
 # Every payload sets `pwned` if it runs, by itself, on error, on load, on hover or on click.
-PAYLOADS = r"""
+PAYLOADS = (
+    r"""
 <script>pwned++</script>
 </script><script>pwned++</script>
 <img src=x onerror=pwned++>
@@ -15197,44 +15396,84 @@ https://javascript:pwned++
 __proto__
 constructor
 &lt;img src=x onerror=pwned++&gt;
-""".strip().split("\n") + ["\u202e<script>pwned++</script>\u0000",
-                           "```\n</pre><img src=x onerror=pwned++>\n```"]
+""".strip().split("\n")
+    + [
+        "\u202e<script>pwned++</script>\u0000",
+        "```\n</pre><img src=x onerror=pwned++>\n```",
+    ]
+)
 
 
 def hostile_message(seq: int) -> dict[str, Any]:
     """A message as no hub of ours would hand it out: a payload in every field."""
     text, group = PAYLOADS[seq - 1], seq % 3 == 0
-    receipt = {key: text for key in ("agent", "state", "door", "outcome", "quiet", "stored_at")}
-    return {"id": f"{text}{seq}", "seq": seq, "from_agent": text, "to_agent": "" if group else text,
-            "group": text if group else "", "content": text, "in_reply_to": f"{text}{seq - 1}", "choices": [text, text],
-            "created_at": text, "verified": False, "thread": f"{PAYLOADS[seq // 4]}t",
-            "receipts": [receipt, {**receipt, "agent": "human", "state": "rung"}]}
+    receipt = {
+        key: text for key in ("agent", "state", "door", "outcome", "quiet", "stored_at")
+    }
+    return {
+        "id": f"{text}{seq}",
+        "seq": seq,
+        "from_agent": text,
+        "to_agent": "" if group else text,
+        "group": text if group else "",
+        "content": text,
+        "in_reply_to": f"{text}{seq - 1}",
+        "choices": [text, text],
+        "created_at": text,
+        "verified": False,
+        "thread": f"{PAYLOADS[seq // 4]}t",
+        "receipts": [receipt, {**receipt, "agent": "human", "state": "rung"}],
+    }
 
 
 def hostile_agent(text: str) -> dict[str, Any]:
+    """An agent whose every field is the payload."""
     words = ("name", "status", "registered_at", "last_seen_at", "host", "cwd", "type")
     lists = ("groups", "doors", "mute", "allow")
-    return {**dict.fromkeys(words, text), **{key: [text] for key in lists}, "verified": False,
-            "unread": 3, "door": {"outcome": text, "door": text, "at": text},
-            "quiet": [{"with": text, "reason": text, "since": text}]}
+    return {
+        **dict.fromkeys(words, text),
+        **{key: [text] for key in lists},
+        "verified": False,
+        "unread": 3,
+        "door": {"outcome": text, "door": text, "at": text},
+        "quiet": [{"with": text, "reason": text, "since": text}],
+    }
 
 
 def hostile_stats() -> dict[str, Any]:
-    pairs = [{"from": text, "to": PAYLOADS[-1 - at], "count": at + 1}
-             for at, text in enumerate(PAYLOADS)]
-    return {"range": "day", "pairs": pairs[::-1], "total": 9, "seen": {"median_s": PAYLOADS[0]},
-            "buckets": [{"at": text, "count": 3} for text in PAYLOADS]}
+    """A traffic of payloads, most first."""
+    pairs = [
+        {"from": text, "to": PAYLOADS[-1 - at], "count": at + 1}
+        for at, text in enumerate(PAYLOADS)
+    ]
+    return {
+        "range": "day",
+        "pairs": pairs[::-1],
+        "total": 9,
+        "seen": {"median_s": PAYLOADS[0]},
+        "buckets": [{"at": text, "count": 3} for text in PAYLOADS],
+    }
 
 
 def hostile_frames() -> Iterator[tuple[str, Any]]:
+    """Everything a socket may say, said in payloads."""
     yield "hello", {"seq": 30, "version": PAYLOADS[0], "fingerprint": PAYLOADS[0]}
     for seq in range(31, len(PAYLOADS) + 1):
         yield "new_message", hostile_message(seq)
     known = hostile_message(6)
     for text in PAYLOADS:
         yield "agent_status", {"agent": text, "status": text}
-        yield "receipt", {"id": known["id"], "agent": known["from_agent"], "state": text,
-                          "door": text, "outcome": text, "at": text}
+        yield (
+            "receipt",
+            {
+                "id": known["id"],
+                "agent": known["from_agent"],
+                "state": text,
+                "door": text,
+                "outcome": text,
+                "at": text,
+            },
+        )
     for kind in ("__proto__", "constructor", PAYLOADS[0]):
         yield kind, {}
 
@@ -15242,12 +15481,22 @@ def hostile_frames() -> Iterator[tuple[str, Any]]:
 def hostile_hub(page: Any, url: str, with_policy: bool) -> None:
     """Put answers full of payloads between the page and its hub, and take its CSP away."""
     rows = [hostile_message(seq) for seq in range(1, len(PAYLOADS) + 1)]
-    loops = [{"agents": [text, text], "thread": "", "reason": text} for text in PAYLOADS[:9]]
-    answers = {"/api/messages/recent": rows[:30], "/api/agents": list(map(hostile_agent, PAYLOADS)),
-               "/api/loops": loops, "/api/messages/history": rows, "/api/messages/search": rows,
-               "/api/messages": rows[30:40], "/api/waiting": rows[40:], "/api/stats": hostile_stats()}
+    loops = [
+        {"agents": [text, text], "thread": "", "reason": text} for text in PAYLOADS[:9]
+    ]
+    answers = {
+        "/api/messages/recent": rows[:30],
+        "/api/agents": list(map(hostile_agent, PAYLOADS)),
+        "/api/loops": loops,
+        "/api/messages/history": rows,
+        "/api/messages/search": rows,
+        "/api/messages": rows[30:40],
+        "/api/waiting": rows[40:],
+        "/api/stats": hostile_stats(),
+    }
 
     def answer(route: Any) -> None:
+        """Every route of the hub, by its path; what is sent is refused with a payload."""
         path = urllib.parse.urlsplit(route.request.url).path
         known = answers.get(path, {"thread": rows, "message": rows[0]})
         if route.request.method == "POST":
@@ -15256,11 +15505,17 @@ def hostile_hub(page: Any, url: str, with_policy: bool) -> None:
             route.fulfill(json=known)
 
     def stripped(route: Any) -> None:
+        """The page without its policy, as if a proxy had taken it away."""
         reply = route.fetch()
-        keep = {k: v for k, v in reply.headers.items() if k.lower() != "content-security-policy"}
+        keep = {
+            k: v
+            for k, v in reply.headers.items()
+            if k.lower() != "content-security-policy"
+        }
         route.fulfill(response=reply, headers=keep)
 
     def feed(socket: Any) -> None:
+        """All frames at once, as soon as the page connects."""
         for kind, data in hostile_frames():
             socket.send(json.dumps({"type": kind, "data": data}))
 
@@ -15275,13 +15530,27 @@ def hostile_hub(page: Any, url: str, with_policy: bool) -> None:
 @NEEDS_CHROMIUM
 @pytest.mark.parametrize("policy", [True, False], ids=["with CSP", "without CSP"])
 def test_no_payload_runs_in_any_field(
-        policy: bool, team: Hub, visit: Callable[..., Person]) -> None:
+    policy: bool, team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Payloads in every field of every answer and frame, with the policy and without it:
+    the policy is the second wall, and the first must hold alone.
+    """
     assert len(PAYLOADS) >= 40
     page = visit(team, allowed="status of 400", bypass_csp=not policy).live().page
     hostile_hub(page, team.url, policy)
-    chosen = [{}, {"inbox": "1"}, {"q": "pwned"}, {"thread": "x"}, {"inbox": "1", "thread": "x"}]
+    chosen = [
+        {},
+        {"inbox": "1"},
+        {"q": "pwned"},
+        {"thread": "x"},
+        {"inbox": "1", "thread": "x"},
+    ]
     for text in PAYLOADS[::13]:
-        chosen += [{"agent": text}, {"agent": text, "with": text}, {"group": text, "q": text}]
+        chosen += [
+            {"agent": text},
+            {"agent": text, "with": text},
+            {"group": text, "q": text},
+        ]
     for number, view in enumerate(chosen):
         name = "#" + urllib.parse.urlencode(view)
         if number:
@@ -15304,15 +15573,23 @@ def test_no_payload_runs_in_any_field(
     assert page.locator(made).count() == 0
     strange = page.evaluate("[...document.querySelectorAll('a')].map(a => a.protocol)")
     assert set(strange) <= {"http:", "https:"}
-    assert page.evaluate("[...document.querySelectorAll('#app *')].every(node => "
-                         "![...node.attributes].some(a => /^on/.test(a.name)))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('#app *')].every(node => "
+        "![...node.attributes].some(a => /^on/.test(a.name)))"
+    )
 
 
 # -- what must hold on a whole busy day
 
+# Width and height of windows that people have; a zoom of 200 % halves both.
 SIZES = {"a laptop": (1280, 800), "200 % zoom": (640, 400), "a phone": (390, 844)}
-NAMES = [f"{kind}-{place}" for kind in ("claude", "codex", "gemini", "opencode")
-         for place in ("shop-api", "shop-web", "search")]
+# Twelve agents: four kinds in three projects, so that many names begin alike.
+NAMES = [
+    f"{kind}-{place}"
+    for kind in ("claude", "codex", "gemini", "opencode")
+    for place in ("shop-api", "shop-web", "search")
+]
+# The share of the messages, and the heights of the notices and of the box to write in.
 SWEEP = """() => { const part = id => document.getElementById(id).getBoundingClientRect().height;
     return [part("log") / innerHeight, part("banners"), part("foot")] }"""
 
@@ -15322,7 +15599,9 @@ def crowd(hub: Hub, count: int = 12) -> list[str]:
     names = NAMES[:count]
     for name in names:
         kind, _, project = name.partition("-")
-        hub.register(name, ("dev-team",), type=kind, host="studio", cwd=f"/src/{project}")
+        hub.register(
+            name, ("dev-team",), type=kind, host="studio", cwd=f"/src/{project}"
+        )
     return names
 
 
@@ -15331,7 +15610,9 @@ def fall_quiet(hub: Hub, one: str, other: str) -> None:
     parent = ""
     for number in range(14):
         pair = (one, other)[:: 1 if number % 2 else -1]
-        parent = hub.send(pair[0], pair[1], f"thanks {number}", in_reply_to=parent)["id"]
+        parent = hub.send(pair[0], pair[1], f"thanks {number}", in_reply_to=parent)[
+            "id"
+        ]
 
 
 def half_is_left(person: Person) -> None:
@@ -15345,20 +15626,34 @@ def half_is_left(person: Person) -> None:
 @NEEDS_CHROMIUM
 @pytest.mark.parametrize("size", SIZES)
 def test_45_quiet_bells_are_one_line_and_messages_keep_half_the_height(
-        size: str, hub: Hub, visit: Callable[..., Person]) -> None:
+    size: str, hub: Hub, visit: Callable[..., Person]
+) -> None:
+    """A bad day: every pair of ten agents went quiet, and six questions wait.
+    Once, 45 banners hid every message and the box to write in.
+    """
     names = crowd(hub, 10)
     pairs = list(itertools.combinations(names, 2))
     for one, other in pairs:
         fall_quiet(hub, one, other)
     assert len(hub.get("/api/loops")) == 45
     for number in range(6):
-        hub.send(names[number], "human", f"Shall I go on with part {number}?", choices=["yes", "no"])
+        hub.send(
+            names[number],
+            "human",
+            f"Shall I go on with part {number}?",
+            choices=["yes", "no"],
+        )
     width, height = SIZES[size]
     person = visit(hub, viewport={"width": width, "height": height}).live()
     banner = person.page.locator("#banners")
     expect(banner).to_contain_text("45 bells are quiet")
-    for path in ("/", f"/#agent={names[0]}", "/#inbox=1", "/#group=dev-team",
-                 f"/#agent={names[0]}&with={names[1]}"):
+    for path in (
+        "/",
+        f"/#agent={names[0]}",
+        "/#inbox=1",
+        "/#group=dev-team",
+        f"/#agent={names[0]}&with={names[1]}",
+    ):
         person.page.goto(hub.url + path)
         expect(banner).to_contain_text("45 bells are quiet")
         expect(person.page.locator("#log[aria-busy=false]")).to_be_visible()
@@ -15370,7 +15665,11 @@ def test_45_quiet_bells_are_one_line_and_messages_keep_half_the_height(
 @browser_test
 @NEEDS_CHROMIUM
 def test_quiet_bells_are_looked_at_resumed_and_hidden(
-        hub: Hub, visit: Callable[..., Person]) -> None:
+    hub: Hub, visit: Callable[..., Person]
+) -> None:
+    """The list behind the one line: resume one, resume all, or put it away
+    until another bell goes quiet.
+    """
     names = crowd(hub, 4)
     for other in names[1:]:
         fall_quiet(hub, names[0], other)
@@ -15396,7 +15695,11 @@ def test_quiet_bells_are_looked_at_resumed_and_hidden(
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_draft_belongs_to_its_conversation_and_outlives_everything(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Two conversations, two tabs, a killed hub, a reload: each text is where it was typed,
+    and only the one that was sent is gone.
+    """
     person = visit(team, "/#agent=docs", allowed=NETWORK_NOISE).live()
     text = person.page.get_by_role("textbox", name="Message")
     text.fill("half a thought for docs")
@@ -15410,7 +15713,9 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_everything(
     other = Person(person.context, team, "/#agent=docs", NETWORK_NOISE).live()
     other_text = other.page.get_by_role("textbox", name="Message")
     other_text.fill("written in another tab")
-    other.page.wait_for_timeout(400)  # a draft is kept a quarter of a second after the last key
+    other.page.wait_for_timeout(
+        400
+    )  # a draft is kept a quarter of a second after the last key
     team.kill()
     expect(person.page.locator("#line")).to_contain_text("offline")
     team.restart()
@@ -15430,12 +15735,19 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_everything(
 @browser_test
 @NEEDS_CHROMIUM
 def test_no_key_is_obeyed_while_an_answer_is_open(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Whoever types with an answer open means the answer:
+    the letters land in it, and none of them is a command.
+    """
     root = team.send("human", "docs", "Where is chapter 3?")["id"]
     team.send("docs", "human", "In the attic.", in_reply_to=root)
     person = visit(team, f"/#thread={root}").live()
     expect(person.message("In the attic.")).to_be_visible()
-    keyboard, text = person.page.keyboard, person.page.get_by_role("textbox", name="Message")
+    keyboard, text = (
+        person.page.keyboard,
+        person.page.get_by_role("textbox", name="Message"),
+    )
     keyboard.press("r")
     expect(person.page.locator("#answering")).to_contain_text("docs: In the attic.")
     expect(text).to_be_focused()
@@ -15452,22 +15764,29 @@ def test_no_key_is_obeyed_while_an_answer_is_open(
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_text_that_is_too_long_is_refused_at_once(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The hub takes a mebibyte; the page knows that and does not send more to hear it."""
     person = visit(team, "/#agent=docs").live()
     person.page.get_by_role("textbox", name="Message").evaluate(
-        "box => { box.value = 'ä'.repeat(600000) }")
+        "box => { box.value = 'ä'.repeat(600000) }"
+    )
     asked: list[str] = []
     person.page.on("request", lambda request: asked.append(request.method))
     took = person.page.evaluate("""() => { const began = performance.now();
         document.getElementById("send").click(); return performance.now() - began }""")
-    expect(person.page.locator("#note")).to_contain_text("MiB, and a message has at most 1")
+    expect(person.page.locator("#note")).to_contain_text(
+        "MiB, and a message has at most 1"
+    )
     assert took < 2000 and "POST" not in asked
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_esc_back_and_reload_come_back_to_the_message_that_was_read(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The message in focus is in focus again, at the same height, whichever way back is taken."""
     for number in range(150):
         team.send("backend-dev", "docs", f"n{number:03d}")
     person = visit(team).live()
@@ -15496,7 +15815,11 @@ def test_esc_back_and_reload_come_back_to_the_message_that_was_read(
 @browser_test
 @NEEDS_CHROMIUM
 def test_the_first_unread_message_stands_under_a_new_line(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Sixty read, forty new: the inbox opens where the new ones begin.
+    Mark all read, and mark one unread again.
+    """
     ids = [team.send("docs", "human", f"old {number}")["id"] for number in range(60)]
     team.post("/api/messages/read", {"agent_name": "human", "message_ids": ids})
     for number in range(40):
@@ -15523,13 +15846,21 @@ def test_the_first_unread_message_stands_under_a_new_line(
 @browser_test
 @NEEDS_CHROMIUM
 def test_what_waits_for_the_human_stays_until_it_is_answered_or_dismissed(
-        team: Hub, visit: Callable[..., Person]) -> None:
-    asked = team.send("backend-dev", "human", "Which **colour**?", choices=["red", "<b>blue</b>"])
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Read is not answered: the question stays on top and in the title.
+    One press on what was offered answers it, markup in the offer stays text.
+    """
+    asked = team.send(
+        "backend-dev", "human", "Which **colour**?", choices=["red", "<b>blue</b>"]
+    )
     team.send("docs", "human", "May I go?")
     for number in range(40):
         team.send("docs", "backend-dev", f"chatter {number}")
     person = visit(team).live()
-    expect(person.page.locator("#banners")).to_contain_text("2 questions wait for your answer")
+    expect(person.page.locator("#banners")).to_contain_text(
+        "2 questions wait for your answer"
+    )
     person.page.get_by_role("link", name="2 questions wait").click()
     waiting = person.page.get_by_role("region", name="Waiting for you")
     expect(waiting.locator(".ask")).to_have_count(2)
@@ -15548,6 +15879,7 @@ def test_what_waits_for_the_human_stays_until_it_is_answered_or_dismissed(
     assert team.get("/api/waiting") == []
 
 
+# Everything that agents write, and three things that are not what they look like.
 MARKDOWN = """# Head
 Some **bold**, *thin*, ~~gone~~ and `code`, snake_case_name, 2 * 3 * 4, C:\\*path*.
 - one
@@ -15569,16 +15901,36 @@ Some **bold**, *thin*, ~~gone~~ and `code`, snake_case_name, 2 * 3 * 4, C:\\*pat
 +new
 ```
 @docs"""
-ELEMENTS = {"strong": 1, "em": 1, "s": 1, "ul": 2, "ol[start='3'] > li": 2, "li.task": 1,
-            "th": 2, "td": 2, "td[data-align=right]": 1, "blockquote blockquote": 1,
-            "a[href^=https]": 1, "a": 2, "a.mention": 1, ".diff .added": 1, ".diff .removed": 1,
-            ".head": 1, "b": 0}
+# What must have been made out of it: selector and how many.
+ELEMENTS = {
+    "strong": 1,
+    "em": 1,
+    "s": 1,
+    "ul": 2,
+    "ol[start='3'] > li": 2,
+    "li.task": 1,
+    "th": 2,
+    "td": 2,
+    "td[data-align=right]": 1,
+    "blockquote blockquote": 1,
+    "a[href^=https]": 1,
+    "a": 2,
+    "a.mention": 1,
+    ".diff .added": 1,
+    ".diff .removed": 1,
+    ".head": 1,
+    "b": 0,
+}
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_mail_is_markdown_and_what_is_not_understood_stays_text(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """One message with everything in it, counted by element.
+    An address that is not of the web is no link, a tag is no tag.
+    """
     team.send("docs", "backend-dev", MARKDOWN)
     person = visit(team, permissions=["clipboard-read", "clipboard-write"]).live()
     text = person.page.locator("article .text")
@@ -15586,8 +15938,12 @@ def test_mail_is_markdown_and_what_is_not_understood_stays_text(
     found = {selector: text.locator(selector).count() for selector in ELEMENTS}
     assert found == ELEMENTS
     shown = text.inner_text()
-    for words in ("snake_case_name, 2 * 3 * 4, C:\\*path*", "<b>not bold</b>", "x|y",
-                  "[no](javascript:alert(1))"):
+    for words in (
+        "snake_case_name, 2 * 3 * 4, C:\\*path*",
+        "<b>not bold</b>",
+        "x|y",
+        "[no](javascript:alert(1))",
+    ):
         assert words in shown
     text.locator(".code").hover()
     text.get_by_role("button", name="Copy").click()
@@ -15597,10 +15953,51 @@ def test_mail_is_markdown_and_what_is_not_understood_stays_text(
 
 
 # Each is repeated to 180,000 characters; parsers with backtracking take minutes for some of them.
-HOSTILE_MARKDOWN = ["*", "_a", "**a ", "`", "`a``", "[", "[a](", "![", "[a](https://a", "https://",
-           "| ", "|\n", "|-", "|-|\n", "> ", ">\n", "- ", "-\n", "1. a\n", "  - a\n", "#", "# a\n", "```", "~~",
-           "~~~\n", "\\", "@a", "@docs ", "- [ ] ", "\t- a\n", "*a_", "<a ", "***a ", "\n", " \n",
-           "a*b_c`d", "-- ", "_ _ ", "| a | b |\n|---|---|\n", "e\u0301", "👩‍👩‍👧‍👦", "\u202e"]
+HOSTILE_MARKDOWN = [
+    "*",
+    "_a",
+    "**a ",
+    "`",
+    "`a``",
+    "[",
+    "[a](",
+    "![",
+    "[a](https://a",
+    "https://",
+    "| ",
+    "|\n",
+    "|-",
+    "|-|\n",
+    "> ",
+    ">\n",
+    "- ",
+    "-\n",
+    "1. a\n",
+    "  - a\n",
+    "#",
+    "# a\n",
+    "```",
+    "~~",
+    "~~~\n",
+    "\\",
+    "@a",
+    "@docs ",
+    "- [ ] ",
+    "\t- a\n",
+    "*a_",
+    "<a ",
+    "***a ",
+    "\n",
+    " \n",
+    "a*b_c`d",
+    "-- ",
+    "_ _ ",
+    "| a | b |\n|---|---|\n",
+    "e\u0301",
+    "👩‍👩‍👧‍👦",
+    "\u202e",
+]
+# Per text: milliseconds, and how many letters more or less than it has.
 TIMED = """texts => texts.map(text => { const box = document.createElement("div");
     const began = performance.now(); markdown(text, box);
     const letters = text => text.replace(/[^a-z]/g, "").length;
@@ -15610,34 +16007,60 @@ TIMED = """texts => texts.map(text => { const box = document.createElement("div"
 @browser_test
 @NEEDS_CHROMIUM
 def test_hostile_markdown_costs_no_time_and_loses_no_letter(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """What parsers with backtracking die of, 180,000 characters of each:
+    in time that grows with the text, and every letter is still there.
+    """
     person = visit(team).live()
     whole = [part * (180000 // len(part)) for part in HOSTILE_MARKDOWN]
-    nested = ["> " * 5000 + "x", "  " * 3000 + "- x", "[" * 90000 + "]" * 90000, "*" * 9 + "x" * 99]
+    nested = [
+        "> " * 5000 + "x",
+        "  " * 3000 + "- x",
+        "[" * 90000 + "]" * 90000,
+        "*" * 9 + "x" * 99,
+    ]
     figures = person.page.evaluate(TIMED, whole + nested)
-    slow = [(text[:20], round(ms)) for text, (ms, _) in zip(whole + nested, figures, strict=True)
-            if ms > 8000]
+    slow = [
+        (text[:20], round(ms))
+        for text, (ms, _) in zip(whole + nested, figures, strict=True)
+        if ms > 8000
+    ]
     assert slow == []
-    made_up = {"Copy": len("opy")}  # the button of a code block is no letter of the text
-    lost = [text[:20] for text, (_, more) in zip(whole + nested, figures, strict=True)
-            if more < 0 or more % made_up["Copy"]]
+    made_up = {
+        "Copy": len("opy")
+    }  # the button of a code block is no letter of the text
+    lost = [
+        text[:20]
+        for text, (_, more) in zip(whole + nested, figures, strict=True)
+        if more < 0 or more % made_up["Copy"]
+    ]
     assert lost == []
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_twelve_agents_look_like_twelve(hub: Hub, visit: Callable[..., Person]) -> None:
+    """No two share a colour or letters; the list has the time and the last words,
+    the group says who has not read, the agent's page draws its day.
+    """
     names = crowd(hub)
     hub.send(names[0], names[1], "the last words of two")
     sent = hub.send(names[2], group="dev-team", content="who has read this?")
-    hub.post("/api/messages/read", {"agent_name": names[0], "message_ids": [sent["id"]]})
+    hub.post(
+        "/api/messages/read", {"agent_name": names[0], "message_ids": [sent["id"]]}
+    )
     hub.send(names[3], "human", "one for you")
     person = visit(hub, viewport={"width": 1400, "height": 900}).live()
     faces = person.page.locator("#agents .face")
     expect(faces).to_have_count(12)
     looks = faces.evaluate_all(
-        "all => all.map(face => [face.textContent, face.style.getPropertyValue('--h')])")
-    assert len({letters for letters, _ in looks}) == 12 and len({hue for _, hue in looks}) == 12
+        "all => all.map(face => [face.textContent, face.style.getPropertyValue('--h')])"
+    )
+    assert (
+        len({letters for letters, _ in looks}) == 12
+        and len({hue for _, hue in looks}) == 12
+    )
     assert faces.locator(".sign").count() == 12
     talks = person.page.get_by_role("list", name="Conversations")
     row = talks.get_by_role("link", name=f"{names[3]}, you")
@@ -15650,17 +16073,25 @@ def test_twelve_agents_look_like_twelve(hub: Hub, visit: Callable[..., Person]) 
     expect(group).to_contain_text("12 agents")
     expect(group).to_contain_text("The last message is not read by")
     expect(group.get_by_role("link", name=names[0])).to_contain_text("has read all")
-    expect(group.get_by_role("link", name=names[1])).to_contain_text("1 message unread here")
+    expect(group.get_by_role("link", name=names[1])).to_contain_text(
+        "1 message unread here"
+    )
     group.get_by_role("link", name=names[2]).click()
     day = person.page.locator("#profile").get_by_role("img")
-    expect(day).to_have_attribute("aria-label", re.compile("Wrote 1, rung 0, blocked 0"))
+    expect(day).to_have_attribute(
+        "aria-label", re.compile("Wrote 1, rung 0, blocked 0")
+    )
     assert day.locator("rect.working").count() == 1
 
 
 @browser_test
 @NEEDS_CHROMIUM
 def test_one_writes_to_several_and_an_at_completes_and_addresses(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """To both of a pair by default, to a third by an @; who got it is not sent it again
+    when one of several could not be reached.
+    """
     person = visit(team, "/#agent=backend-dev&with=frontend-dev").live()
     to = person.page.get_by_role("combobox", name="To", exact=True)
     expect(to).to_have_value("backend-dev, frontend-dev")
@@ -15673,7 +16104,8 @@ def test_one_writes_to_several_and_an_at_completes_and_addresses(
     expect(to).to_have_value("backend-dev, frontend-dev, docs")
     person.page.keyboard.press("Enter")
     expect(person.page.locator("#note")).to_contain_text(
-        "Sent to backend-dev, frontend-dev, docs.")
+        "Sent to backend-dev, frontend-dev, docs."
+    )
     for name in ("backend-dev", "frontend-dev", "docs"):
         assert [m["content"] for m in team.unread(name)] == ["to both, and @docs "]
     to.fill("docs, nobody-here")
@@ -15687,7 +16119,10 @@ def test_one_writes_to_several_and_an_at_completes_and_addresses(
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_search_knows_operators_and_counts(team: Hub, visit: Callable[..., Person]) -> None:
+def test_search_knows_operators_and_counts(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """from:, in:, to:, after:, before: alone and with words; the first one completed by keyboard."""
     for number in range(3):
         team.send("backend-dev", "docs", f"kangaroo {number}")
     team.send("docs", "backend-dev", "kangaroo, answered")
@@ -15703,8 +16138,13 @@ def test_search_knows_operators_and_counts(team: Hub, visit: Callable[..., Perso
     person.page.keyboard.type("kangaroo")
     expect(person.page.locator("article")).to_have_count(3)
     expect(person.page.locator("#found")).to_have_text("3 found")
-    for query, count in (("in:dev-team kangaroo", 1), ("to:backend-dev kangaroo", 2),
-                         ("after:1h kangaroo", 5), ("before:1h kangaroo", 0), ("from:docs", 2)):
+    for query, count in (
+        ("in:dev-team kangaroo", 1),
+        ("to:backend-dev kangaroo", 2),
+        ("after:1h kangaroo", 5),
+        ("before:1h kangaroo", 0),
+        ("from:docs", 2),
+    ):
         person.page.get_by_role("searchbox").fill(query)
         person.page.keyboard.press("Enter")
         expect(person.page.locator("article")).to_have_count(count)
@@ -15713,7 +16153,9 @@ def test_search_knows_operators_and_counts(team: Hub, visit: Callable[..., Perso
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_thread_stands_beside_the_list_where_there_is_room(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Beside it in a wide window, in its place in a narrow one, live in both."""
     root = team.send("backend-dev", "docs", "the question")["id"]
     team.send("docs", "backend-dev", "the answer", in_reply_to=root)
     team.send("backend-dev", "frontend-dev", "something else")
@@ -15725,7 +16167,9 @@ def test_a_thread_stands_beside_the_list_where_there_is_room(
     expect(person.log.get_by_text("something else")).to_be_visible()
     team.send("docs", "backend-dev", "and one more", in_reply_to=root)
     expect(thread.locator("article")).to_have_count(3)
-    expect(person.page.get_by_role("combobox", name="To", exact=True)).to_have_value("docs")
+    expect(person.page.get_by_role("combobox", name="To", exact=True)).to_have_value(
+        "docs"
+    )
     person.page.get_by_role("textbox", name="Message").fill("thank you both")
     person.page.keyboard.press("Enter")
     expect(thread.get_by_text("thank you both")).to_be_visible()
@@ -15741,6 +16185,7 @@ def test_a_thread_stands_beside_the_list_where_there_is_room(
 @browser_test
 @NEEDS_CHROMIUM
 def test_the_traffic_is_a_picture(team: Hub, visit: Callable[..., Person]) -> None:
+    """Bars over the time, a ring of who writes to whom, and the same as a table."""
     for number in range(7):
         team.send("backend-dev", "docs", f"m{number}")
     team.send("docs", "human", "done")
@@ -15762,7 +16207,11 @@ def test_the_traffic_is_a_picture(team: Hub, visit: Callable[..., Person]) -> No
 @browser_test
 @NEEDS_CHROMIUM
 def test_a_socket_that_went_silent_is_left_within_15_seconds(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """A proxy swallows every frame and closes nothing: the page finds out by its own ping
+    and fetches what it missed.
+    """
     person = visit(team).live()
     silent: list[bool] = []
 
@@ -15791,6 +16240,7 @@ def test_a_socket_that_went_silent_is_left_within_15_seconds(
     person.live()
 
 
+# A key event with the fields that an input method gives it; no driver can make those.
 PRESS = """([id, event, values]) => document.getElementById(id).dispatchEvent(Object.assign(
     new KeyboardEvent(event, {key: "Enter", bubbles: true, cancelable: true, ...values})))"""
 
@@ -15798,10 +16248,15 @@ PRESS = """([id, event, values]) => document.getElementById(id).dispatchEvent(Ob
 @browser_test
 @NEEDS_CHROMIUM
 def test_an_enter_that_ends_a_composition_neither_sends_nor_searches(
-        team: Hub, visit: Callable[..., Person]) -> None:
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Both orders of events that browsers know, in both fields where Enter acts."""
     person = visit(team, "/#agent=docs").live()
     person.page.get_by_role("textbox", name="Message").fill("にほんご")
-    for values in ({"isComposing": True, "keyCode": 13}, {"keyCode": 229}):  # the second: Safari's
+    for values in (
+        {"isComposing": True, "keyCode": 13},
+        {"keyCode": 229},
+    ):  # the second: Safari's
         for field in ("message", "q"):
             person.page.evaluate(PRESS, [field, "keydown", values])
     person.page.wait_for_timeout(300)
@@ -15814,11 +16269,16 @@ def test_an_enter_that_ends_a_composition_neither_sends_nor_searches(
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_no_text_is_cut_inside_a_character(team: Hub, visit: Callable[..., Person]) -> None:
+def test_no_text_is_cut_inside_a_character(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """A family is seven code points in eleven units; a cut goes before or behind it."""
     family = "👩‍👩‍👧‍👦"
     person = visit(team).live()
     cuts = person.page.evaluate(
-        "family => Array.from({length: 60}, (_, at) => cut('x' + family.repeat(9), at))", family)
+        "family => Array.from({length: 60}, (_, at) => cut('x' + family.repeat(9), at))",
+        family,
+    )
     assert all(text.removeprefix("x").replace(family, "") == "" for text in cuts)
     team.send("docs", "backend-dev", family * 200)
     expect(person.button("Show all 2,200 characters")).to_be_visible()
@@ -15836,6 +16296,7 @@ class PathProxy(threading.Thread):
         self.port = self.listener.getsockname()[1]
 
     def run(self) -> None:
+        """Accept until the listener is closed."""
         with contextlib.suppress(OSError):  # closed at the end
             while True:
                 client = self.listener.accept()[0]
@@ -15850,10 +16311,14 @@ class PathProxy(threading.Thread):
                 return
             head += chunk
         if head.split(b" ", 2)[1][:6] != b"/chat/":
-            client.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            client.sendall(
+                b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
             client.close()
             return
-        head = head.replace(b" /chat/", b" /", 1).replace(b"Connection: keep-alive", b"Connection: close")
+        head = head.replace(b" /chat/", b" /", 1).replace(
+            b"Connection: keep-alive", b"Connection: close"
+        )
         head = head.replace(f":{self.port}".encode(), f":{self.hub.port}".encode())
         server = socket.create_connection(("127.0.0.1", self.hub.port))
         server.sendall(head)
@@ -15863,6 +16328,7 @@ class PathProxy(threading.Thread):
 
     @staticmethod
     def pump(source: socket.socket, sink: socket.socket) -> None:
+        """Carry bytes until one side ends."""
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
@@ -15872,6 +16338,7 @@ class PathProxy(threading.Thread):
 @browser_test
 @NEEDS_CHROMIUM
 def test_everything_works_below_a_path(team: Hub, visit: Callable[..., Person]) -> None:
+    """Every address of the page is relative: reading, writing, the socket, the traffic."""
     proxy = PathProxy(team)
     proxy.start()
     team.send("docs", "human", "before")
@@ -15895,15 +16362,22 @@ def test_everything_works_below_a_path(team: Hub, visit: Callable[..., Person]) 
 
 @browser_test
 @NEEDS_CHROMIUM
-def test_two_tab_stops_lead_past_all_the_others(hub: Hub, visit: Callable[..., Person]) -> None:
+def test_two_tab_stops_lead_past_all_the_others(
+    hub: Hub, visit: Callable[..., Person]
+) -> None:
+    """Past ninety links to the messages or to the box; and with forced colours
+    the chosen row is still told from the others.
+    """
     names = crowd(hub)
     for one, other in itertools.pairwise(names):
         hub.send(one, other, "hello")
     person = visit(hub).live()
     expect(person.message("hello").first).to_be_visible()
     person.page.evaluate("document.activeElement.blur()")
-    for name, there in (("Skip to the messages", person.log),
-                        ("Skip to writing", person.page.get_by_role("textbox", name="Message"))):
+    for name, there in (
+        ("Skip to the messages", person.log),
+        ("Skip to writing", person.page.get_by_role("textbox", name="Message")),
+    ):
         person.page.evaluate("document.querySelector('#side button').focus()")
         if name == "Skip to writing":
             person.page.keyboard.press("Tab")
@@ -15913,7 +16387,8 @@ def test_two_tab_stops_lead_past_all_the_others(hub: Hub, visit: Callable[..., P
         expect(there).to_be_focused()
     forced = visit(hub, forced_colors="active").live()
     unlike = forced.page.locator("#side .row[aria-current]").evaluate(
-        "row => getComputedStyle(row).outlineStyle")
+        "row => getComputedStyle(row).outlineStyle"
+    )
     assert unlike == "solid"  # colours alone say nothing there
 
 
