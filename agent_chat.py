@@ -10560,6 +10560,7 @@ class Plugin:
         self.instance = ""  # the id of the CLI's session, where the CLI tells it
         # where it stands with the hub
         self.channel: ClientConnection | None = None
+        self.trouble = ""  # why there was none, when that was last said
         self.joined = False
         self.joined_at = 0.0
         self.used = False  # a tool was called, or mail has come
@@ -10693,7 +10694,10 @@ class Plugin:
         """The push channel is away. The next one begins with a registration."""
         self.channel = None
         self.joined = False
-        complain(f"not connected: {error}")
+        # the same reason again and again would fill the host's log
+        if str(error) != self.trouble:
+            self.trouble = str(error)
+            complain(f"not connected: {error}")
 
     # -- mail and bell
 

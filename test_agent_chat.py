@@ -8213,9 +8213,9 @@ def test_numbers_are_added_to_the_first_name_even_after_the_hub_was_away(
     """agent-app-2 comes back as agent-app-2, never as agent-app-2-2."""
     plugins = [session(hub, folder="app") for _ in range(3)]
     wanted = {"agent-app", "agent-app-2", "agent-app-3"}
-    eventually(lambda: set(online_names(hub)) == wanted, 20)
+    eventually(lambda: set(online_names(hub)) == wanted, 60)
     hub.restart()
-    eventually(lambda: set(online_names(hub)) == wanted, 30)
+    eventually(lambda: set(online_names(hub)) == wanted, 60)
     assert {plugin.tool("list_agents")["you"] for plugin in plugins} == wanted
 
 
@@ -8283,7 +8283,7 @@ def test_directory_home_and_program_may_disappear_while_the_plugin_runs(
         shutil.rmtree(place)
         plugin.tool("send_message", to="human", content="still here")
         hub.restart()
-        eventually(lambda: online_names(hub) == ["nomad"], 20)
+        eventually(lambda: online_names(hub) == ["nomad"], 60)
         hub.send("tester", "nomad", "and you?")
         assert [message["content"] for message in plugin.mail()] == ["and you?"]
     finally:
