@@ -2910,12 +2910,13 @@ class Recipient(Protocol):
 class Listener:
     """Somebody who waits for mail: an agent's socket, a dashboard, a parked request.
 
-    A live listener is told what is new (`pending`, `events`). One that fell behind is told
-    nothing and reads on from its cursor, so that it is an old cursor, never a growing queue.
-    `wake` is called at most once a round of a turn, with the turn.
+    A live listener is told what is new (`pending`, `events`). One that fell behind is
+    told nothing and reads on from its cursor, so that it is an old cursor, never a
+    growing queue. `wake` is called at most once a round of a turn, with the turn.
     """
 
-    shows_session = True  # so it says what it rang, and its name is claimed while it is here
+    # So it says what it rang, and its name is claimed while it is here.
+    shows_session = True
 
     def __init__(self, agent: str, cursor: int, wake: Callable[[Turn], None]) -> None:
         self.agent = agent  # "" watches everything
@@ -2997,8 +2998,8 @@ class Switchboard:
         return None
 
     def bells(self, key: str) -> list[Listener]:
-        """Who is pushed this agent's mail: the owner's newest socket alone, for two must not
-        ring the same message; else, for older clients, every one."""
+        """Who is pushed this agent's mail: the owner's newest socket alone, for two must
+        not ring the same message; else, for older clients, every one."""
         owner = self.owner(key)
         if owner:
             return [owner]
@@ -3087,7 +3088,9 @@ class Turn:
         """Wake this listener, to read on from its cursor."""
         self.calls.append(listener)
 
-    def tell(self, listeners: Iterable[Listener], kind: str, data: Mapping[str, object]) -> None:
+    def tell(
+        self, listeners: Iterable[Listener], kind: str, data: Mapping[str, object]
+    ) -> None:
         """A small event that is not stored. Whoever is behind misses it, and knows."""
         for listener in listeners:
             self.events.append((listener, {"type": kind, "data": data}))
@@ -3153,8 +3156,8 @@ class Turn:
     def finish(self) -> None:
         """Commit: afterwards everything is on disk and may be said.
 
-        Raises the ChatError of a turn that did not get there. Then nothing of it is left but
-        what the outlets hold, and the listeners stand where they stood before.
+        Raises the ChatError of a turn that did not get there. Then nothing of it is left
+        but what the outlets hold, and the listeners stand where they stood before.
         """
         try:
             self.store.commit()
@@ -3170,7 +3173,8 @@ def utc(seconds: float) -> str:
     return f"{utc_second(whole)}.{micro:06d}Z"
 
 
-@functools.lru_cache(maxsize=4)  # one turn after the other asks for the same second
+# One turn after the other asks for the same second.
+@functools.lru_cache(maxsize=4)
 def utc_second(whole: int) -> str:
     """A time up to its seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
@@ -5853,7 +5857,8 @@ class Connection:
         self.websocket: WebSocket | None = None
 
     def enter(self, phase: Phase, seconds: float | None = None) -> None:
-        """From now on it waits for something else, for so long, or as long as PATIENCE has."""
+        """From now on it waits for something else, for so long, or as long as PATIENCE
+        has."""
         self.phase = phase
         limit = PATIENCE[phase].seconds if seconds is None else seconds
         if limit is not None:
@@ -5868,7 +5873,8 @@ class Connection:
             data = self.sock.recv(size)
         except BlockingIOError:
             return
-        except OSError:  # reset: what was sent may never have been read
+        except OSError:
+            # Reset: what was sent may never have been read.
             self.handed = None
             self.drop(turn)
             return
@@ -5898,7 +5904,8 @@ class Connection:
         self.advance(turn)
         waits = self.phase is Phase.IDLE and self.served is not turn
         if waits and self.received:
-            self.enter(Phase.HEAD)  # not the whole of it has come
+            # Not the whole of it has come.
+            self.enter(Phase.HEAD)
 
     def advance(self, turn: Turn) -> None:
         """Take the next request out of what was received, if it is complete. One a turn:
@@ -5977,8 +5984,8 @@ class Connection:
     # -- one request
 
     def handle_request(self, turn: Turn) -> None:
-        """Answer the request that was taken; a second time when it was parked, or its turn's
-        commit failed. What it raises, the server turns into an answer."""
+        """Answer the request that was taken; a second time when it was parked, or its
+        turn's commit failed. What it raises, the server turns into an answer."""
         self.enter(Phase.ANSWERING)
         self.served = turn
         self.last_answer = self.head.last
@@ -6053,8 +6060,9 @@ class Connection:
         messages: Sequence[Message | ShownJson],
         extra: tuple[tuple[str, str], ...],
     ) -> None:
-        """An answer of a megabyte takes milliseconds to make, and who asks for one after the
-        other shall not hold up the small requests of everybody else: another thread does."""
+        """An answer of a megabyte takes milliseconds to make, and who asks for one after
+        the other shall not hold up the small requests of everybody else: another thread
+        does."""
 
         def made(_archive: Archive) -> PoolAnswer:
             return PoolAnswer(messages_json(messages), extra)
@@ -6074,7 +6082,8 @@ class Connection:
             self.handle_request(turn)
 
     def serve_pool(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """Reading that may take long: on another thread, the answer comes in a later turn."""
+        """Reading that may take long: on another thread, the answer comes in a later
+        turn."""
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
         job = cast("Job", result)
@@ -6094,7 +6103,8 @@ class Connection:
     def serve_stream(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
         """An export: piece by piece, the next one is made when the last has left."""
         form = EXPORT_FORMATS.get(ask.text("format") or "jsonl")
-        if form is None or self.head.version == "HTTP/1.0":  # which has no chunks
+        if form is None or self.head.version == "HTTP/1.0":
+            # HTTP/1.0 has no chunks.
             raise BadRequest("format is jsonl or md, and only HTTP/1.1 can carry it")
         assert endpoint.call
         page = cast("PageMaker", endpoint.call(self.api, turn, ask))
@@ -6167,8 +6177,8 @@ class Connection:
         self.answer(turn, body, error.http_status, extra=extra)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
-        """Its share of the turn came to nothing, and was undone. A chunked answer that is cut
-        is how HTTP says: incomplete."""
+        """Its share of the turn came to nothing, and was undone. A chunked answer that
+        is cut is how HTTP says: incomplete."""
         begun = self.stream is not None and not self.stream_head
         self.stream = None
         self.stream_head = b""
@@ -6209,8 +6219,8 @@ class Connection:
             self.answer_error(turn, result)
 
     def flush(self) -> None:
-        """Send what can be sent, after the commit; when all has left, go on with what waited
-        for that."""
+        """Send what can be sent, after the commit; when all has left, go on with what
+        waited for that."""
         self.served = None
         if self.phase is Phase.DROPPED:
             return
@@ -6265,8 +6275,8 @@ class Connection:
     # -- the end of patience, of the hub, of the connection
 
     def expire(self, turn: Turn) -> None:
-        """The deadline has passed: PATIENCE knows what that means. Bytes that a busy hub has
-        not taken up yet are no fault of the client's."""
+        """The deadline has passed: PATIENCE knows what that means. Bytes that a busy hub
+        has not taken up yet are no fault of the client's."""
         deadline = self.deadline
         if self.phase in ASKING:
             self.receive(turn)
@@ -6302,7 +6312,8 @@ class Connection:
 
     def is_busy(self) -> bool:
         """Is something under way that may end before the hub does?"""
-        return bool(self.out) or self.phase in (Phase.ANSWERING, Phase.POOLED, Phase.STREAMING)
+        busy = (Phase.ANSWERING, Phase.POOLED, Phase.STREAMING)
+        return bool(self.out) or self.phase in busy
 
     def drop(self, turn: Turn) -> None:
         """This client is gone, or has to go."""
@@ -6387,7 +6398,8 @@ class WebSocket:
 
         connection = self.connection
         head = connection.head
-        stranger = not connection.has_key()  # a browser cannot send that header
+        # A browser cannot send that header.
+        stranger = not connection.has_key()
         if stranger and not self.server.take_stranger(connection):
             raise HttpError(
                 503, "too many sockets have not shown the key; try again in a moment"
@@ -6426,7 +6438,8 @@ class WebSocket:
         if connection.phase in (Phase.SOCKET, Phase.PINGED):
             connection.enter(Phase.SOCKET)
         for event in self.protocol.events_received():
-            if isinstance(event, Frame) and event.opcode < 8:  # the others are the protocol's
+            if isinstance(event, Frame) and event.opcode < 8:
+                # The others are the protocol's.
                 self.parts.append(bytes(event.data))
                 if event.fin:
                     whole = b"".join(self.parts)
@@ -6463,7 +6476,8 @@ class WebSocket:
             self.connection.enter(Phase.SOCKET)
         except ChatError as error:
             self.protocol.send_close(4000 + error.http_status, close_reason(error))
-            self.connection.enter(Phase.PINGED)  # until its own close frame has come
+            # Until its own close frame has come.
+            self.connection.enter(Phase.PINGED)
 
     def ping(self, turn: Turn) -> None:
         """Ask for a sign of life."""
@@ -6486,7 +6500,8 @@ class WebSocket:
         """What the protocol wants to say: pongs, pings, the closing handshake."""
         for part in self.protocol.data_to_send():
             turn.say(self.connection, part)
-            if not part:  # it has nothing to say any more
+            if not part:
+                # It has nothing to say any more.
                 self.connection.enter(Phase.CLOSING)
 
     def pump(self, turn: Turn) -> None:
@@ -6509,7 +6524,8 @@ class WebSocket:
             if len(connection.out) > OUT_HIGH_WATER:
                 listener.live = False
                 return
-            if live:  # so that was all
+            if live:
+                # So that was all.
                 return
             live = listener.live
             items = self.api.pull(turn, listener)
@@ -6547,12 +6563,12 @@ MISTAKE = "the hub made a mistake; its log says which"
 
 
 class HubServer:
-    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread for each
-    connection, one selectors loop serves them all: 5,000 idle sockets cost 15 MiB, no lock is
-    needed, and order is simply the order in which things happen.
+    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread
+    for each connection, one selectors loop serves them all: 5,000 idle sockets cost 15
+    MiB, no lock is needed, and order is simply the order in which things happen.
 
-    A turn takes what all sockets have, lets the Api work, commits once, and only then sends:
-    no answer and no push leaves before the commit that holds its message.
+    A turn takes what all sockets have, lets the Api work, commits once, and only then
+    sends: no answer and no push leaves before the commit that holds its message.
     """
 
     def __init__(self, settings: Settings, api: Api, listener: HTTPServer) -> None:
@@ -6570,7 +6586,8 @@ class HubServer:
         port = int(listener.server_address[1])
         self.url = own_url(settings.host, port)
         self.hosts = own_hosts(settings, port)
-        self.bell, self.waker = socket.socketpair()  # threads and signals wake the loop with it
+        # Threads and signals wake the loop with it.
+        self.bell, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         self.waker.setblocking(False)
         for sock in (listener.socket, self.bell):
@@ -6596,8 +6613,9 @@ class HubServer:
     # -- the loop
 
     def serve_forever(self) -> None:
-        """Until `stop`. Raises Unservable when the file cannot be served any more; nothing
-        else ends it: what nobody foresaw costs those who were being served their connection.
+        """Until `stop`. Raises Unservable when the file cannot be served any more;
+        nothing else ends it: what nobody foresaw costs those who were being served their
+        connection.
         """
         while not (self.stopping and self.may_stop()):
             try:
@@ -6630,7 +6648,8 @@ class HubServer:
         for key, events in ready:
             self.serve_one(turn, key, events)
             if time.monotonic() - turn.clock > TURN_SECONDS or turn.said > TURN_BYTES:
-                break  # the others are still ready in the next turn
+                # The others are still ready in the next turn.
+                break
         if turn.clock >= self.next_sweep:
             self.sweep(turn)
         while turn.rings or turn.events or turn.calls:
@@ -6655,8 +6674,8 @@ class HubServer:
     def attend(
         self, turn: Turn, connection: Connection, work: Callable[[Turn], None]
     ) -> None:
-        """One client's share of the turn. What goes wrong in it undoes this share alone: the
-        client hears of it, and the others go on."""
+        """One client's share of the turn. What goes wrong in it undoes this share alone:
+        the client hears of it, and the others go on."""
         mark = turn.savepoint()
         before = len(connection.out)
         try:
@@ -6752,14 +6771,16 @@ class HubServer:
             raise error
 
     def give_up(self, outlet: Outlet, kept: int) -> None:
-        """Even its second answer came to nothing: it has to ask again on a new connection."""
+        """Even its second answer came to nothing: it has to ask again on a new
+        connection."""
         del outlet.out[kept:]
         if isinstance(outlet, Connection):
             self.come_back(outlet, outlet.drop)
 
     def start_over(self) -> None:
         """What nobody foresaw has broken a turn: whoever took part in it is dropped."""
-        time.sleep(0.02)  # whatever it is, it shall not spin
+        # Whatever it is, it shall not spin.
+        time.sleep(0.02)
         turn = self.api.begin_turn()
         try:
             self.api.abandon()
@@ -6784,7 +6805,8 @@ class HubServer:
         self.connections.discard(connection)
         self.strangers.discard(connection)
         self.queued_bytes -= self.queues.pop(connection, 0)
-        with contextlib.suppress(KeyError, ValueError, OSError):  # it may never have got there
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            # It may never have got there.
             self.selector.unregister(connection.sock)
         connection.sock.close()
 
@@ -6792,7 +6814,8 @@ class HubServer:
         """Wait for these events of its socket."""
         try:
             self.selector.modify(connection.sock, events, connection)
-        except OSError:  # the kernel has no memory for it
+        except OSError:
+            # The kernel has no memory for it.
             self.come_back(connection, connection.drop)
 
     def reserve(self, count: int) -> bool:
@@ -6803,8 +6826,8 @@ class HubServer:
         return True
 
     def queued(self, connection: Connection) -> None:
-        """So much waits in its `out` for the client to read. When all together hold too much
-        memory, the one that holds most has to go; it reads on from its cursor."""
+        """So much waits in its `out` for the client to read. When all together hold too
+        much memory, the one that holds most has to go; it reads on from its cursor."""
         size = len(connection.out)
         self.queued_bytes += size - self.queues.pop(connection, 0)
         if size:
@@ -6869,7 +6892,8 @@ class HubServer:
                 sock, _address = self.listener.get_request()
             except BlockingIOError:
                 return
-            except OSError:  # out of file descriptors: do not spin
+            except OSError:
+                # Out of file descriptors: do not spin.
                 self.selector.unregister(self.listener.socket)
                 return
             self.welcome(turn, sock)
@@ -6883,7 +6907,8 @@ class HubServer:
             sock.setblocking(False)
             sock.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
             self.selector.register(sock, READABLE, connection)
-        except OSError:  # its client has gone, or the kernel has no memory for it
+        except OSError:
+            # Its client has gone, or the kernel has no memory for it.
             sock.close()
             return
         self.connections.add(connection)
@@ -6898,7 +6923,8 @@ class HubServer:
         for connection in [one for one in self.connections if one.deadline < turn.clock]:
             self.attend(turn, connection, connection.expire)
         if self.listener.socket not in self.selector.get_map():
-            self.selector.register(self.listener.socket, READABLE)  # there may be room again
+            # There may be room again.
+            self.selector.register(self.listener.socket, READABLE)
         if self.trouble:
             self.recover(turn)
         else:
@@ -6925,7 +6951,8 @@ class HubServer:
         from concurrent.futures import ThreadPoolExecutor
 
         def run() -> None:
-            if connection.phase is Phase.POOLED:  # its client may have gone meanwhile
+            if connection.phase is Phase.POOLED:
+                # Its client may have gone meanwhile.
                 self.done.append((connection, self.result_of(connection, job)))
                 self.wake()
 
@@ -6937,8 +6964,8 @@ class HubServer:
             raise StoreBusy("the hub cannot start a thread now; try again") from None
 
     def result_of(self, connection: Connection, job: Job) -> object:
-        """What a job makes, or the error to answer with. Runs on another thread; it is given
-        up when it takes too long, or its client has gone."""
+        """What a job makes, or the error to answer with. Runs on another thread; it is
+        given up when it takes too long, or its client has gone."""
         end = time.monotonic() + SLOW_SECONDS
 
         def stop() -> bool:
@@ -7022,7 +7049,8 @@ def connection_limit() -> int:
     try:
         import resource
     except ImportError:
-        return 500  # Windows: what select() takes
+        # Windows: what select() takes.
+        return 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_CONNECTIONS
     if hard != resource.RLIM_INFINITY:
@@ -7047,7 +7075,8 @@ def bound_listener(host: str, port: int) -> HTTPServer:
         listener.socket = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     listener.request_queue_size = 1024
     try:
-        TCPServer.server_bind(listener)  # HTTPServer's own asks the DNS for our name
+        # HTTPServer's own asks the DNS for our name.
+        TCPServer.server_bind(listener)
         listener.server_activate()
     except OSError:
         listener.server_close()
@@ -7073,7 +7102,8 @@ def open_hub(settings: Settings) -> HubServer:
     import logging
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    log = logging.getLogger("agent-chat")  # only ours: websockets would log the key it reads
+    # Only ours: websockets would log the key it reads.
+    log = logging.getLogger("agent-chat")
     log.setLevel(settings.log_level.upper())
     if not is_loopback(settings.host) and not settings.api_key:
         raise BadConfig(
