@@ -160,6 +160,53 @@ CLAIM_GRACE_SECONDS = 60  # after a hub restart names wait for owners, who pause
 SLOW_TURN_SECONDS = 0.05  # of the I/O thread; longer ones are logged
 
 
+class Pattern:
+    """A regular expression that is compiled when it is first used. All of them compiled at
+    import would cost each `send` and each hook ten milliseconds. The methods are those of
+    `re.Pattern`."""
+
+    def __init__(self, text: str, flags: int = 0) -> None:
+        self.text = text
+        self.flags = flags
+
+    @functools.cached_property
+    def compiled(self) -> re.Pattern[str]:
+        """The expression itself."""
+        return re.compile(self.text, self.flags)
+
+    def match(self, text: str, start: int = 0) -> re.Match[str] | None:
+        """What the text begins with, from there on."""
+        return self.compiled.match(text, start)
+
+    def fullmatch(self, text: str, start: int = 0) -> re.Match[str] | None:
+        """The whole text, from there on."""
+        return self.compiled.fullmatch(text, start)
+
+    def search(
+        self, text: str, start: int = 0, end: int = sys.maxsize
+    ) -> re.Match[str] | None:
+        """The first place between there and there that fits."""
+        return self.compiled.search(text, start, end)
+
+    def finditer(
+        self, text: str, start: int = 0, end: int = sys.maxsize
+    ) -> Iterator[re.Match[str]]:
+        """All places between there and there that fit, one after the other."""
+        return self.compiled.finditer(text, start, end)
+
+    def findall(self, text: str) -> list[str]:
+        """The texts of all places that fit; for an expression of at most one group."""
+        return list(self.compiled.findall(text))
+
+    def sub(self, put: str, text: str) -> str:
+        """The text with each such place replaced."""
+        return self.compiled.sub(put, text)
+
+    def split(self, text: str) -> list[str]:
+        """The text cut at each such place."""
+        return list(self.compiled.split(text))
+
+
 class Settings(NamedTuple):
     """Everything that can be set, frozen: made once by `load_settings`, handed to whoever
     needs it, never changed. Hub, plugin and command line share it; a field that a part does
@@ -226,11 +273,11 @@ ENVIRONMENT = {
 }
 # One line of the file: `key: value`, `key: "quoted value"`, a comment, or nothing. The
 # value may not begin with a character that would mean something else in YAML.
-CONFIG_LINE = re.compile(
+CONFIG_LINE = Pattern(
     r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
     r"(?:(?:^|\s+)#.*)?\s*"
 )
-SERVER_URL = re.compile(r"https?://[^/\s]+")
+SERVER_URL = Pattern(r"https?://[^/\s]+")
 
 
 class ChatError(Exception):
@@ -473,7 +520,7 @@ HUMAN = "human"
 # The sender of notices; nobody can write as it or to it.
 SERVER_NAME = "server"
 RESERVED = {HUMAN, SERVER_NAME, "system", "all"}  # no agent may have these
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME = Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_CHARACTERS = 64
 EVERYBODY = "*"  # in a list of muted senders
 DOORBELL = "[agent-chat]"  # how every line that we type into a terminal begins
@@ -1028,7 +1075,7 @@ IS_UNREAD = f"state IN ({UNRUNG}, {RUNG}, {SILENT})"
 IS_ANY = f"state IN ({UNRUNG}, {RUNG}, {SILENT}, {READ})"
 
 MOST_SENDS = 1 << 31  # the seq of our own ids stays below, a clock of older ones above
-OWN_ID = re.compile(r"msg-([1-9][0-9]{0,9})-([0-9a-f]{8})")
+OWN_ID = Pattern(r"msg-([1-9][0-9]{0,9})-([0-9a-f]{8})")
 PROGRESS_STEPS = 20_000  # of SQLite's machine, about a millisecond
 SPOKEN = 1000  # replies of a thread, the newest, in which somebody is looked for
 SAMPLE = 1000  # messages looked at for how long it takes until they are seen
@@ -5388,12 +5435,12 @@ def checked_time(text: str, what: str) -> str:
 # Characters. Messages so small are kept as JSON, the others are made anew each time.
 SMALL_MESSAGE = 4096
 MAX_HEADERS = 100
-REQUEST_LINE = re.compile(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", re.ASCII)
-HEADER_LINE = re.compile(
+REQUEST_LINE = Pattern(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", re.ASCII)
+HEADER_LINE = Pattern(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", re.ASCII
 )
-CONTENT_LENGTH = re.compile(r"\d{1,12}", re.ASCII)
-ONE_MESSAGE = re.compile(r"/api/messages/([^/]+)")
+CONTENT_LENGTH = Pattern(r"\d{1,12}", re.ASCII)
+ONE_MESSAGE = Pattern(r"/api/messages/([^/]+)")
 # Headers that may stand only once: two parsers could believe different ones.
 ONCE = {
     "host",
@@ -7942,15 +7989,15 @@ RULE = "[─━]{8,}.*"
 BLANK = "[ ▀▄─╭╮╰╯]*"  # some programs colour the rows around a composer, some draw edges
 GREYS = {"90", "38;5;8"}  # bright black
 LOWEST_PANE = 8  # rows; below it some composers are not drawn whole
-CHOICE = re.compile(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
-FOLDED = re.compile(
+CHOICE = Pattern(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
+FOLDED = Pattern(
     r"\[Past[^\]]*\]"
 )  # how some TUIs show a paste that they find long
-UNSURE = re.compile(
+UNSURE = Pattern(
     r"[^!-{}~]"
 )  # what not every terminal and TUI draws alike
 ESCAPE = r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
-TEXT_OR_ESCAPE = re.compile(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
+TEXT_OR_ESCAPE = Pattern(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
 
 
 class Screen(NamedTuple):
@@ -8651,7 +8698,7 @@ class TmuxState(NamedTuple):
 
 
 TMUX_STATE = " ".join(f"#{{{name}}}" for name in TmuxState._fields)
-OTHER_VERSION = re.compile("exited unexpectedly|protocol version|lost server")
+OTHER_VERSION = Pattern("exited unexpectedly|protocol version|lost server")
 VIEWER_SECONDS = (
     60  # after a key, somebody who sees a mode is taken to be at it
 )
@@ -9492,7 +9539,7 @@ BURST_SECONDS = 0.05  # what comes within it shares one ring
 PREVIEW_CHARACTERS = 200
 NAMES_SHOWN = 5  # senders in one line
 PREVIEW_PUNCTUATION = ".,:;_-/()?'+=%"  # nothing that a shell or a TUI could obey
-INVISIBLE = re.compile(  # letters and marks, but blank
+INVISIBLE = Pattern(  # letters and marks, but blank
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\ufe00-\ufe0f"
     "\U000e0000-\U0010ffff]"
 )
@@ -9659,7 +9706,7 @@ def plain(value: object, limit: int) -> str:
 RESULT_BYTES = 60_000  # of JSON in one result; hosts cut at about 25,000 tokens
 PIECE_CHARACTERS = 9_000  # a part of a long message is made of such pieces
 PART_BYTES = 56_000
-WHOLE_NUMBER = re.compile(r"-?\d{1,9}(\.0+)?", re.A)
+WHOLE_NUMBER = Pattern(r"-?\d{1,9}(\.0+)?", re.A)
 AGENTS_SHOWN = 200  # by list_agents; the online ones come first
 MOST_CHOICES = 4
 AGENT_KEYS = (
@@ -10156,8 +10203,8 @@ ESCAPED = {  # some readers take these for the end of a line
     0x2029: "\\u2029",
 }
 ANSWER_KEYS = {"result", "error"}  # we ask nothing, so nobody has to answer
-JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
-ID_VALUE = re.compile(r'\s*:\s*(-?\d{1,18}|"(?:[^"\\]|\\.)*")', re.S)
+JSON_PIECE = Pattern(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
+ID_VALUE = Pattern(r'\s*:\s*(-?\d{1,18}|"(?:[^"\\]|\\.)*")', re.S)
 
 
 class Refusal(NamedTuple):
@@ -11335,18 +11382,18 @@ def run_plugin(settings: Settings, ways: Ways) -> int:
 # again leaves no trace.
 
 MAX_DEPTH = 200  # of nested JSON; deeper files are left alone
-JSON_BLANK = re.compile(r"(?:[ \t\r\n]++|//[^\r\n]*+|/\*.*?\*/)*+", re.S)
-JSON_COMMENT = re.compile(r"//[^\r\n]*|/\*.*?\*/", re.S)
-JSON_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
+JSON_BLANK = Pattern(r"(?:[ \t\r\n]++|//[^\r\n]*+|/\*.*?\*/)*+", re.S)
+JSON_COMMENT = Pattern(r"//[^\r\n]*|/\*.*?\*/", re.S)
+JSON_STRING = Pattern(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
 JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
-JSON_SCALAR = re.compile(rf"(?:{JSON_NUMBER}|true|false|null)(?![\w.])")
-LINE_END_COMMENT = re.compile(r"[ \t]*(?://[^\r\n]*|/\*[^\r\n]*?\*/(?=[ \t]*\r?\n))")
-FIRST_INDENT = re.compile(r'\n([ \t]+)["\[{/]')
-TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-TOML_LINE = re.compile(r"[^\n]*\n|[^\n]+")
-TOML_HEADER = re.compile(r"[ \t]*\[")
-TOML_COMMENT = re.compile(r"^[ \t]*#[^\n]*\n?", re.M)
-TOML_LAST_BLANK = re.compile(r"(\A|\n)\r?\n\Z")
+JSON_SCALAR = Pattern(rf"(?:{JSON_NUMBER}|true|false|null)(?![\w.])")
+LINE_END_COMMENT = Pattern(r"[ \t]*(?://[^\r\n]*|/\*[^\r\n]*?\*/(?=[ \t]*\r?\n))")
+FIRST_INDENT = Pattern(r'\n([ \t]+)["\[{/]')
+TOML_BARE_KEY = Pattern(r"[A-Za-z0-9_-]+")
+TOML_LINE = Pattern(r"[^\n]*\n|[^\n]+")
+TOML_HEADER = Pattern(r"[ \t]*\[")
+TOML_COMMENT = Pattern(r"^[ \t]*#[^\n]*\n?", re.M)
+TOML_LAST_BLANK = Pattern(r"(\A|\n)\r?\n\Z")
 
 Json = Any  # what json.loads gives
 KeyPath = tuple[str | int, ...]  # keys of objects, numbers of elements, from the root
@@ -11942,10 +11989,10 @@ def is_yaml_block(value: object) -> bool:
 ENTRY_NAME = "agent-chat"  # of our entry in a table of MCP servers
 OWN_PROGRAMS = ("agent-chat", "agent_chat.py")
 STARTERS = ("python", "pypy", "uv")
-FILE_NAME = re.compile(r"[\\/]")  # what parts it from its directory
+FILE_NAME = Pattern(r"[\\/]")  # what parts it from its directory
 BACKUP_SUFFIX = ".agent-chat-backup"
 STRANGER_KEYS = ("command", "cmd", "url", "httpUrl", "serverUrl", "transport")
-PLACE_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+PLACE_VARIABLE = Pattern(r"\$\{(\w+)(?::-([^}]*))?\}")
 OWN_VARIABLES = {"AGENT_CHAT_SERVER", "AGENT_CHAT_API_KEY", "AGENT_TYPE"}  # in our entry
 PYTHON_FLAGS = ("-E", "-P")  # a project's PYTHON* variables and modules stay out
 PROBE_SECONDS = 10  # for a Python that only says what it can import
@@ -13319,7 +13366,7 @@ RING_SECONDS = 10  # in a pane where nobody types
 VERSION_SECONDS = 4  # for all CLIs together to say their versions
 HUB_START_SECONDS = 15  # for the throw-away hub
 PACKAGE_LEVELS = 4  # directories above a program in which its package.json may lie
-VERSION = re.compile(r"\d+\.\d+[\w.+-]*")
+VERSION = Pattern(r"\d+\.\d+[\w.+-]*")
 
 
 class Check(NamedTuple):

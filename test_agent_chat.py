@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import collections
 import contextlib
+import errno
+import fcntl
 import http.client
 import itertools
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -1826,6 +1830,885 @@ def test_every_command_is_in_the_readme() -> None:
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(commands) >= 14
     assert [name for name in commands if f"agent-chat {name}" not in readme] == []
+
+
+# ======================================================================================
+# LOG -- LOG and STORE alone: a real file and no hub; injected faults, killed migrations.
+# ======================================================================================
+
+Store, Message, Delivery, Query = (
+    agent_chat.Store, agent_chat.Message, agent_chat.Delivery, agent_chat.Query)
+DAY_ONE = 1_764_000_000_000_000  # in microseconds, the hour of the first message in these tests
+TREES = ("sent", "routes", "grouped", "threads")
+
+
+def clock(seconds: float) -> str:
+    """A time so long after the first message."""
+    return agent_chat.rfc3339(DAY_ONE + int(seconds * 1_000_000))
+
+
+class Writer:
+    """A Store, and the short way to send with it. A message has the second of its seq."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = Store(str(path))
+
+    def send(self, sender: str, *recipients: str, text: str = "hello", group: str = "",
+             quiet: str = "", **fields: Any) -> agent_chat.Message:
+        """Append a message, direct unless a group is given; the turn stays open."""
+        seq = self.store.last_seq + 1
+        message = Message(
+            seq, agent_chat.message_id(seq, random.getrandbits(32)), sender,
+            "" if group else recipients[0], group, text, created_at=clock(seq),
+            verified=True)._replace(**fields)
+        self.store.append(message, [Delivery(name, quiet=quiet) for name in recipients])
+        return message
+
+    def found(self, limit: int = 1000, **wanted: Any) -> list[int]:
+        """The seqs that a query finds, as the store and as a reader of its own see them."""
+        query = Query(limit, **wanted)
+        seqs = [message.seq for message in self.store.find(query)]
+        if not self.store.connection.in_transaction:
+            assert [message.seq for message in self.store.reader().find(query)] == seqs
+        assert self.store.count(query) == len(seqs)
+        return seqs
+
+    def one(self, sql: str) -> Any:
+        """The one value of a SELECT, past all code of ours."""
+        return self.store.connection.execute(sql).fetchone()[0]
+
+    def reopen(self) -> None:
+        """Another process would find the same."""
+        self.store.close()
+        self.store = Store(str(self.path))
+
+    def sound(self) -> bool:
+        """Whether SQLite finds every page, every index and the words of every message."""
+        check = "INSERT INTO words (words, rank) VALUES ('integrity-check', 1)"
+        if self.one("SELECT max(value) FROM facts WHERE key = 'indexed'") == self.store.last_seq:
+            self.store.connection.execute(check)
+        return bool(self.one("PRAGMA integrity_check") == "ok")
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    """A new database."""
+    writer = Writer(tmp_path / "db" / "a.db")
+    yield writer
+    writer.store.close()
+
+
+@pytest.mark.parametrize("text", [
+    "msg-1-00000000", "msg-2147483647-ffffffff", "msg-2147483648-ffffffff", "msg-01-00000000",
+    "msg-0-00000000", "msg-1764000000000-12abcd", "msg-5-DEADBEEF", "anything at all", "ünï", "7"])
+def test_an_id_is_packed_and_comes_back(text: str) -> None:
+    assert agent_chat.unpacked(agent_chat.packed(text)) == text
+    assert agent_chat.packed("") is None and agent_chat.unpacked(None) == ""
+
+
+@pytest.mark.parametrize("text, stored", [
+    ("2026-11-22 14:03:14.51439384+00:00", "2026-11-22T14:03:14.514393Z"),
+    ("2026-11-22 14:03:14.5 +0000 UTC m=+0.01", "2026-11-22T14:03:14.500000Z"),
+    ("2026-11-22T16:03:14+02:00", "2026-11-22T14:03:14.000000Z"),
+    ("2026-11-22", "2026-11-22T00:00:00.000000Z"), ("yesterday", "1970-01-01T00:00:00.000000Z"),
+    ("2026-13-45", "1970-01-01T00:00:00.000000Z")])
+def test_times_of_other_programs_become_ours(text: str, stored: str) -> None:
+    assert agent_chat.adopted_time(text) == stored
+    assert agent_chat.rfc3339(agent_chat.micros(stored)) == stored
+
+
+def test_a_message_comes_back_as_it_was_sent(writer: Writer) -> None:
+    root = writer.send("alice", "bob", text="first ünï \U0001f600", client_id="mine")
+    sent = [root,
+            writer.send("bob", "alice", in_reply_to=root.id, thread=root.id, depth=1),
+            writer.send("carol", "bob", "alice", group="team", verified=False),
+            writer.send("carol", "human", in_reply_to="an id of nobody", choices=("yes", "no")),
+            writer.send("dora", "dora", text="x" * 300_000, id="msg-1764000000000-abcdef"),
+            writer.send("eve", group="team")]
+    writer.store.commit()
+    for _ in range(2):
+        for log in (writer.store, writer.store.reader()):
+            for message in sent:
+                assert log.message(message.id) in (message, message._replace(client_id=None))
+            assert log.recipients(sent[2]) == ["bob", "alice"] and log.recipients(sent[5]) == []
+            assert log.thread(root.id, 9)[:2] == [
+                log.message(root.id), sent[1]] and len(log.thread(root.id, 9)) == 2
+            known = log.by_client("ALICE", "mine")
+            assert known and known.id == root.id and log.by_client("bob", "mine") is None
+            assert log.seqs_of([sent[4].id, "msg-1-00000000", root.id, ""]) == {
+                5: sent[4].id, 1: root.id}, "the tag of an id is not guessed"
+        writer.store.index_words()
+        writer.store.commit()
+        writer.reopen()
+    assert writer.sound()
+
+
+def test_a_name_is_one_whatever_its_case(writer: Writer) -> None:
+    writer.store.save_agent(agent_chat.AgentRecord("Bob", groups=("team",), former=("aa", "bb")))
+    writer.send("alice", "BOB")
+    writer.send("ALICE", "bob", group="Team")
+    writer.store.commit()
+    assert writer.found(agent="bOB") == writer.found(sender="Alice") == [2, 1]
+    assert writer.found(group="TEAM") == [2]
+    writer.store.delete_agent("BOB")
+    writer.store.save_agent(agent_chat.AgentRecord("bob"))
+    writer.store.commit()
+    assert writer.store.load_agents() == [(agent_chat.AgentRecord("bob"), 2)], "the mail waited"
+    assert writer.store.messages([1])[0].to_agent == "bob", "spelt as its owner spells it"
+    assert writer.store.mark_read("BoB", [1, 2], clock(9)) == 2
+
+
+# What is done to one message (seq 1) of bob, and what that leaves: the receipt's times that are
+# set, whether it is unread, and whether it may ring.
+JOURNEYS = [
+    ("", "", True, True), ("pushed", "pushed", True, True),
+    ("given", "pushed rung", True, True), ("rung", "rung", True, True),
+    ("blocked", "", True, True), ("seen", "seen", True, False), ("read", "seen read", False, False),
+    ("rung seen rung", "rung seen", True, False), ("seen unring", "", True, True),
+    ("read unring", "seen read", False, False), ("read rung", "rung seen read", False, False),
+    ("read pushed", "seen read", False, False), ("read unread", "seen", True, False),
+    ("rung unring rung", "rung", True, True), ("read unread read", "seen read", False, False),
+    ("seen seen blocked", "seen", True, False)]
+
+
+@pytest.mark.parametrize("steps, times, unread, may_ring", JOURNEYS)
+def test_mail_goes_its_way(
+        writer: Writer, steps: str, times: str, unread: bool, may_ring: bool) -> None:
+    message, store = writer.send("alice", "bob"), writer.store
+    writer.send("alice", "carol", "bob", group="others")
+    doing: dict[str, Callable[[], object]] = {
+        "pushed": lambda: store.mark_pushed("bob", [1], clock(5), rung=False),
+        "given": lambda: store.mark_pushed("bob", [1], clock(5), rung=True),
+        "rung": lambda: store.mark_rung("bob", [1], clock(6), "tmux"),
+        "blocked": lambda: store.mark_blocked("bob", [1], "tmux", "draft"),
+        "seen": lambda: store.mark_seen("bob", [1], clock(7)),
+        "read": lambda: store.mark_read("bob", [1, 77], clock(8)),
+        "unread": lambda: store.mark_unread("bob", [1]),
+        "unring": lambda: store.unring("bob", [1])}
+    for step in steps.split():
+        doing[step]()
+    store.commit()
+    receipt = store.receipts(message)[0]
+    stamps = {"pushed": receipt.pushed_at, "rung": receipt.rung_at, "seen": receipt.seen_at,
+              "read": receipt.read_at}
+    at = {"pushed": clock(5), "rung": clock(5 if "given" in steps else 6), "seen": clock(7),
+          "read": clock(8)}
+    assert {name for name, stamp in stamps.items() if stamp} == set(times.split())
+    assert all(stamp in (None, at[name], clock(8)) for name, stamp in stamps.items())
+    assert (1 in store.waiting_unread("bob")) == unread == (store.count_unread("bob") == 2)
+    assert [m.seq for m in store.unread("bob", 9)[0]] == ([1, 2] if unread else [2])
+    assert (1 in store.waiting_unseen("bob")) == may_ring
+    assert (1 in [m.seq for m in store.unrung("bob", 0, 9)]) == (may_ring and not stamps["rung"])
+    assert store.count_unread("carol") == 1, "nobody else's row moved"
+
+
+def test_marks_say_what_was_news(writer: Writer) -> None:
+    for _ in range(4):
+        writer.send("alice", "bob")
+    store = writer.store
+    assert store.mark_seen("bob", [1, 2, 99], clock(9)) == 2
+    assert store.mark_seen("bob", [1, 2, 3], clock(10)) == 1
+    assert store.mark_seen("nobody", [1], clock(10)) == 0
+    assert store.mark_read("bob", [1, 4], clock(11)) == 2
+    assert store.mark_read("bob", [1, 4], clock(12)) == 0
+    assert store.mark_unread("bob", [1, 2]) == 1
+    page, unseen = store.unread("bob", 9)
+    assert ([m.seq for m in page], unseen) == ([1, 2, 3], [])
+
+
+def test_a_page_ends_by_bytes_and_has_at_least_one(writer: Writer) -> None:
+    for _ in range(5):
+        writer.send("alice", "bob", text="x" * 5000)
+    assert len(writer.store.unread("bob", 9, 1)[0]) == 1
+    assert len(writer.store.unread("bob", 9, 12_000)[0]) == 3
+    assert len(writer.store.find(Query(9, most_bytes=6000))) == 2
+
+
+class Sent(NamedTuple):
+    """A message of the model: what a query may ask of it."""
+
+    seq: int
+    sender: str
+    to: str
+    recipients: list[str]
+    group: str
+    words: list[str]
+
+
+def fits(sent: Sent, wanted: dict[str, Any]) -> bool:
+    """Whether a query is after this message: the meaning of a Query, in plain words."""
+    agent, other = wanted.get("agent", ""), wanted.get("other", "")
+    sender, recipient = wanted.get("sender", ""), wanted.get("recipient", "")
+    group, word = wanted.get("group", ""), wanted.get("text", "")
+    alone = not group
+    if agent and other:
+        if not alone or {(sent.sender, sent.to)} - {(agent, other), (other, agent)}:
+            return False
+    elif agent and agent != sent.sender and agent not in sent.recipients:
+        return False
+    if sender and sent.sender != sender:
+        return False
+    if recipient and recipient not in sent.recipients:
+        return False
+    if sender and recipient and not agent and alone and sent.to != recipient:
+        return False
+    if group and sent.group != group:
+        return False
+    if word.endswith("*"):
+        return any(known.startswith(word[:-1]) for known in sent.words)
+    return not word or word in sent.words
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_asked_the_log_finds_what_plain_lists_find(writer: Writer, seed: int) -> None:
+    dice, model = random.Random(seed), []
+    names, groups, words = ["a", "b", "c", "d"], ["red", "blue"], ["über", "alpha", "alps", "beta"]
+    for number in range(160):
+        sender, group = dice.choice(names), dice.choice(["", "", *groups])
+        others = [name for name in names if name != sender]
+        recipients = dice.sample(others, dice.randint(1, 3)) if group else [dice.choice(others)]
+        text = dice.choices(words, k=2)
+        message = writer.send(sender, *recipients, group=group, text=" ".join(text))
+        model.append(Sent(message.seq, sender, message.to_agent, recipients, group, text))
+        writer.store.mark_read(recipients[0], dice.sample(range(1, 160), 5), clock(1000))
+        if number == 90:
+            writer.store.index_words()
+    writer.store.commit()
+    for _ in range(60):
+        wanted: dict[str, Any] = {}
+        for key, values in (("sender", names), ("recipient", names), ("group", groups),
+                            ("agent", names), ("text", [*words, "alp*", "bet*"])):
+            if dice.random() < 0.35:
+                wanted[key] = dice.choice(values)
+        if "agent" in wanted and dice.random() < 0.5 and not wanted.keys() & {"group", "text"}:
+            wanted["other"] = dice.choice([name for name in names if name != wanted["agent"]])
+        low, high = sorted(dice.sample(range(170), 2))
+        expected = [sent.seq for sent in model if fits(sent, wanted) and low <= sent.seq < high]
+        found = writer.found(low=low, high=high, newest=False, **wanted)
+        assert found == expected, wanted
+        assert writer.found(low=low, high=high, **wanted) == expected[::-1]
+        few = writer.store.find(Query(3, low=low, high=high, **wanted))
+        assert [message.seq for message in few] == expected[::-1][:3]
+
+
+def test_words_are_found_at_once_and_by_the_same_rules_later(writer: Writer) -> None:
+    writer.send("a", "b", text="Straße, naïve café: C++ and foo_bar; Привет МИР")
+    writer.store.commit()
+    asked = ["naive", "CAFE", "foo", "bar", "привет мир", "стра*", "stra*", "straße", "c", "xyz",
+             '"and', "AND", "NEAR(", "* * *", "-", "ca*"]
+    at_once = [writer.found(text=text) for text in asked]
+    assert at_once[:5] == [[1]] * 5 and at_once[6] == [1] and at_once[9] == []
+    writer.store.index_words()
+    writer.store.commit()
+    assert [writer.found(text=text) for text in asked] == at_once
+    syncs = writer.one("PRAGMA data_version")
+    writer.send("a", "b", text="a word of the tail")
+    writer.store.commit()
+    assert writer.found(text="tail") == [2] and writer.one("PRAGMA data_version") == syncs
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_undo_takes_one_request_back_and_leaves_the_rest(writer: Writer, seed: int) -> None:
+    dice, store, kept, turn = random.Random(seed), writer.store, [], []
+    for number in range(120):
+        mark, before = len(store.statements), store.last_seq
+        message = writer.send(dice.choice("abc"), dice.choice("xyz"), text=f"number {number}",
+                              client_id=f"{number}")
+        store.save_fact("number", number)
+        if dice.random() < 0.4:
+            assert store.undo(mark) and store.last_seq == before and not store.undo(mark)
+            assert store.message(message.id) is None
+            assert store.by_client(message.from_agent, f"{number}") is None
+        else:
+            turn.append((message.id, number))
+        if dice.random() < 0.2:
+            store.rollback()
+            turn = []
+        elif dice.random() < 0.3:
+            store.commit()
+            kept += turn
+            turn = []
+    store.rollback()
+    writer.reopen()
+    assert [(m.id, int(m.content[7:])) for m in writer.store.find(
+        Query(999, newest=False))] == kept
+    assert writer.store.fact("number") == kept[-1][1]
+    assert sum(writer.store.count_unread(name) for name in "xyz") == len(kept)
+    assert writer.sound()
+
+
+def test_a_repeat_of_a_send_to_eighty_is_answered_as_the_first(writer: Writer) -> None:
+    names = [f"agent-{number}" for number in random.sample(range(80), 80)]
+    writer.send("alice", *names, group="all-of-us", client_id="once")
+    writer.store.commit()
+    writer.reopen()
+    message = writer.store.by_client("alice", "once")
+    assert message and writer.store.recipients(message) == names
+    assert [receipt.agent for receipt in writer.store.receipts(message)] == names[:50]
+
+
+def test_quiet_mail_waits_until_its_pair_is_resumed(writer: Writer) -> None:
+    root, store = writer.send("alice", "bob"), writer.store
+    for number in range(1200):
+        writer.send("bob", "alice", quiet=agent_chat.LOOPING, thread=root.id, in_reply_to=root.id,
+                    depth=13 + number)
+    writer.send("carol", "alice", quiet=agent_chat.MUTED)
+    store.commit()
+    since = store.messages([2])[0].created_at
+    pair = agent_chat.QuietPair("bob", "alice", root.id, 13, since)
+    assert store.quiet_pairs() == [pair] and store.waiting_unseen("alice") == {}
+    assert store.count_unread("alice") == 1201
+    store.mark_read("alice", [2], clock(9999))
+    store.mark_seen("alice", [3], clock(9999))
+    store.commit()
+    writer.reopen()
+    store = writer.store
+    assert store.quiet_pairs() == [pair], "neither reading nor a restart ends it"
+    left = [store.unquiet("alice", "Bob", root.id) for _ in range(3)]
+    assert left == [700, 200, 0] and store.quiet_pairs() == []
+    store.commit()
+    ringing = store.waiting_unseen("alice", 5000)
+    assert list(ringing) == list(range(4, 1202)), "not what was seen or read, nor what is muted"
+    assert {message.depth for message in store.thread(root.id, 5000)} == {0}
+    later = writer.send("bob", "alice", thread=root.id, in_reply_to=root.id, depth=1)
+    store.commit()
+    store.lately.clear()
+    assert store.message(later.id).depth == 1, "the chain counts on from here"  # type: ignore
+
+
+def test_questions_wait_until_they_are_answered_or_dismissed(writer: Writer) -> None:
+    store = writer.store
+    asked = [writer.send(name, "human") for name in ("a", "b", "a", "c")]
+    for message in asked:
+        store.ask_human(message)
+    store.commit()
+    assert [m.seq for m in store.open_questions(3)] == [4, 3, 2]
+    assert store.answered("A") == [asked[0].id, asked[2].id] and store.answered("a") == []
+    assert store.dismiss([2, 3, 77]) == [asked[1].id]
+    for _ in range(150):
+        store.ask_human(writer.send("c", "human"))
+    store.commit()
+    assert len(store.open_questions(999)) == 100 and store.open_questions(1)[0].seq == 154
+
+
+def test_mail_follows_to_another_name(writer: Writer) -> None:
+    store = writer.store
+    group = writer.send("x", "old", "new", "y", group="team")
+    writer.send("x", "old")
+    store.index_words()
+    writer.send("x", "old")
+    store.mark_read("new", [1], clock(50))
+    store.mark_read("old", [3], clock(50))
+    assert store.move_mail("old", "NEW") == 1, "one was read, the other is there already"
+    store.index_words()
+    store.commit()
+    assert (store.count_unread("old"), store.count_unread("new")) == (0, 1)
+    assert store.recipients(group) == ["new", "y"] and len(store.receipts(group)) == 2
+    assert writer.found(sender="x", recipient="new") == [2]
+    assert writer.found(recipient="old") == [3]
+    assert writer.sound()
+
+
+def test_retention_goes_by_bytes_and_spares_what_is_open(writer: Writer) -> None:
+    store = writer.store
+    for _ in range(10):
+        writer.send("alice", "bob", text="word " * 1000)
+    ids = [writer.send("alice", "bob", "carol", group="g", text="group").id,
+           writer.send("alice", "human", text="may I?").id]
+    store.mark_read("bob", [*range(1, 10), 11], clock(99))
+    store.mark_read("human", [12], clock(99))
+    store.ask_human(store.messages([12])[0])
+    last = writer.send("alice", "bob").seq
+    store.commit()
+    reached, steps = 0, 0
+    while reached < last:
+        reached, steps = store.prune(reached, last, 12_000), steps + 1
+    store.commit()
+    assert steps == 4 and writer.found() == [13, 12, 11, 10]
+    assert writer.found(text="word") == [10] and writer.found(text="group") == [11]
+    assert [writer.one(f"SELECT count(*) FROM {tree}") for tree in TREES] == [4, 4, 1, 0]
+    assert store.seqs_of(ids) == {11: ids[0], 12: ids[1]} and writer.sound()
+
+
+def test_what_nobody_needs_is_forgotten_in_pieces(writer: Writer) -> None:
+    store = writer.store
+    for number in range(1200):
+        writer.send(f"script-{number}", "bob", client_id=f"{number}")
+    writer.send("alice", "bob", client_id="new", created_at=clock(2 * 86_400))
+    store.save_agent(agent_chat.AgentRecord("idle"))
+    store.index_words()
+    store.mark_read("bob", range(1, 1201), clock(5000))
+    store.commit()
+    pieces = [store.forget_names() for _ in range(3)]
+    assert pieces == [500, 500, 200], "ids of two days ago"
+    assert store.by_client("alice", "new") and not store.by_client("script-7", "7")
+    store.prune(0, store.last_seq, 1 << 30)
+    store.commit()
+    while store.forget_names():
+        store.commit()
+    assert {row[0] for row in look(writer.path, "SELECT name FROM names")} == {
+        "alice", "bob", "idle"}
+    again = writer.send("script-7", "bob")
+    store.commit()
+    assert writer.found(sender="script-7") == [again.seq], "a number is not given again"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_traffic_is_what_a_count_says(writer: Writer, seed: int) -> None:
+    dice, store, routes = random.Random(seed), writer.store, []
+    for number in range(300):
+        sender, target = dice.sample("abcdef", 2)
+        group = dice.choice(["", "", "team"])
+        message = writer.send(sender, target, group=group)
+        routes.append((sender, "#team" if group else target))
+        if not group and dice.random() < 0.5:
+            store.mark_seen(target, [message.seq], clock(message.seq + number))
+        if dice.random() < 0.1:
+            store.index_words()
+    store.index_words()
+    store.commit()
+    for low, high in ((1, 301), (50, 120), (299, 301), (301, 400)):
+        traffic = store.traffic(low, high)
+        counted = collections.Counter(routes[low - 1:high - 1])
+        assert {(p.sender, p.target): p.number for p in traffic.pairs} == counted
+        assert [p.number for p in traffic.pairs] == sorted(counted.values(), reverse=True)
+    assert store.seq_at(clock(7)) == 7 and store.seq_at(clock(7), after=True) == 8
+    assert (store.seq_at(clock(-9)), store.seq_at(clock(1e9))) == (1, 301)
+    seen = [row[0] / 1e6 for row in look(
+        writer.path, "SELECT seen FROM inbox JOIN messages USING (seq) "
+                     "WHERE seen IS NOT NULL AND grp IS NULL ORDER BY seen")]
+    assert store.traffic(1, 301).seen == seen
+
+
+def test_unseen_mail_is_told_by_sender_and_agent(writer: Writer) -> None:
+    store = writer.store
+    writer.send("a", "b")
+    writer.send("a", "b", "c", group="g")
+    last = writer.send("a", "b")
+    writer.send("server", "b")
+    store.mark_seen("c", [2], clock(9))
+    store.mark_seen("b", [1], clock(9))
+    store.commit()
+    assert store.unseen_mail(1, 5) == [agent_chat.UnseenMail("a", "b", 2, last.id)]
+    assert store.unseen_mail(1, 2) == []
+
+
+def bytes_written() -> int:
+    """What this process has written so far, as the kernel counts it."""
+    fields = Path("/proc/self/io").read_text().split()
+    return int(fields[fields.index("wchar:") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts on Linux")
+def test_a_send_costs_few_bytes_of_disk(writer: Writer) -> None:
+    dice, store = random.Random(1), writer.store
+    words = ["".join(dice.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
+    names = [f"agent-{number}" for number in range(20)]
+
+    def send(client_id: str | None = None) -> None:
+        sender, recipient = dice.sample(names, 2)
+        text = " ".join(dice.choices(words, k=20))
+        writer.send(sender, recipient, text=text, client_id=client_id)
+
+    for number in range(20_000):
+        send()
+        if number % 200 == 199:
+            store.commit()
+    store.index_words()
+    store.commit()
+    store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert writer.path.stat().st_size / 20_000 <= 350
+    before = bytes_written()
+    for number in range(200):
+        send(f"{number:x}")
+        store.commit()
+    store.index_words()
+    store.commit()
+    assert (bytes_written() - before) / 200 <= 16 * 1024
+
+
+# -- older files
+
+SCHEMA_1 = """
+    CREATE TABLE agents (
+        name TEXT PRIMARY KEY COLLATE NOCASE, status TEXT, registered_at TEXT, last_seen_at TEXT,
+        session_hash TEXT, verified INTEGER, type TEXT, host TEXT, cwd TEXT,
+        groups TEXT, doors TEXT, mute TEXT, allow TEXT);
+    CREATE TABLE messages (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, from_agent TEXT NOT NULL,
+        to_agent TEXT NOT NULL, grp TEXT NOT NULL, content TEXT NOT NULL, in_reply_to TEXT NOT NULL,
+        created_at TEXT NOT NULL, verified INTEGER, thread TEXT, depth INTEGER, client_id TEXT);
+    CREATE INDEX by_pair ON messages (from_agent, to_agent, seq);
+    CREATE INDEX by_sender ON messages (from_agent, seq);
+    CREATE INDEX by_group ON messages (grp, seq) WHERE grp != '';
+    CREATE INDEX by_thread ON messages (thread, seq) WHERE thread != '';
+    CREATE UNIQUE INDEX by_client ON messages (from_agent, client_id) WHERE client_id IS NOT NULL;
+    CREATE TABLE inbox (
+        seq INTEGER NOT NULL, agent TEXT NOT NULL, pushed_at TEXT, rung_at TEXT, seen_at TEXT,
+        read_at TEXT, door TEXT, outcome TEXT, quiet TEXT NOT NULL DEFAULT '');
+    CREATE UNIQUE INDEX by_message ON inbox (seq, agent);
+    CREATE INDEX by_recipient ON inbox (agent, seq);
+    CREATE INDEX unread ON inbox (agent, seq) WHERE read_at IS NULL;
+    CREATE INDEX unrung ON inbox (agent, seq)
+        WHERE rung_at IS NULL AND seen_at IS NULL AND read_at IS NULL AND quiet = '';
+    CREATE INDEX quieted ON inbox (agent, seq) WHERE quiet = 'loop';
+    CREATE VIRTUAL TABLE words USING fts5 (content, content='messages', content_rowid='seq',
+        detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2");
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    PRAGMA user_version = 1; PRAGMA journal_mode = WAL; """
+
+
+def schema_1(path: Path, count: int) -> Path:
+    """A database of the last version: direct mail and groups, threads, receipts, quiet pairs,
+    two spellings of bob; its words are indexed up to the last ten messages."""
+    ids = [f"msg-{1_764_000_000_000 + seq}-{seq:08x}" for seq in range(count + 1)]
+    messages, inbox = [], []
+    for seq in range(1, count + 1):
+        group, reply = "team" if seq % 5 == 0 else "", seq % 3 == 0
+        sender, to = ("alice", "bob") if seq % 2 else ("Bob", "alice")
+        before = ids[seq - 1] if reply else ""
+        messages.append((
+            seq, ids[seq], sender, "" if group else to, group, f"number {seq}", before,
+            clock(seq), 1, before, int(reply), f"client-{seq}" if seq % 4 == 0 else None))
+        for name in ("carol", "dora") if group else (to,):
+            read, quiet = clock(seq + 3.5) if seq % 7 else None, "loop" if seq % 14 == 0 else ""
+            inbox.append((seq, name, clock(seq), clock(seq + 0.25) if seq % 2 else None,
+                          read, read, "tmux", "rung", quiet))
+    sqlite_file(path, SCHEMA_1, messages=messages, inbox=inbox, agents=[
+        ("Bob", "idle", clock(0), clock(9), "hash", 1, "codex", "h", "/w", "team ops", "tmux",
+         "x", "")],
+        facts=[("indexed", count - 10), ("unseen", 5)])
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        file.execute("INSERT INTO words (rowid, content) SELECT seq, content FROM messages "
+                     "WHERE seq <= ?", [count - 10])
+    return path
+
+
+def test_a_database_of_the_last_version_opens_with_everything(tmp_path: Path) -> None:
+    path = schema_1(tmp_path / "a.db", 400)
+    old = look(path, "SELECT seq, id, from_agent, to_agent, grp, content, in_reply_to, created_at, "
+                     "thread FROM messages ORDER BY seq")
+    receipts = look(path, "SELECT seq, agent, pushed_at, rung_at, seen_at, read_at, quiet "
+                          "FROM inbox ORDER BY rowid")
+    writer = Writer(path)
+    store, found = writer.store, writer.store.find(Query(999, newest=False))
+    assert [(m.seq, m.id, m.from_agent, m.to_agent, m.group, m.content, m.in_reply_to,
+             m.created_at, m.thread) for m in found] == [
+        tuple("Bob" if value == "bob" else value for value in row) for row in old]
+    assert [(m.seq, r.agent, r.pushed_at, r.rung_at, r.seen_at, r.read_at, r.quiet)
+            for m in found for r in store.receipts(m)] == [
+        tuple("Bob" if value == "bob" else value for value in row) for row in receipts]
+    for name in ("alice", "bob", "carol"):
+        unread = [row[0] for row in receipts if row[1] == name and row[5] is None]
+        assert [m.seq for m in store.unread(name, 999)[0]] == unread
+    assert store.load_agents()[0][0] == agent_chat.AgentRecord(
+        "Bob", "idle", clock(0), clock(9), "hash", True, "codex", "h", "/w", ("team", "ops"),
+        ("tmux",), ("x",))
+    assert {(pair.sender, pair.agent) for pair in store.quiet_pairs()} == {
+        ("Bob", "alice"), ("Bob", "carol"), ("Bob", "dora")}
+    assert [m.id for m in store.thread(old[4][1], 9)] == [old[4][1], old[5][1]]
+    assert store.by_client("bob", "client-400") and store.fact("unseen") == 5
+    assert writer.found(text="395") == [395] and writer.found(text="7") == [7]
+    assert [len(writer.found(**wanted)) for wanted in (
+        {"group": "team"}, {"sender": "bob"}, {"agent": "ALICE", "other": "Bob"})] == [80, 200, 320]
+    assert writer.send("alice", "bob", in_reply_to=old[0][1]).seq == 401
+    store.commit()
+    assert writer.sound() and not look(
+        path, "SELECT name FROM sqlite_master WHERE name LIKE 'old%' OR name LIKE 'go%'")
+    store.close()
+
+
+def test_a_database_of_the_go_program_is_adopted(tmp_path: Path) -> None:
+    path = sqlite_file(
+        tmp_path / "a.db", GO_SCHEMA, agents=[("alice", "", "", GO_TIME), ("a b", "", "", GO_TIME)],
+        agent_groups=[("alice", "team"), ("bob", "team"), ("alice", "a,b")],
+        messages=[("msg-2", "alice", "", "team", "two", "", "2026-11-22 14:03:15+00:00"),
+                  ("msg-1", "alice", "bob", "", "one", "", GO_TIME),
+                  ("msg-3", "bob", "alice", "", "three", "msg-1", "2026-11-22 14:03:16+00:00")],
+        message_reads=[("msg-1", "bob", GO_TIME), ("msg-2", "carol", GO_TIME)])
+    writer = Writer(path)
+    found = writer.store.find(Query(9, newest=False))
+    assert [m.id for m in found] == ["msg-1", "msg-2", "msg-3"]
+    assert found[0].created_at == "2026-11-22T14:03:14.514393Z" and found[2].thread == "msg-1"
+    assert writer.store.recipients(found[1]) == ["bob", "carol"]
+    assert [m.id for m in writer.store.unread("bob", 9)[0]] == ["msg-2"]
+    assert writer.store.load_agents()[0][0].groups == ("team",)
+    assert writer.found(text="three") == [3] and writer.store.fact("unseen") == 3
+    assert writer.sound()
+    writer.store.close()
+
+
+# -- a Store in a process of its own, that can be killed and whose disk can be made to fail
+
+def serve_store(path: str) -> None:
+    """Open a Store, then obey the lines of stdin; each is answered by one line of JSON."""
+    try:
+        store = Store(path)
+    except agent_chat.ChatError as error:
+        print(json.dumps(["refused", str(error)]), flush=True)
+        return
+    writer = Writer.__new__(Writer)
+    writer.path, writer.store = Path(path), store
+    print(json.dumps(["open", store.last_seq]), flush=True)
+    for line in sys.stdin:
+        verb, _, text = line.strip().partition(" ")
+        try:
+            answer: object = None
+            if verb == "send":
+                message = writer.send("alice", "bob", text=text)
+                store.commit()
+                answer = message.id
+            elif verb == "fill":
+                for _ in range(int(text)):
+                    writer.send("alice", "carol", text="filling " * 250)
+                store.commit()
+            elif verb == "tick":
+                store.index_words()
+                store.commit()
+            elif verb == "read":
+                answer = [m.id for m in store.unread("bob", 999)[0]]
+            elif verb == "look":
+                answer = len(store.find(Query(int(text), low=1, newest=False)))
+            result = ["ok", answer]
+        except agent_chat.ChatError as error:
+            result = [type(error).__name__, str(error)]
+            with contextlib.suppress(agent_chat.ChatError):
+                store.commit()
+        print(json.dumps(result), flush=True)
+
+
+class StoreProcess:
+    """The other end of `serve_store`."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [PYTHON, __file__, "--store", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, bufsize=1)
+        self.acked: list[str] = []
+        self.tried = 0
+
+    def answer(self) -> list[Any]:
+        """The next line that it says."""
+        assert self.process.stdout
+        found: list[Any] = json.loads(self.process.stdout.readline())
+        return found
+
+    def do(self, line: str) -> list[Any]:
+        """One command and its answer, in less than two seconds."""
+        assert self.process.stdin
+        start = time.monotonic()
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        assert time.monotonic() - start < 8, "a fault never holds everybody up"
+        return answer
+
+    def send(self) -> str:
+        """Send one message to bob; how it went."""
+        self.tried += 1
+        kind, value = self.do(f"send number {self.tried}")
+        if kind == "ok":
+            self.acked.append(value)
+        return str(kind)
+
+    def kill(self) -> None:
+        """Without a goodbye."""
+        self.process.kill()
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def failing(self, call: str, how: str) -> Iterator[None]:
+        """Within it, a system call of this process fails."""
+        spy = subprocess.Popen(
+            ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e",
+             f"inject={call}:{how}", "-p", str(self.process.pid)],
+            stderr=subprocess.PIPE, text=True)
+        assert spy.stderr
+        if "attached" not in spy.stderr.readline():
+            pytest.skip("no right to trace a process")
+        try:
+            yield
+        finally:
+            spy.terminate()
+            spy.wait(10)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[StoreProcess]:
+    """A Store of its own process, with more in its file than it keeps in memory."""
+    process = StoreProcess(tmp_path / "db" / "a.db")
+    assert process.answer()[0] == "open"
+    process.do("fill 3000")
+    process.do("tick")
+    for _ in range(3):
+        assert process.send() == "ok"
+    yield process
+    process.kill()
+
+
+FAULTS = [
+    ("pwrite64", "error=EIO"), ("pwrite64", "error=ENOSPC"), ("pwrite64", "error=EIO:when=1"),
+    ("pwrite64", "error=EIO:when=3"), ("pwrite64", "error=EIO:when=6+"), ("fdatasync", "error=EIO"),
+    ("fdatasync", "error=EIO:when=1"), ("fdatasync", "error=EIO:when=2"),
+    ("fdatasync", "error=ENOSPC:when=1..3"), ("pread64", "error=EIO"),
+    ("pread64", "error=EIO:when=2"), ("fcntl", "error=ENOLCK"), ("fcntl", "error=EIO"),
+    ("ftruncate", "error=EIO"), ("newfstatat", "error=EIO"),
+    ("openat", "error=EMFILE"), ("fdatasync,openat", "error=EIO"),
+    ("pwrite64,pread64,fdatasync", "error=EIO")]
+
+
+@needs("strace")
+@pytest.mark.parametrize("call, how", FAULTS)
+def test_what_a_failing_disk_refused_is_gone_and_what_it_took_is_there(
+        process: StoreProcess, tmp_path: Path, call: str, how: str) -> None:
+    with process.failing(call, how):
+        outcomes = [process.send() for _ in range(6)]
+        looks = [process.do("look 50")[0], process.do("read")[0], process.do("tick")[0]]
+        outcomes.append(process.send())
+    assert set(outcomes) | set(looks) <= {"ok", "StoreBusy", "StoreFull", "Damaged"}
+    assert [process.send() for _ in range(3)] == ["ok"] * 3, "it heals by itself"
+    assert process.do("read") == ["ok", process.acked]
+    assert process.do("look 3000")[0] == "ok"
+    process.kill()
+    again = Writer(tmp_path / "db" / "a.db")
+    assert [m.id for m in again.store.unread("bob", 999)[0]] == process.acked
+    again.store.index_words()
+    again.store.commit()
+    assert again.sound()
+    again.store.close()
+
+
+@needs("strace")
+def test_after_a_failed_sync_nothing_is_committed_before_all_of_it_is_on_disk(
+        process: StoreProcess, tmp_path: Path) -> None:
+    log = tmp_path / "db" / "a.db-wal"
+    assert log.stat().st_size > 0
+    with process.failing("fdatasync", "error=EIO:when=1"):
+        assert process.send() == "StoreBusy"
+        assert log.stat().st_size == 0, "what was committed is in the database, and synced"
+        assert process.send() == "ok"
+    with process.failing("fdatasync", "error=EIO"):
+        assert [process.send() for _ in range(3)] == ["StoreBusy"] * 3
+        assert process.do("read") == ["ok", process.acked], "reading goes on"
+    assert process.send() == "ok"
+
+
+def test_damaged_pages_are_told_and_what_needs_them_not_goes_on(
+        process: StoreProcess, tmp_path: Path) -> None:
+    path = tmp_path / "db" / "a.db"
+    process.kill()
+    again = StoreProcess(path)
+    assert again.answer() == ["open", 3003]
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 4)
+        file.write(b"\xa5" * (path.stat().st_size // 2))
+    kind, sentence = again.do("look 3000")
+    assert kind == "Damaged" and str(path) in sentence and ".recover" in sentence
+    assert [again.send() for _ in range(3)] == ["ok"] * 3 and len(again.do("read")[1]) == 6
+    again.kill()
+
+
+def test_a_file_that_stays_unreadable_is_given_up(
+        process: StoreProcess, tmp_path: Path) -> None:
+    path = tmp_path / "db" / "a.db"
+    with open(path, "r+b") as file:
+        file.write(b"\xa5" * path.stat().st_size)
+    with process.failing("fdatasync", "error=EIO"):
+        assert process.send() == "StoreBusy"
+    start, kind = time.monotonic(), ""
+    while kind != "Unservable":
+        kind = process.send()
+        assert kind in {"Damaged", "Unservable"} and time.monotonic() - start < 20
+        time.sleep(0.2)
+    assert time.monotonic() - start > 3, "it had its time"
+
+
+@needs("strace")
+@pytest.mark.slow
+def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -> None:
+    old, versions = schema_1(tmp_path / "old.db", 2000), collections.Counter[int]()
+
+    def migrate(name: str, *inject: str) -> Path:
+        """Open a copy in a process that is killed at one of its writes; the copy's path."""
+        path = tmp_path / name / "a.db"
+        path.parent.mkdir()
+        shutil.copy(old, path)
+        subprocess.run(
+            ["strace", "-f", "-o", str(path) + ".trace", "-e", "trace=pwrite64,fdatasync,unlink",
+             *inject, PYTHON, __file__, "--store", str(path)],
+            capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+        return path
+
+    trace = Path(f"{migrate('whole')}.trace").read_text()
+    for number in range(20):
+        call = ("fdatasync", "unlink", "pwrite64", "pwrite64")[number % 4]
+        when = 1 + trace.count(call + "(") * number // 20
+        path = migrate(str(number), "-e", f"inject={call}:signal=KILL:when={when}")
+        with contextlib.closing(sqlite3.connect(path)) as file:
+            version = file.execute("PRAGMA user_version").fetchone()[0]
+            versions[version] += 1
+            assert file.execute("SELECT count(*) FROM messages").fetchone() == (2000,)
+            assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        writer = Writer(path)
+        assert writer.store.last_seq == 2000 and writer.sound()
+        assert len(writer.found(2000, group="team")) == 400
+        writer.store.close()
+    assert set(versions) == {1, 2}, "some kills came before the end, some after"
+
+
+# -- the lock
+
+@pytest.mark.parametrize("kind", ["same", "symlink", "hard link", "link of the folder"])
+def test_a_second_store_is_kept_off_whatever_the_file_is_called(
+        process: StoreProcess, tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "db" / "a.db", tmp_path / "elsewhere" / "b.db"
+    other.parent.mkdir()
+    if kind == "symlink":
+        other.symlink_to(path)
+    elif kind == "hard link":
+        other.hardlink_to(path)
+    elif kind == "link of the folder":
+        (tmp_path / "folder").symlink_to(path.parent)
+        other = tmp_path / "folder" / "a.db"
+    else:
+        other = path
+    second = StoreProcess(other)
+    word, sentence = second.answer()
+    assert word == "refused" and "another hub" in sentence
+    if kind != "hard link":
+        assert f"pid {process.process.pid}" in sentence
+    assert process.send() == "ok", "the first one goes on"
+    process.kill()
+    third = StoreProcess(other)
+    if kind == "hard link":  # its write-ahead log has the other name
+        assert "second name" in third.answer()[1]
+        third = StoreProcess(path)
+    assert third.answer() == ["open", 3004], "the lock died with its owner"
+    third.kill()
+
+
+@pytest.mark.parametrize("call", ["flock", "fcntl"])
+def test_a_file_system_that_refuses_locks_is_told_in_a_sentence(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, call, refuse)
+    with pytest.raises(agent_chat.BadConfig, match="cannot be locked: No locks"):
+        Store(str(tmp_path / "a.db"))
+
+
+@pytest.mark.parametrize("part", ["", "-wal", "-shm"])
+def test_a_file_that_was_moved_away_is_not_written_to(
+        process: StoreProcess, tmp_path: Path, part: str) -> None:
+    path = tmp_path / "db" / ("a.db" + part)
+    away = path.rename(tmp_path / "away")
+    assert process.send() == "StoreBusy"
+    assert "moved or deleted" in process.do("send again")[1]
+    assert process.do("read") == ["ok", process.acked]
+    away.rename(path)
+    assert process.send() == "ok"
 
 
 # ======================================================================================
@@ -4639,7 +5522,6 @@ def test_a_quiet_pair_stays_quiet_through_a_restart_also_when_its_mail_is_read(
 # ======================================================================================
 
 import asyncio  # noqa: E402
-import random  # noqa: E402
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -16800,3 +17682,7 @@ def test_a_message_travels_from_tool_call_to_pane_and_dashboard(
     expect(dashboard.message("Sent while you were away")).to_be_visible()
     expect(dashboard.message("API spec ready")).to_have_count(1)
     assert not alice.do("state")["dialog"] and len(bob.submitted()) == 3
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--store"]:
+    serve_store(sys.argv[2])
