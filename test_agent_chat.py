@@ -689,7 +689,7 @@ WALLS = {
     "WORDS": {"time", "os", "socket", "json", "open"},
     "LOG": {"socket", "http", "os", "Listener", "Api", "HubServer"},
     "STORE": {"socket", "http", "Listener", "Api", "HubServer"},
-    "TURN": {"sqlite3", "socket", "json", "http", "Message"},
+    "TURN": {"sqlite3", "socket", "json", "http"},
     "DIRECTORY": {"sqlite3", "socket", "json", "http", "subprocess"},
     "GUARD": {"sqlite3", "socket", "json", "http", "subprocess", "time", "Store"},
     "MAIL": {"sqlite3", "socket", "json", "http", "subprocess"},
@@ -755,150 +755,29 @@ LEAST_OF_ALL = {"prose in %": 18}
 
 # Rooms that are not rebuilt yet, and what they have. Rows only go.
 NOT_YET: dict[str, dict[str, float]] = {
-    "HUB": {
-        "syntax nodes per code line": 7.6,
-        "mean width of a code line": 50.6,
-        "widest line": 98,
-        "conditional expressions per 100": 1.8,
-        "tuple assignments per 100": 1.8,
-        "Any per 100": 1.8,
-        "functions with a docstring in %": 63.6,
-        "loop_over_a_conditional": 2,
-        "tuple_assignment_without_a_swap": 2,
-        "and_or_as_a_value": 1,
-        "positional_boolean": 1,
-    },
-    "ROSTER": {
-        "syntax nodes per code line": 9.1,
-        "mean width of a code line": 55.1,
-        "widest line": 98,
-        "conditional expressions per 100": 4.7,
-        "tuple assignments per 100": 4.7,
-        "filtered comprehensions per 100": 1.3,
-        "Any per 100": 2.7,
-        "prose in %": 10.0,
-        "functions with a docstring in %": 54.5,
-        "tuple_assignment_without_a_swap": 8,
-        "comprehension_of_two_levels_or_filters": 2,
-        "and_or_as_a_value": 1,
-        "computed_attribute_name": 1,
-        "constructor_calls_overridden": 1,
-        "positional_boolean": 1,
-        "remark_at_the_end_of_a_line": 2,
-        "class_or_function_without_a_word": 1,
-    },
-    "POST": {
-        "syntax nodes per code line": 9.6,
-        "mean width of a code line": 59.8,
-        "widest line": 100,
-        "worst complexity": 26,
-        "conditional expressions per 100": 10.4,
-        "tuple assignments per 100": 4.8,
-        "filtered comprehensions per 100": 5.6,
-        "Any per 100": 4.8,
-        "prose in %": 8.6,
-        "functions with a docstring in %": 30.0,
-        "tuple_assignment_without_a_swap": 7,
-        "remark_at_the_end_of_a_line": 4,
-    },
+    "TURN": {
+        "filtered comprehensions per 100": 0.6},
     "API": {
-        "syntax nodes per code line": 9.4,
-        "mean width of a code line": 56.6,
-        "widest line": 100,
-        "conditional expressions per 100": 7.5,
-        "tuple assignments per 100": 4.6,
-        "filtered comprehensions per 100": 2.1,
-        "Any per 100": 5.8,
-        "prose in %": 11.0,
-        "functions with a docstring in %": 70.0,
-        "loop_over_a_conditional": 4,
-        "tuple_assignment_without_a_swap": 12,
-        "comprehension_of_two_levels_or_filters": 1,
-        "and_or_as_a_value": 1,
-        "computed_attribute_name": 1,
-        "positional_boolean": 3,
-        "remark_at_the_end_of_a_line": 7,
-    },
-    "WIRE": {
-        "syntax nodes per code line": 7.8,
-        "mean width of a code line": 58.0,
-        "widest line": 99,
-        "conditional expressions per 100": 2.8,
-        "Any per 100": 4.8,
-        "prose in %": 8.4,
-        "functions with a docstring in %": 57.1,
-        "tuple_assignment_without_a_swap": 1,
-        "remark_at_the_end_of_a_line": 7,
-        "class_or_function_without_a_word": 5,
-    },
-    "CONNECTION": {
-        "syntax nodes per code line": 7.1,
-        "mean width of a code line": 50.3,
-        "widest line": 99,
-        "worst complexity": 18,
-        "conditional expressions per 100": 3.4,
-        "tuple assignments per 100": 4.4,
-        "prose in %": 8.0,
-        "functions with a docstring in %": 46.9,
-        "conditional_as_statement_or_nested": 3,
-        "tuple_assignment_without_a_swap": 15,
-        "computed_attribute_name": 5,
-        "remark_at_the_end_of_a_line": 15,
-        "chain_through_two_own_objects": 5,
-        "name_behind_a_wall": 36,
-    },
-    "SERVER": {
-        "syntax nodes per code line": 6.7,
-        "mean width of a code line": 49.2,
-        "widest line": 100,
-        "conditional expressions per 100": 2.8,
-        "Any per 100": 1.8,
-        "prose in %": 9.2,
-        "functions with a docstring in %": 63.2,
-        "conditional_as_statement_or_nested": 1,
-        "tuple_assignment_without_a_swap": 2,
-        "class_made_at_run_time": 2,
-        "remark_at_the_end_of_a_line": 10,
-    },
+        "syntax nodes per code line": 6.3},
     "DOORS": {
-        "syntax nodes per code line": 8.2,
-        "mean width of a code line": 53.4,
-        "widest line": 100,
-        "worst complexity": 16,
-        "conditional expressions per 100": 4.7,
-        "tuple assignments per 100": 3.0,
-        "filtered comprehensions per 100": 1.0,
-        "prose in %": 9.8,
-        "functions with a docstring in %": 53.1,
-        "tuple_assignment_without_a_swap": 10,
-        "and_or_as_a_value": 1,
-        "number_for_a_field": 1,
-        "own_mistake_as_control_flow": 1,
-        "positional_boolean": 1,
-        "remark_at_the_end_of_a_line": 19,
-    },
+        "tuple_assignment_without_a_swap": 1, "and_or_as_a_value": 1,
+        "remark_at_the_end_of_a_line": 3},
     "the file": {
-        "syntax nodes per code line": 7.2,
-        "functions over complexity 10": 28,
-        "prose in %": 11.2,
-    },
+        "functions over complexity 10": 7, "prose in %": 16.1},
 }
 NOT_YET_TESTS: dict[str, dict[str, float]] = {
-    "FIXTURES": {"syntax nodes per code line": 8.1, "prose in %": 5.1},
-    "HOUSE": {"syntax nodes per code line": 7.7},
-    "STORE": {"syntax nodes per code line": 9.1, "prose in %": 2.6},
-    "API": {"syntax nodes per code line": 10.5, "prose in %": 1.8},
-    "CHAOS": {"syntax nodes per code line": 9.1, "prose in %": 3.0},
-    "HTTP": {"syntax nodes per code line": 9.4, "prose in %": 2.8},
-    "WS": {"syntax nodes per code line": 8.7, "prose in %": 2.6},
-    # A section of data.
-    "SCREENS": {"prose in %": 1.6},
-    "COMMANDS": {"syntax nodes per code line": 7.0, "prose in %": 2.9},
-    "SETUP": {"syntax nodes per code line": 8.4, "prose in %": 2},
-    "INSTALL": {"syntax nodes per code line": 8.9, "prose in %": 3.4},
-    "BROWSER": {"syntax nodes per code line": 7.4, "prose in %": 1.3},
-    "README": {"syntax nodes per code line": 7.2},
-    "JOURNEY": {"syntax nodes per code line": 8.7},
+    "LOG": {
+        "syntax nodes per code line": 8.5, "prose in %": 3.4},
+    "SCREENS": {
+        "prose in %": 1.6},
+    "COMMANDS": {
+        "syntax nodes per code line": 7.0, "prose in %": 2.9},
+    "SETUP": {
+        "syntax nodes per code line": 8.3, "prose in %": 2.6},
+    "INSTALL": {
+        "syntax nodes per code line": 8.9, "prose in %": 4.0},
+    "README": {
+        "syntax nodes per code line": 7.2},
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -1295,8 +1174,9 @@ def and_or_as_a_value(room: Room, house: House) -> Iterator[Finding]:
     """`return a or b`, unless the function says that it gives back a bool."""
     for function in room.functions:
         truth = last_name(function.returns) == "bool"
+        inner = {node for nested in within(function, *FUNCTIONS) for node in within(nested, ast.Return)}
         for node in within(function, ast.Return):
-            if isinstance(node.value, ast.BoolOp) and not truth:
+            if isinstance(node.value, ast.BoolOp) and node not in inner and not truth:
                 yield node, ""
 
 
@@ -1393,7 +1273,6 @@ def constructor_calls_overridden(room: Room, house: House) -> Iterator[Finding]:
 
 
 OWN_MISTAKES = {"AttributeError", "KeyError", "TypeError"}
-FOREIGN_MODULES = sys.stdlib_module_names | {"mcp", "websockets"}
 
 
 def taken_errors(node: ast.Try | ast.With | ast.AsyncWith) -> set[str]:
@@ -1408,13 +1287,14 @@ def taken_errors(node: ast.Try | ast.With | ast.AsyncWith) -> set[str]:
     return {last_name(inner) for kind in kinds for inner in ast.walk(kind)}
 
 
-def only_asks_modules(body: list[ast.stmt]) -> bool:
-    """True for code that calls functions of modules and looks nothing up itself."""
+def only_asks_others(body: list[ast.stmt], house: House) -> bool:
+    """True for code that calls what others have written and looks nothing up itself."""
     block = ast.Module(body, [])
-    calls = [ast.unparse(call.func) for call in within(block, ast.Call)]
+    calls = [call.func for call in within(block, ast.Call)]
     lookups = any(within(block, ast.Subscript))
-    foreign = all(call.split(".")[0] in FOREIGN_MODULES for call in calls)
-    return bool(calls) and foreign and not lookups
+    ours = house.functions | house.classes.keys()
+    foreign = [call for call in calls if last_name(call) not in ours]
+    return bool(calls) and len(foreign) == len(calls) and not lookups
 
 
 @refused_idiom
@@ -1422,7 +1302,7 @@ def own_mistake_as_control_flow(room: Room, house: House) -> Iterator[Finding]:
     """except or suppress of AttributeError, KeyError, TypeError over code of our own."""
     for node in room.all(ast.Try, ast.With, ast.AsyncWith):
         taken = taken_errors(node) & OWN_MISTAKES
-        if taken and not only_asks_modules(node.body):
+        if taken and not only_asks_others(node.body, house):
             yield node, f"takes {sorted(taken)} from our own code"
 
 
@@ -3617,6 +3497,7 @@ def talk(
 def test_the_guard_counts_answered_rings(
     words: str, step: float, verdicts: str
 ) -> None:
+    """Each row in under a millisecond; the same is proved once over the wire."""
     guard = agent_chat.Guard(
         chain_limit=12, pair_limit=20, pair_minutes=10
     )
@@ -3637,6 +3518,7 @@ def test_the_guard_counts_answered_rings(
 def test_the_guard_knows_a_chain_that_is_too_deep(
     limit: int, depth: int, verdict: str
 ) -> None:
+    """0 switches it off."""
     guard = agent_chat.Guard(
         chain_limit=limit, pair_limit=0, pair_minutes=10
     )
@@ -3678,7 +3560,7 @@ def test_the_guard_forgets_what_is_old() -> None:
 
 
 @pytest.mark.parametrize(
-    "taken", itertools.product([False, True], repeat=4)
+    "taken", list(itertools.product([False, True], repeat=4))
 )
 def test_a_receipt_stands_at_its_farthest_step(
     taken: tuple[bool, ...],
