@@ -1362,6 +1362,12 @@ TRAFFIC = """
         (SELECT nth FROM routes r WHERE r.sender = p.sender AND r.target = p.target
             AND r.seq < ?2 ORDER BY r.seq DESC LIMIT 1)
     FROM pair p WHERE p.target IS NOT NULL"""
+# What the indexes do not hold yet.
+TAIL_TRAFFIC = """
+    SELECT s.name, t.name, count(*) FROM messages m
+        JOIN names s ON s.id = m.sender
+        JOIN names t ON t.id = coalesce(m.recipient, m.grp)
+    WHERE m.seq >= ? AND m.seq < ? GROUP BY 1, 2"""
 SEEN_SAMPLE = f"""
     WITH RECURSIVE sample (seq) AS (
         SELECT ?1 UNION ALL SELECT seq + ?3 FROM sample WHERE seq + ?3 < ?2)
@@ -1528,17 +1534,18 @@ class Log:
     def messages(
         self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES
     ) -> list[Message]:
-        """Those of these messages that exist, cut once they have so many
-        characters together; at least one."""
+        """Those of these messages that exist, as many as have so many bytes
+        together, but at least one."""
         page: list[Message] = []
         for seq in seqs:
             message = self.lately.get(seq) or self._stored(seq)
             if message is None:
                 continue
-            page.append(message)
-            most -= byte_length(message.content)
-            if most < 0:
+            size = byte_length(message.content)
+            if page and size > most:
                 break
+            page.append(message)
+            most -= size
         return page
 
     def _stored(self, seq: int) -> Message | None:
@@ -1837,10 +1844,16 @@ class Log:
         """Who wrote to whom in low <= seq < high, and how long it took until
         mail was seen. The messages of a span of time are counted by `seq_at`:
         seqs have no gaps."""
-        pairs = []
-        for sender, target, first, last in self._rows(TRAFFIC, low, high):
+        counts: dict[tuple[str, str], int] = {}
+        # Read first: what is indexed meanwhile must not be missing from both.
+        tail = max(low, self.fact("indexed") + 1)
+        for sender, target, number in self._rows(TAIL_TRAFFIC, tail, high):
+            counts[sender, target] = number
+        for sender, target, first, last in self._rows(TRAFFIC, low, min(high, tail)):
             if first is not None and last is not None and first <= last:
-                pairs.append(PairCount(sender, target, last - first + 1))
+                lately = counts.get((sender, target), 0)
+                counts[sender, target] = lately + last - first + 1
+        pairs = [PairCount(*pair, number) for pair, number in counts.items()]
         pairs.sort(key=lambda pair: -pair.number)
         high = min(high, self._number("SELECT max(seq) FROM messages") + 1)
         step = max(1, (high - low) // SAMPLE)
