@@ -7255,12 +7255,17 @@ JsonObject = dict[str, Any]
 
 # Where a hub is, and the way to it. Agents run behind company proxies, hubs
 # behind reverse proxies; both are decided here, once for HTTP and for the push
-# channel.
+# channel. http.client knows no proxies of its own, and websockets has rules
+# that differ from these: a plugin must not reach its hub by one and miss it by
+# the other.
 
 
 class HubAddress(NamedTuple):
-    """The parts of a hub's URL. A reverse proxy may keep the hub below a
-    path."""
+    """The parts of a hub's URL.
+
+    A reverse proxy may keep the hub below a path, which then stands before
+    every path that we ask for.
+    """
 
     secure: bool
     host: str  # with its port, if one is given
@@ -7283,13 +7288,15 @@ class HubAddress(NamedTuple):
 
 def proxy_for(url: str, env: Mapping[str, str]) -> str:
     """The URL of the proxy through which the environment sends requests for
-    this hub, "" for none. What runs on this machine is never asked for through
-    a proxy."""
+    this hub, "" for none.
+
+    The variables are those of curl, in its order: the one of the scheme before
+    the one for all, lower case before upper. A proxy of a kind that we don't
+    speak is given all the same; proxy_host refuses it with a sentence, for to
+    go around it silently could reach another machine.
+    """
     address = HubAddress.read(url)
-    name = address.name
-    if name == "localhost" or name.endswith(".localhost"):
-        return ""
-    if name == "::1" or name.startswith("127."):
+    if is_this_machine(address.name):
         return ""
     if excluded(address, env.get("no_proxy") or env.get("NO_PROXY") or ""):
         return ""
@@ -7299,6 +7306,14 @@ def proxy_for(url: str, env: Mapping[str, str]) -> str:
         if proxy:
             return with_scheme(proxy)
     return ""
+
+
+def is_this_machine(name: str) -> bool:
+    """Is it a name of the loopback? What runs here is never asked for through a
+    proxy: the proxy would look for it on its own machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    return name == "::1" or name.startswith("127.")
 
 
 def with_scheme(proxy: str) -> str:
@@ -7324,7 +7339,8 @@ def excluded(address: HubAddress, no_proxy: str) -> bool:
 
 
 def in_network(host: str, network: str) -> bool:
-    """Is the host an IP address of this network? What is neither is no."""
+    """Is the host an IP address of this network? A name is in none: to look it
+    up could take seconds, and give another answer than the proxy's."""
     import ipaddress
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
@@ -7340,8 +7356,11 @@ class HubAnswer(NamedTuple):
 
 
 class TimedReader(io.RawIOBase):
-    """What a socket sends, as long as it is all there at a given time: a peer
-    that sends a byte a second does not get a new allowance with each."""
+    """What a socket sends, as long as it is all there at a given time.
+
+    A socket's own timeout holds for one recv: a peer that sends a byte a second
+    would get a new allowance with each, and a tool call would never end.
+    """
 
     def __init__(self, connected: socket.socket, until: float) -> None:
         """A connected socket, and the monotonic time at which its answer has to
@@ -7361,13 +7380,17 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As RawIOBase has it."""
+        """As RawIOBase has it. Raises TimeoutError or another OSError."""
         self.wait_no_longer()
         return self.connected.recv_into(buffer)
 
 
 class TimedSocket:
-    """As much of a socket as http.client uses, under one deadline."""
+    """As much of a socket as http.client uses, under one deadline.
+
+    It takes the place of a connection's socket once that is connected, so the
+    request and its whole answer share the same seconds.
+    """
 
     def __init__(self, connected: socket.socket, until: float) -> None:
         """As TimedReader takes them."""
@@ -7390,21 +7413,28 @@ class TimedSocket:
 
 class Unsure(NamedTuple):
     """A send whose answer was lost: what it was called, and until when that
-    holds."""
+    holds.
+
+    The hub may have stored it or not. Under the same client_id it is stored
+    once, however often it is said.
+    """
 
     client_id: str
     until: float
 
 
 class Client:
-    """One hub, for any thread. Calls return decoded JSON and raise the
-    ChatError of the hub's status with the hub's own sentence, or Unreachable.
-    Each call has its own connection: none can be stale, and nothing is
-    shared."""
+    """One hub, for any thread.
+
+    Calls return decoded JSON and raise the ChatError of the hub's status with
+    the hub's own sentence, or Unreachable. Each call has its own connection:
+    none can be stale after a restart of the hub, and nothing is shared but the
+    session, which only register() and the agent's own leaving change.
+    """
 
     def __init__(self, server: str, api_key: str = "", timeout: float = 10) -> None:
-        """A hub by its URL. A call takes at most `timeout` seconds from its
-        connection on."""
+        """A hub by its URL; nothing is asked yet. A call takes at most `timeout`
+        seconds from its connection on, and CONNECT_SECONDS before that."""
         self.server = server.rstrip("/")
         self.api_key = api_key
         self.timeout = timeout
@@ -7415,7 +7445,8 @@ class Client:
         self._unsure: dict[tuple[str, ...], Unsure] = {}
 
     def get(self, path: str, wait: float = 0, **query: object) -> Decoded:
-        """The answer to a GET; `wait` is how long the hub may park it."""
+        """The answer to a GET. `wait` is how long the hub may park it, in
+        seconds; the call may take so much longer."""
         return self._call("GET", target(path, wait=wait or "", **query), None, wait).value
 
     def post(self, path: str, body: Mapping[str, object]) -> Decoded:
@@ -7423,7 +7454,8 @@ class Client:
         return self._call("POST", path, encoded(body)).value
 
     def register(self, body: Mapping[str, object]) -> JsonObject:
-        """Registers and keeps the session, if the hub knows sessions."""
+        """Registers and keeps the session, if the hub knows sessions: from now
+        on every call shows it. Raises Conflict if the name is another's."""
         answer = dict(self.post("/api/register", body))
         self.session = answer.get("session") or self.session
         return answer
@@ -7432,8 +7464,11 @@ class Client:
         self, sender: str, content: str, to: str = "", group: str = "",
         reply_to: str = "", choices: Sequence[str] = (),
     ) -> JsonObject:
-        """Stores one message, however often it is tried, also by a caller who
-        says it again."""
+        """Stores one message, to an agent or to a group; gives the hub's answer.
+
+        It is stored once, however often it is tried: by us, or by a caller who
+        says the same words again because the answer was lost. Models do that.
+        """
         words = (sender, content, to, group, reply_to, *choices)
         body: JsonObject = {"from": sender, "content": content}
         optional = {"to": to, "group": group, "in_reply_to": reply_to}
@@ -7460,9 +7495,12 @@ class Client:
         self, agent: str, limit: int = 20, wait: float = 0, *, peek: bool = False,
         max_bytes: int = 0,
     ) -> tuple[list[JsonObject], int]:
-        """Unread messages, oldest first, and how many there are in all. With
-        `peek` nothing is marked; `max_bytes` bounds what they say (a hub may
-        ignore that)."""
+        """Unread messages, oldest first, and how many there are in all.
+
+        Without `peek` the hub takes those handed over for seen; with it nothing
+        is marked, and who got them has to confirm. `max_bytes` bounds what they
+        say; older hubs ignore it, so a caller must not count on it.
+        """
         goal = target(
             "/api/messages",
             agent=agent,
@@ -7480,7 +7518,12 @@ class Client:
         return rows, unread
 
     def stream(self, path: str, **query: object) -> Iterator[bytes]:
-        """The answer's body in pieces as they come, for answers of any size."""
+        """The answer's body in pieces as they come, for answers of any size.
+
+        Such as an export. It is not tried again, for part of it is with the
+        caller already. Raises the hub's ChatError, or Unreachable, which may
+        come half way.
+        """
         from http.client import HTTPException
         try:
             with self._asked("GET", target(path, **query), None, 0) as answer:
@@ -7564,9 +7607,13 @@ class Client:
     def _call(
         self, method: str, goal: str, body: bytes | None = None, wait: float = 0
     ) -> HubAnswer:
-        """One call. If it breaks off it is repeated, three tries in all: every
-        call may be, a send because of its client_id. A hub that takes too long
-        is not asked twice."""
+        """One call. Raises the hub's ChatError, TooLarge or Unreachable.
+
+        If it breaks off it is repeated, three tries in all: every call may be,
+        a send because of its client_id. A hub that takes too long is not asked
+        twice, for the caller's own time is over then. A body above the hub's
+        limit stays here: the hub would hang up while we still write.
+        """
         from http.client import HTTPException
         if body and len(body) > MAX_BODY_BYTES:
             raise TooLarge(
@@ -7677,10 +7724,13 @@ async def follow(
     failed: Callable[[Exception], None],
 ) -> AsyncIterator[tuple[ClientConnection, JsonObject]]:
     """(socket, frame) of an agent's push channel, for ever; an empty frame:
-    newly connected. Before each connection `await enter()` registers and gives
-    the agent's name; what ends one is told to `failed`. Pauses are jittered, 1
-    to 30 s: a hub that comes back is not run over by all its clients at
-    once."""
+    newly connected.
+
+    Before each connection `await enter()` registers and gives the agent's name;
+    what ends one is told to `failed`, and never raised: a plugin outlives its
+    hub. Pauses are jittered, 1 to 30 s: a hub that comes back is not run over
+    by all its clients at once.
+    """
     import asyncio
     import random
 
@@ -7738,6 +7788,10 @@ def next_pause(pause: float, held: float) -> float:
 # found by going up from us: every launcher in between shares our input, the CLI does
 # not. Nothing further up is ever asked, because a shared service ends the walk: what
 # lies above it belongs to whoever happened to start it first.
+#
+# Whatever cannot be seen (another user's process, one that has just ended) gives None,
+# "" or nothing, never an error: who asks takes it for "not proved", and does not type.
+# Pids are looked at anew each time, for between two looks a process can end.
 # ======================================================================================
 
 DOOR_SECONDS = 5  # bound of every command that a door runs
@@ -7760,7 +7814,11 @@ SHELLS = frozenset(
 
 
 class Process(NamedTuple):
-    """One process, as the system shows it."""
+    """One process, as the system shows it at one moment.
+
+    `group` is `front` while the process has its terminal's keyboard: the shell
+    moves `front` when it starts a job, stops one or takes it back.
+    """
 
     pid: int
     parent: int
@@ -7772,14 +7830,17 @@ class Process(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """An open file: its identity is the same for all who share it."""
+    """An open file: its identity is the same for all who share it.
+
+    Identities are only compared with each other; how one is spelt depends on the system.
+    """
 
     identity: str
     device: int  # number of the terminal or other device it is, 0 for pipes and files
 
 
 class Streams(NamedTuple):
-    """What a process reads and writes."""
+    """What a process reads and writes, as its standard input and output."""
 
     input: Stream
     output: Stream
@@ -7788,8 +7849,9 @@ class Streams(NamedTuple):
 def run_bounded(command: Sequence[str], text: str = "") -> tuple[int, str, str]:
     """Exit code, output and errors of a command that gets `text` to read.
 
-    The child never sees our key. Raises OSError, also when it hangs: TimeoutError after
-    DOOR_SECONDS.
+    The child never sees our key, for others may read a process's environment. Raises
+    OSError, also when it hangs: TimeoutError after DOOR_SECONDS. An exit code other than
+    0 is no error here; what it means is known only to who asked.
     """
     import subprocess
 
@@ -7846,7 +7908,11 @@ def process_of_stat(text: str) -> Process:
 
 
 def process_of_ps(row: str) -> Process | None:
-    """Reads a row of ps on macOS: pid, parent, group, front group, terminal, command."""
+    """Reads a row of ps on macOS: pid, parent, group, front group, terminal, command.
+
+    None for an empty row, which ps gives of a process that is gone. Its sessions cannot
+    be told there; the terminal's device says as much.
+    """
     words = row.split(None, 5)
     if len(words) < 6:
         return None
@@ -7877,7 +7943,10 @@ def standard_streams(pid: int) -> Streams | None:
 
 
 def stream_of_file(path: str) -> Stream:
-    """What a link such as /proc/1/fd/0 leads to. OSError if that is hidden."""
+    """What a link such as /proc/1/fd/0 leads to. OSError if that is hidden.
+
+    Two processes have the same pipe, file or terminal if device and inode agree.
+    """
     import stat
 
     found = os.stat(path)
@@ -7888,7 +7957,11 @@ def stream_of_file(path: str) -> Stream:
 
 
 def streams_of_lsof(text: str) -> Streams | None:
-    """Reads `lsof -F`: a line per field, the first letter says which, f begins a file."""
+    """Reads `lsof -F`: a line per field, the first letter says which, f begins a file.
+
+    None unless both input and output are among them. All fields together are the
+    identity, so that pipes, which have no inode there, can be told apart.
+    """
     found: dict[str, Stream] = {}
     for part in re.split(r"(?m)^f", text)[1:]:
         number, *fields = part.splitlines()
@@ -7903,7 +7976,11 @@ def streams_of_lsof(text: str) -> Streams | None:
 
 
 def variables_of(pid: int) -> Mapping[str, str]:
-    """The environment a process was started with; {} if it cannot be seen."""
+    """The environment a process was started with; {} if it cannot be seen.
+
+    On macOS ps prints it behind the command, in one line without quotes. There only the
+    two variables are read that say where a pane of tmux is.
+    """
     try:
         if has_proc():
             with open(f"/proc/{pid}/environ", "rb") as file:
@@ -7919,7 +7996,10 @@ def variables_of(pid: int) -> Mapping[str, str]:
 
 
 def command_of(pid: int) -> list[str]:
-    """The words a process was started with; [] if they cannot be seen."""
+    """The words a process was started with; [] if they cannot be seen.
+
+    ps joins them by blanks, so on macOS a word that has some comes as several.
+    """
     try:
         if has_proc():
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -7961,7 +8041,10 @@ def shares_input(streams: Streams | None, others: Streams | None) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Pids of the processes that this one started and that still run."""
+    """Pids of the processes that this one started and that still run.
+
+    Each thread has children of its own on Linux; the process has those of all.
+    """
     found: list[int] = []
     with contextlib.suppress(OSError):
         if not has_proc():
@@ -7990,7 +8073,11 @@ def typing_child(process: Process) -> str:
 
 
 def reads_keyboard(process: Process) -> bool:
-    """Does it read its terminal, in front of it?"""
+    """Does it read its terminal, in front of it?
+
+    A child that reads a pipe (a language server, a tool) takes no keys, whatever
+    terminal it has inherited.
+    """
     streams = standard_streams(process.pid)
     if not streams or process.group != process.front:
         return False
@@ -8005,7 +8092,11 @@ class Front(NamedTuple):
 
 
 def who_has_keyboard(process: Process) -> Front | None:
-    """Who has it instead of this process; None if this process does."""
+    """Who has it instead of this process; None if this process does.
+
+    Asked before each paste and each key. A process that has ended counts as one that
+    has not got it: its pid says nothing any more.
+    """
     now = find_process(process.pid)
     if not now:
         return Front("nothing: the agent's CLI has ended", is_child=False)
@@ -8021,13 +8112,16 @@ def who_has_keyboard(process: Process) -> Front | None:
 
 
 def descends_from(process: Process, ancestor: Process) -> bool:
-    """Was it started by that one, or by one that was?"""
+    """Was it started by that one, or by one that was? Then it will give the keyboard
+    back, and the ring is worth another try."""
     above: Process | None = process
     while above and above.parent > 0:
         if above.parent == ancestor.pid:
             return True
         above = find_process(above.parent)
     return False
+
+
 # ======================================================================================
 # SCREEN -- what a terminal shows, and where in it the composer of an agent's CLI stands.
 # Knows: text, and the escapes that style it.  Never: Process, Terminal, files, the clock.
@@ -8045,18 +8139,22 @@ BLANK = "[ ▀▄─╭╮╰╯]*"  # some programs colour the rows around a co
 GREYS = {"90", "38;5;8"}  # bright black
 LOWEST_PANE = 8  # rows; below it some composers are not drawn whole
 CHOICE = Pattern(r"\s*(\d+[.)]|[○●◉◯☐☑])")  # what a dialog offers
-FOLDED = Pattern(
-    r"\[Past[^\]]*\]"
-)  # how some TUIs show a paste that they find long
-UNSURE = Pattern(
-    r"[^!-{}~]"
-)  # what not every terminal and TUI draws alike
+# How some TUIs show a paste that they find long.
+FOLDED = Pattern(r"\[Past[^\]]*\]")
+# What not every terminal and TUI draws alike: it is left out when texts are compared.
+UNSURE = Pattern(r"[^!-{}~]")
+# Colours and the like, links, other character sets. Whatever is none of these counts as
+# text, an unknown escape too.
 ESCAPE = r"\x1b\[(?P<codes>[\d;:]*)m|\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)|[\x0e\x0f]"
 TEXT_OR_ESCAPE = Pattern(rf"{ESCAPE}|(?P<text>[^\x1b\x0e\x0f]+|.)")
 
 
 class Screen(NamedTuple):
-    """One look at a terminal. Rows and columns count from 0, in cells."""
+    """One look at a terminal. Rows and columns count from 0, in cells.
+
+    A terminal makes it, and gets it back with what is to be typed: by `state` it sees
+    that nothing moved since. Here nobody reads `state`.
+    """
 
     state: str  # what the terminal compares to see that nothing moved
     rows: tuple[str, ...]  # as text
@@ -8076,20 +8174,18 @@ class Shape(NamedTuple):
 
     The patterns of `above` and `below` match whole rows, the nearest first. Where the
     frame has an `edge`, all rows are cut to its columns before anything is compared.
+    Where a CLI is drawn otherwise than its shape says, no composer is found and nothing
+    is typed: a shape must never be so loose that it fits a dialog too.
     """
 
-    programs: tuple[
-        str, ...
-    ]  # names of the program, of its script or of its package
+    programs: tuple[str, ...]  # names of the program, of its script or of its package
     above: tuple[str, ...]
     prompt: str  # what the first row begins with
     more: str  # what further rows begin with
     below: tuple[str, ...]  # down to where a special mode shows
     edge: str = ""
     hint: str = ""  # the placeholder, its blanks taken out
-    faint_hint: bool = (
-        False  # any text is a placeholder that is drawn faint
-    )
+    faint_hint: bool = False  # any text is a placeholder that is drawn faint
     hint_colour: str = ""  # or in this colour
     always_hint: bool = False  # an empty composer is never without one
     open_end: bool = False  # the first blank row ends it
@@ -8156,7 +8252,10 @@ SHAPES = {
 
 
 class Composer(NamedTuple):
-    """What stands in a composer."""
+    """What stands in a composer.
+
+    The caret divides it, for a placeholder stands behind the caret, a draft before it.
+    """
 
     before: str  # the caret; rows are joined by newlines
     after: str  # the caret
@@ -8179,21 +8278,22 @@ class Standing(StrEnum):
     OURS = "ours"  # our line and nothing else
     MIXED = "mixed"  # our line, and other text
     OTHER = "other"  # other text alone
-    SHOWN = (
-        "shown"  # there is no composer; our line is elsewhere on the screen
-    )
+    SHOWN = "shown"  # there is no composer; our line is elsewhere on the screen
     HIDDEN = "hidden"  # there is neither
 
 
 class Style(NamedTuple):
-    """As much of a character's style as tells placeholders from text."""
+    """As much of a character's style as tells placeholders from text.
+
+    Background, underline and the rest are read over: themes differ in them.
+    """
 
     dim: bool = False
     colour: str = ""  # its codes, "" for the default
 
 
 class Cell(NamedTuple):
-    """One character of a row."""
+    """One character of a row, with the column in which it begins."""
 
     column: int
     character: str
@@ -8215,7 +8315,11 @@ def cells_of(character: str) -> int:
 
 
 def split_row(row: str, column: int) -> tuple[str, str]:
-    """The row left of a column, filled up with blanks, and the rest."""
+    """The row left of a column, filled up with blanks, and the rest.
+
+    A wide character that the column would halve stays on the left, and so do the marks
+    that go with the last letter there.
+    """
     left = column
     for place, character in enumerate(row):
         cells = cells_of(character)
@@ -8231,7 +8335,7 @@ def columns(row: str, start: int, end: int) -> str:
 
 
 def restyled(style: Style, codes: str) -> Style:
-    """The style after an escape with these codes."""
+    """The style after an escape with these codes, as in `1;38;5;8`; none is a reset."""
     words = re.split("[;:]", codes)
     while words:
         code = words.pop(0)
@@ -8254,7 +8358,11 @@ def restyled(style: Style, codes: str) -> Style:
 
 
 def styled_cells(styled: str) -> Iterator[Cell]:
-    """The characters of a row that are no blanks."""
+    """The characters of a row that are no blanks.
+
+    Each row is read from the default style on. A style that it took over from the row
+    above is missed, and what it styles counts as text: the safe side.
+    """
     style = Style()
     column = 0
     for match in TEXT_OR_ESCAPE.finditer(styled):
@@ -8312,8 +8420,11 @@ def shape_of(command: Sequence[str]) -> str:
 
 
 def in_frame(screen: Screen, edge: str) -> Screen | None:
-    """The screen cut to the columns of the edge below the caret; None
-    if there is none."""
+    """The screen cut to the columns of the edge below the caret; None if there is none.
+
+    What stands beside a frame, such as a side bar, is not its text. The styled rows stay
+    whole, so is_hint is shown the uncut screen.
+    """
     for row in screen.rows[screen.y + 1 :]:
         for match in re.finditer(edge, row):
             left = sum(map(cells_of, row[: match.start()]))
@@ -8342,7 +8453,11 @@ class Begin(NamedTuple):
 
 
 def first_row(screen: Screen, shape: Shape) -> Begin | None:
-    """Where the composer begins in which the caret stands."""
+    """Where the composer begins in which the caret stands; None if in none.
+
+    Upwards from the caret, row by row, as long as each could be one of its text. At the
+    top of the screen the walk ends in a composer that is not whole, and so not empty.
+    """
     for place in range(screen.y, -1, -1):
         row = screen.rows[place].ljust(4)
         # What is above the screen is taken for blank.
@@ -8355,7 +8470,10 @@ def first_row(screen: Screen, shape: Shape) -> Begin | None:
 
 
 def last_row(screen: Screen, shape: Shape) -> int | None:
-    """Where it ends."""
+    """Where it ends: the row with the frame and the footer right below it.
+
+    None if a row comes before them that cannot be of its text; something else is open.
+    """
     for place in range(screen.y, screen.height):
         below = screen.rows[place + 1 :]
         if matches_all(shape.below, below):
@@ -8395,11 +8513,21 @@ def find_composer(screen: Screen, shape: Shape) -> Composer | None:
     left, right = split_row(texts[cut.y - first], cut.x - margin)
     before = "\n".join([*texts[: cut.y - first], left])
     after = "\n".join([right, *texts[cut.y - first + 1 :]]).rstrip(BLANKS)
-    hinted = bool(after) and is_hint(screen, shape, after, last)
-    plain = not after and not shape.always_hint
+    empty = begin.whole and not before
     return Composer(
-        before, after, begin.whole and not before and (hinted or plain)
+        before, after, empty and is_no_draft(screen, shape, after, last)
     )
+
+
+def is_no_draft(screen: Screen, shape: Shape, text: str, last: int) -> bool:
+    """Is what stands from the caret on, up to row `last`, nobody's words?
+
+    Either a placeholder, or nothing at all in a CLI that may show nothing. One that
+    always has its placeholder is in another mode when that is missing.
+    """
+    if text:
+        return is_hint(screen, shape, text, last)
+    return not shape.always_hint
 
 
 def is_hint(screen: Screen, shape: Shape, text: str, last: int) -> bool:
@@ -8448,14 +8576,17 @@ def guess_composer(screen: Screen, signs: str) -> Composer | None:
         right = ""
     rows_below = [right, *guess_rows_below(screen, begin)]
     before = "\n".join([*rows_above, left]).lstrip(BLANKS)
-    bare = (
-        re.sub(rf"[{BLANKS}]*[{BORDERS}]?$", "", row) for row in rows_below
-    )
-    after = "\n".join(bare).rstrip(BLANKS)
+    after = text_of_rows(rows_below)
     empty = not before and (
         not after or is_faint(screen, screen.y + len(rows_below) - 1)
     )
     return Composer(before, after, empty)
+
+
+def text_of_rows(rows: Sequence[str]) -> str:
+    """The rows as one text, without the right border and the blanks behind each."""
+    bare = (re.sub(rf"[{BLANKS}]*[{BORDERS}]?$", "", row) for row in rows)
+    return "\n".join(bare).rstrip(BLANKS)
 
 
 def is_full(screen: Screen, place: int) -> bool:
@@ -8487,7 +8618,10 @@ def caret_in_text(screen: Screen, first: int, begin: re.Match[str]) -> bool:
 
 
 def bar_rows_above(screen: Screen, bar: str) -> list[str]:
-    """The text above the caret in a composer that has a bar before each row."""
+    """The text above the caret in a composer that has a bar before each row.
+
+    There the prompt's sign is the bar, so the row with the caret is found first.
+    """
     found: list[str] = []
     for row in reversed(screen.rows[: screen.y]):
         if not row.startswith(bar):
@@ -8497,7 +8631,10 @@ def bar_rows_above(screen: Screen, bar: str) -> list[str]:
 
 
 def guess_rows_below(screen: Screen, begin: re.Match[str]) -> Iterator[str]:
-    """The rows below the caret that may belong to the same text."""
+    """The rows below the caret that may belong to the same text.
+
+    Indented as far as the prompt's text, or between borders; a blank row ends them.
+    """
     margin = " " * (sum(map(cells_of, begin.group())) + 1)
     if begin.group(1) in BORDERS:
         margin = begin.group()
@@ -8510,7 +8647,11 @@ def guess_rows_below(screen: Screen, begin: re.Match[str]) -> Iterator[str]:
 
 
 def composer_on(screen: Screen, cli: str, signs: str) -> Composer | None:
-    """The composer of this CLI, or of one that has no shape ("")."""
+    """The composer of this CLI, or of one that has no shape ("").
+
+    `signs` are those that the user's settings name; only the guess needs them. None
+    means that no composer has the caret: a dialog, a menu, a program that works.
+    """
     if cli:
         return find_composer(screen, SHAPES[cli])
     return guess_composer(screen, signs)
@@ -8541,8 +8682,14 @@ def standing(
 
 
 def is_folded(composer: Composer | None) -> bool:
-    """Does it hold nothing but a paste that is shown by a word?"""
+    """Does it hold nothing but a paste that is shown by a word?
+
+    Such a word never shows whose paste it is. Only who has just pasted may take it for
+    his own.
+    """
     return bool(composer and FOLDED.fullmatch(composer.text.strip()))
+
+
 # ======================================================================================
 # TERMINALS -- terminals that can be looked at and typed into, and which pane is ours.
 # Knows: tmux, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
