@@ -5847,6 +5847,7 @@ def page_policy(body: bytes) -> str:
 # Knows: one socket, WIRE, Api, websockets.  Never: Store, Switchboard, sqlite3, any desk.
 # ======================================================================================
 
+# Spelt out, for selectors is imported only where a hub runs.
 READABLE = 1  # selectors.EVENT_READ
 WRITABLE = 2  # selectors.EVENT_WRITE
 RECEIVE_BYTES = 64 << 10  # in one turn from one client
@@ -5860,7 +5861,14 @@ FOREVER = float("inf")
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """What a connection waits for. One value, where a set of flags could contradict itself:
+    how long it may last and what happens then follow from it alone.
+
+    A request goes from IDLE over HEAD and BODY, which are skipped if all of it came at
+    once, to ANSWERING, and its answer back to IDLE. PARKED, POOLED and STREAMING lie
+    between the two. After an upgrade it is SOCKET, before that KEY_OWED for a page's;
+    CLOSING and DROPPED are the end of both.
+    """
 
     IDLE = "the first byte of a request"
     HEAD = "the rest of its head"
@@ -5881,7 +5889,8 @@ SOCKET_PHASES = (Phase.KEY_OWED, Phase.SOCKET, Phase.PINGED)
 
 
 class Work(Protocol):
-    """What a connection may ask of the server that owns it."""
+    """What a connection may ask of the server that owns it. It stands here so that this
+    room names none below it; HubServer is what fulfils it."""
 
     api: Api
     hosts: set[str]
@@ -5893,31 +5902,37 @@ class Work(Protocol):
     def attend(
         self, turn: Turn, connection: Connection, work: Callable[[Turn], None]
     ) -> None:
-        """Do a connection's share of a turn, guarded."""
+        """Do a connection's share of a turn, guarded: what `work` raises becomes this
+        client's answer, and nothing of its share happens."""
 
     def submit(self, connection: Connection, job: Job, *, slow: bool) -> None:
-        """Let another thread do it."""
+        """Let another thread do it; `take` is given the result in a later turn. `slow` work
+        waits behind other slow work alone. Raises StoreBusy."""
 
     def come_back(self, connection: Connection, work: Callable[[Turn], None]) -> None:
-        """Do that in the next turn."""
+        """Do that in the next turn, guarded, if the connection is still there then."""
 
     def forget(self, connection: Connection) -> None:
-        """The connection is gone."""
+        """The connection is gone: close its socket and give back what it held."""
 
     def select(self, connection: Connection, events: int) -> None:
-        """Wait for these events of its socket."""
+        """Wait for these events of its socket from now on."""
 
     def reserve(self, count: int) -> bool:
-        """Is there room for a body of so many bytes?"""
+        """Is there room for a body of so many bytes? If so it is taken; a negative count
+        gives it back."""
 
     def queued(self, connection: Connection) -> None:
-        """So much waits in its `out` for the client to read."""
+        """So much waits in its `out` for the client to read. When all together hold too
+        much, somebody has to go."""
 
     def frame(self, item: Item, *, plain: bool) -> bytes:
-        """An item as a WebSocket frame, made once a turn for everybody."""
+        """An item as a WebSocket frame, made once a turn for everybody: `plain` for an
+        agent, else with its receipts, as a watcher sees it."""
 
     def take_stranger(self, connection: Connection) -> bool:
-        """Is there room for another socket that has not shown the key?"""
+        """Is there room for another socket that has not shown the key? If so it is
+        taken."""
 
     def is_key(self, given: str) -> bool:
         """Is this the hub's key?"""
@@ -5925,16 +5940,21 @@ class Work(Protocol):
     def head_of(
         self, status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
     ) -> bytes:
-        """Status line and headers of an answer."""
+        """Status line and headers of an answer, all but its length and the empty line."""
 
     def note(self, status: int, head: Head) -> None:
-        """A request was answered."""
+        """A request was answered. Called only while each answer is logged."""
 
 
 class Connection:
     """One client. Bytes come in through `receive`, what a turn says collects in `out` until
-    its commit. It has one phase, changed in `enter` together with its deadline; PATIENCE
-    says what a deadline means. After an upgrade it carries a WebSocket."""
+    its commit, and only then `flush` sends it. It has one phase, changed in `enter`
+    together with its deadline; PATIENCE says what a deadline means. After an upgrade it
+    carries a WebSocket.
+
+    All of it runs on the I/O thread, so nothing here may block. What is handed to `attend`
+    may raise a ChatError at any place: `failed` then answers it.
+    """
 
     def __init__(self, sock: socket.socket, server: Work) -> None:
         self.sock = sock
@@ -5958,8 +5978,9 @@ class Connection:
         self.websocket: WebSocket | None = None
 
     def enter(self, phase: Phase, seconds: float | None = None) -> None:
-        """From now on it waits for something else, for so long, or as long as PATIENCE
-        has."""
+        """From now on it waits for something else, for so long, or as long as PATIENCE has;
+        where that has None, the deadline of the phase before goes on. Nobody else changes
+        phase or deadline, so that neither can be left over from the one before."""
         self.phase = phase
         limit = PATIENCE[phase].seconds if seconds is None else seconds
         if limit is not None:
@@ -5968,7 +5989,8 @@ class Connection:
     # -- bytes in
 
     def receive(self, turn: Turn) -> None:
-        """Bytes have come, or the client has gone."""
+        """Bytes have come, or the client has gone. One piece a turn, so that who sends
+        without end does not keep the others waiting."""
         size = RECEIVE_FRAME_BYTES if self.websocket else RECEIVE_BYTES
         try:
             data = self.sock.recv(size)
@@ -5990,14 +6012,17 @@ class Connection:
 
     def arrived(self, turn: Turn) -> None:
         """The client comes back for more, or closes without a reset: it has read all that
-        was sent, mail too."""
+        was sent, mail too. Nothing else tells the hub so: that the kernel took the bytes
+        does not mean that anybody read them."""
         handed = self.handed
         if handed and not self.out and self.phase in (Phase.IDLE, Phase.CLOSING):
             self.handed = None
             self.api.arrived(turn, handed)
 
     def take_bytes(self, turn: Turn, data: bytes) -> None:
-        """Bytes of a request, or of what is pipelined behind one."""
+        """Bytes of a request, or of what is pipelined behind one. Who pipelines more than
+        MAX_PIPELINED_BYTES behind an answer that is not ready is dropped: those bytes would
+        be held as long as that takes."""
         self.received += data
         if self.phase not in ASKING and len(self.received) > MAX_PIPELINED_BYTES:
             self.drop(turn)
@@ -6009,8 +6034,12 @@ class Connection:
             self.enter(Phase.HEAD)
 
     def advance(self, turn: Turn) -> None:
-        """Take the next request out of what was received, if it is complete. One a turn:
-        what is pipelined behind it waits, so that a failed turn can be answered anew."""
+        """Take the next request out of what was received, if it is complete, and handle it.
+        Raises what is wrong with it.
+
+        One a turn: what is pipelined behind it waits, so that a failed turn can be answered
+        anew. Of a socket: give it what it has not been given.
+        """
         if self.websocket:
             self.websocket.pump(turn)
             return
@@ -6033,7 +6062,10 @@ class Connection:
         self.handle_request(turn)
 
     def read_head(self, turn: Turn) -> bool:
-        """Understand the head, if it is there whole."""
+        """Understand the head, if it is there whole; returns whether it is. Raises
+        HttpError for one that is too long, or no HTTP. The request before is forgotten
+        first: an error in this head must not be answered as if it came from that one's
+        session."""
         self.head = NO_HEAD  # nothing is asked until this is understood
         if not self.received:
             return False
@@ -6055,8 +6087,12 @@ class Connection:
         self.enter(Phase.BODY)
         try:
             refuse_strangers(self.head.headers, self.server.hosts)
+            # Asked once more when all of it is there, as of a request that came in one
+            # piece.
             if not self.has_key() and not self.is_open():
                 raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
+        # Its body is still under way, so whatever is wrong has to end the connection: those
+        # bytes would be read as the next request.
         except HttpError:
             raise
         except ChatError as error:
@@ -6069,7 +6105,8 @@ class Connection:
             turn.say(self, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def is_open(self) -> bool:
-        """Is this an address that never wants the key, or none at all?"""
+        """Is this an address that never wants the key? One that does not exist is none of
+        those: a body for it is not worth holding."""
         try:
             endpoint, _ = routed(self.head.method, self.head.target)
         except ChatError:
@@ -6077,7 +6114,8 @@ class Connection:
         return not endpoint.needs_key
 
     def release(self) -> None:
-        """The body is not in the way of others any more."""
+        """The body is not in the way of others any more: it was taken, refused, or its
+        client has gone. Harmless where it reserved nothing."""
         if self.reserved:
             self.server.reserve(-self.reserved)
             self.reserved = 0
@@ -6085,8 +6123,14 @@ class Connection:
     # -- one request
 
     def handle_request(self, turn: Turn) -> None:
-        """Answer the request that was taken; a second time when it was parked, or its
-        turn's commit failed. What it raises, the server turns into an answer."""
+        """Answer the request that was taken: see whether it may ask here, where it goes and
+        what it says, then leave it to the way in which its endpoint answers.
+
+        Called a second time when it was parked, or its turn's commit failed; so it changes
+        neither `head` nor `body`. What it raises, the server turns into an answer.
+        Strangers are refused before anything else is told, and the key is asked for before
+        the body is looked at.
+        """
         self.enter(Phase.ANSWERING)
         self.served = turn
         self.last_answer = self.head.last
@@ -6114,7 +6158,8 @@ class Connection:
             raise NotAuthorized("this hub wants its key: Authorization: Bearer KEY")
 
     def has_key(self) -> bool:
-        """Was the hub's key sent, or has it none?"""
+        """Was the hub's key sent, or has it none? Only as `Authorization: Bearer KEY`,
+        never in the address, which logs and browsers keep."""
         if not self.server.wants_key:
             return True
         scheme, _, given = self.head.header("authorization").partition(" ")
@@ -6123,14 +6168,16 @@ class Connection:
     # -- the ways of answering
 
     def serve_now(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """In this turn."""
+        """In this turn. The answer leaves after its commit: a 200 for a send means that the
+        message is on disk."""
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
         extra = self.unread_header(ask, None) if ask.session else ()
         self.answer(turn, to_json_line(result), extra=extra)
 
     def unread_header(self, ask: Ask, unread: int | None) -> tuple[tuple[str, str], ...]:
-        """How much mail waits: of the agent asked for, else of who asks."""
+        """How much mail waits, as X-Unread: of the agent asked for where that was counted,
+        else of who asks; no header where that is nobody."""
         if unread is None:
             unread = self.api.unread_of(ask.session)
         if unread is None:
@@ -6138,11 +6185,15 @@ class Connection:
         return (("X-Unread", str(unread)),)
 
     def serve_wait(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """Now if there is anything, else park the request without a thread."""
+        """Now if there is anything, else park the request without a thread. `wake` or the
+        deadline brings it back here; it has a waiter then, and is answered with what there
+        is, be it an empty list. What it hands over is seen only once it has arrived."""
         assert endpoint.call
         answered = endpoint.call(self.api, turn, ask)
         assert isinstance(answered, Answered)
         seconds = ask.number("wait", 0, MAX_WAIT_SECONDS)
+        # Where nothing is said yet, saying b"" still makes it take part in the turn, whose
+        # end `flush` then marks.
         if not answered.messages and seconds and not self.waiter:
             turn.say(self, b"")
             self.waiter = self.api.park(ask, self.wake)
@@ -6163,7 +6214,8 @@ class Connection:
     ) -> None:
         """An answer of a megabyte takes milliseconds to make, and who asks for one after
         the other shall not hold up the small requests of everybody else: another thread
-        does."""
+        makes it. The messages were read in this turn already, so it needs no view of the
+        log."""
 
         def made(_archive: Archive) -> PoolAnswer:
             return PoolAnswer(messages_json(messages), extra)
@@ -6173,18 +6225,22 @@ class Connection:
         self.server.submit(self, made, slow=True)
 
     def wake(self, turn: Turn) -> None:
-        """Something has come for what is parked here, or for the socket."""
+        """Something has come for what is parked here, or for the socket. Called in the turn
+        that rang, which is somebody else's: what fails here must not be that one's failure,
+        so it is guarded too."""
         work = self.websocket.pump if self.websocket else self.resume
         self.server.attend(turn, self, work)
 
     def resume(self, turn: Turn) -> None:
-        """Woken, or out of time: answer with what there is."""
+        """Woken, or out of time: answer with what there is. It may have been answered or
+        dropped since it was woken; then there is nothing to do."""
         if self.phase is Phase.PARKED:
             self.handle_request(turn)
 
     def serve_pool(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """Reading that may take long: on another thread, the answer comes in a later
-        turn."""
+        """Reading that may take long: on another thread, the answer comes in a later turn.
+        The endpoint checks the query now, so that a wrong one costs no thread; unread mail
+        is counted now too, for the thread may not touch a desk."""
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
         job = cast("Job", result)
@@ -6202,7 +6258,12 @@ class Connection:
         self.server.submit(self, made, slow=endpoint.path not in QUICK_PATHS)
 
     def serve_stream(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """An export: piece by piece, the next one is made when the last has left."""
+        """An export: piece by piece, the next one is made when the last has left, so that
+        it costs the memory of one piece, however long it is. Raises BadRequest for a format
+        that is none.
+
+        The head waits for the first piece: until then an error still gets its own status.
+        """
         form = EXPORT_FORMATS.get(ask.text("format") or "jsonl")
         if form is None or self.head.version == "HTTP/1.0":
             # HTTP/1.0 has no chunks.
@@ -6220,7 +6281,8 @@ class Connection:
         self.next_piece(turn)
 
     def serve_health(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """That the hub is there."""
+        """That the hub is there, and by its fingerprint which copy of the program it runs.
+        Needs no key and no file, so it is answered while the disk is in trouble too."""
         health = {
             "status": "ok",
             "version": __version__,
@@ -6229,13 +6291,16 @@ class Connection:
         self.answer(turn, to_json_line(health))
 
     def serve_file(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """A file of the program."""
+        """A file of the program, with the policy that says what a browser may do with it.
+        Raises NotFound where it does not lie beside this one."""
         file = own_file(endpoint.file, self.head.header("host"))
         policy = (("Content-Security-Policy", file.policy),)
         self.answer(turn, file.body, kind=file.kind, extra=policy)
 
     def serve_socket(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
-        """From here on frames both ways."""
+        """From here on frames both ways. Raises HttpError for what is no handshake, and
+        what `open` refuses: until that is through, it is an ordinary connection. Frames may
+        have come right behind the handshake: they are taken up at once."""
         if self.head.header("upgrade").lower() != "websocket":
             status = 426 if ask.query else 400
             raise HttpError(status, "this address speaks WebSocket; see README")
@@ -6257,7 +6322,8 @@ class Connection:
         kind: str = JSON_TYPE,
         extra: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        """Say it, whole; the next request may come."""
+        """Say it, whole; the next request may come, or the connection closes behind it.
+        HEAD is told the length of a body that it is not given."""
         if self.waiter:
             self.unpark()
         head = self.server.head_of(status, kind, extra, closing=self.last_answer)
@@ -6269,7 +6335,9 @@ class Connection:
         self.enter(Phase.CLOSING if self.last_answer else Phase.IDLE)
 
     def answer_error(self, turn: Turn, error: ChatError) -> None:
-        """Say what is wrong. After an HttpError nothing else is understood."""
+        """Say what is wrong, as {"error": SENTENCE} with the error's status. After an
+        HttpError nothing else is understood, so the connection closes. Mail that it was
+        about to hand over stays unseen."""
         self.release()
         self.handed = None
         self.last_answer = self.last_answer or isinstance(error, HttpError)
@@ -6279,8 +6347,9 @@ class Connection:
         self.answer(turn, body, error.http_status, extra=extra)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
-        """Its share of the turn came to nothing, and was undone. A chunked answer that
-        is cut is how HTTP says: incomplete."""
+        """Its share of the turn came to nothing, and was undone. Who waits for an answer is
+        given the error; a socket is closed, and reads on from its cursor when it comes
+        back; a chunked answer that is cut is how HTTP says: incomplete."""
         begun = self.stream is not None and not self.stream_head
         self.stream = None
         self.stream_head = b""
@@ -6294,8 +6363,9 @@ class Connection:
             self.drop(turn)
 
     def take(self, turn: Turn, result: object) -> None:
-        """What the pool has made: an answer, or a piece of one. It read what is committed,
-        so it outlives a failed turn."""
+        """What the pool has made: an answer, or a piece of one, an empty one at its end; or
+        the error that came instead. It read what is committed, so it outlives a failed
+        turn. Nobody waits for it any more once the connection is not POOLED."""
         if self.phase is not Phase.POOLED:
             return
         if self.stream is None:
@@ -6322,7 +6392,9 @@ class Connection:
 
     def flush(self) -> None:
         """Send what can be sent, after the commit; when all has left, go on with what
-        waited for that."""
+        waited for that. Called once a turn for each connection that took part in it, and
+        nothing else writes to the socket. What the kernel does not take waits in `out`
+        until the socket is writable."""
         self.served = None
         if self.phase is Phase.DROPPED:
             return
@@ -6346,7 +6418,9 @@ class Connection:
             self.go_on(said)
 
     def select_events(self) -> None:
-        """Who does not read is not read from either."""
+        """Who does not read is not read from either: above OUT_HIGH_WATER it has to take
+        what it asked for before it may ask again. The selector is told only of a change,
+        which is a system call."""
         events = READABLE
         if self.out:
             events = READABLE | WRITABLE
@@ -6357,7 +6431,9 @@ class Connection:
             self.server.select(self, events)
 
     def go_on(self, said: bool) -> None:
-        """Everything has left: what comes next?"""
+        """Everything has left: what comes next? Always in the next turn, with a commit of
+        its own: the end, the next piece, a request that was pipelined, or what a socket
+        that fell behind has not been given."""
         if self.phase is Phase.CLOSING:
             self.server.come_back(self, self.drop)
         elif self.phase is Phase.STREAMING and self.stream:
@@ -6369,7 +6445,7 @@ class Connection:
             self.server.come_back(self, self.advance)
 
     def next_piece(self, turn: Turn) -> None:
-        """Have the next piece of a long answer made."""
+        """Have the next piece of a long answer made, unless that has ended meanwhile."""
         if self.stream and self.phase is Phase.STREAMING:
             self.enter(Phase.POOLED)
             self.server.submit(self, self.stream, slow=True)
@@ -6390,19 +6466,21 @@ class Connection:
         raise HttpError(408, f"a request must arrive within {REQUEST_SECONDS} s")
 
     def ping(self, turn: Turn) -> None:
-        """Is anybody there?"""
+        """Nothing came from the socket for PING_SECONDS: is anybody there? It has
+        PONG_SECONDS to say so."""
         if self.websocket:
             self.websocket.ping(turn)
 
     def unpark(self) -> None:
-        """It does not wait for anything to say any more."""
+        """It does not wait for anything to say any more. Before each answer and before the
+        end: the Switchboard must not wake what is gone. Harmless where nothing waits."""
         if self.waiter:
             self.api.unpark(self.waiter)
             self.waiter = None
 
     def say_goodbye(self, turn: Turn) -> None:
         """The hub stops: a close frame, or the end of a request that only waited. What is
-        being answered may end."""
+        being answered may end; no request behind it is taken up."""
         self.last_answer = True
         turn.say(self, b"")
         if self.websocket:
@@ -6418,7 +6496,8 @@ class Connection:
         return bool(self.out) or self.phase in busy
 
     def drop(self, turn: Turn) -> None:
-        """This client is gone, or has to go."""
+        """This client is gone, or has to go: all that it holds is given back, and what was
+        said but has not left is lost. Mail in it stays unseen. Harmless the second time."""
         if self.phase is Phase.DROPPED:
             return
         self.enter(Phase.DROPPED)
@@ -6455,12 +6534,14 @@ QUICK_PATHS = {"/api/messages/{id}", "/api/messages/history"}
 
 
 class Patience(NamedTuple):
-    """How long a phase may last, None for as long as the one before, and what then."""
+    """How long a phase may last, and what then. None goes on with the time of the phase
+    before: a body has to be there by the deadline of its head."""
 
     seconds: float | None
     then: Callable[[Connection, Turn], None]
 
 
+# Each phase has a row. FOREVER where nothing of the client's is waited for.
 PATIENCE = {
     Phase.IDLE: Patience(IDLE_SECONDS, Connection.drop),
     Phase.HEAD: Patience(REQUEST_SECONDS, Connection.refuse_late),
@@ -6478,7 +6559,12 @@ PATIENCE = {
 
 
 class WebSocket:
-    """What a Connection becomes after its upgrade: frames both ways, one Listener."""
+    """What a Connection becomes after its upgrade: frames both ways, one Listener.
+
+    The protocol of websockets understands what comes in, and answers pings and closes; it
+    touches no socket. What is pushed does not go through it: a frame of ours is the same
+    for everybody, so the server makes it once.
+    """
 
     def __init__(self, connection: Connection, ask: Ask) -> None:
         from websockets.protocol import OPEN
@@ -6518,7 +6604,8 @@ class WebSocket:
         turn.say(connection, response.serialize())
 
     def leave(self, turn: Turn) -> None:
-        """Nobody listens here any more."""
+        """Nobody listens here any more, which may take its agent offline. Harmless the
+        second time."""
         if self.listener:
             listener = self.listener
             self.listener = None
@@ -6529,7 +6616,8 @@ class WebSocket:
         return self.listener is not None and not self.listener.live
 
     def receive(self, turn: Turn, data: bytes) -> None:
-        """Bytes of frames, none at the end of the stream."""
+        """Bytes of frames, none at the end of the stream. Whatever comes is a sign of life,
+        and puts the next ping off."""
         from websockets.frames import Frame
 
         connection = self.connection
@@ -6552,7 +6640,9 @@ class WebSocket:
             connection.drop(turn)
 
     def receive_message(self, turn: Turn, whole: bytes) -> None:
-        """One message of a client: the key first if it is owed, then what it rang."""
+        """One message of a client: the key first if it is owed, then what it rang. What is
+        no JSON object counts as an empty one, which says nothing: it is no reason to close
+        a bell."""
         try:
             whole.decode()
             frame = parse_json(whole)
@@ -6567,7 +6657,9 @@ class WebSocket:
             self.api.heard(turn, self.listener, frame)
 
     def receive_key(self, turn: Turn, frame: Mapping[str, object]) -> None:
-        """The first frame of a page's socket."""
+        """The first frame of a page's socket: {"type": "auth", "key": KEY}. Whatever is
+        refused here is told by a close code, 4000 and the HTTP status, for a page is shown
+        nothing else."""
         given = ""
         if frame.get("type") == "auth":
             given = str(frame.get("key") or "")
@@ -6588,13 +6680,15 @@ class WebSocket:
         self.connection.enter(Phase.PINGED)
 
     def close(self, turn: Turn, code: int, reason: str) -> None:
-        """Say goodbye, whatever state the protocol is in."""
+        """Say goodbye, whatever state the protocol is in; the connection ends once that has
+        left."""
         self.protocol.fail(code, reason)
         self.say_protocol(turn)
         self.connection.enter(Phase.CLOSING)
 
     def fail(self, turn: Turn, error: ChatError) -> None:
-        """It cannot be given what it is owed; it comes back and reads on."""
+        """It cannot be given what it is owed, for the log cannot be read or the turn
+        failed: 1011. It comes back and reads on from its cursor."""
         self.leave(turn)
         self.close(turn, 1011, close_reason(error))
 
@@ -6608,7 +6702,8 @@ class WebSocket:
 
     def pump(self, turn: Turn) -> None:
         """Write what the listener has not been given; stop at the high water, and let it
-        read on from its cursor when that has drained."""
+        read on from its cursor when that has drained. So a slow reader costs OUT_HIGH_WATER
+        and a number, not a queue. Who was expelled is closed with 4409 instead."""
         connection = self.connection
         listener = self.listener
         if listener is None or connection.phase not in SOCKET_PHASES:
@@ -6634,7 +6729,8 @@ class WebSocket:
 
 
 def size_of(messages: Sequence[Message | ShownJson]) -> int:
-    """About how long these are, in characters."""
+    """About how long these are, in characters: the text alone, for all else is short. It
+    decides whether another thread makes the answer."""
     size = 0
     for message in messages:
         if isinstance(message, Message):
@@ -6645,7 +6741,8 @@ def size_of(messages: Sequence[Message | ShownJson]) -> int:
 
 
 def close_reason(error: ChatError) -> str:
-    """A sentence as a close frame can carry it: short, ASCII."""
+    """A sentence as a close frame can carry it: ASCII, and under the 123 bytes that are
+    left of a control frame behind its code."""
     return str(error).encode("ascii", "replace")[:100].decode()
 
 
@@ -6665,15 +6762,20 @@ MISTAKE = "the hub made a mistake; its log says which"
 
 
 class HubServer:
-    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread
-    for each connection, one selectors loop serves them all: 5,000 idle sockets cost 15
-    MiB, no lock is needed, and order is simply the order in which things happen.
+    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread for
+    each connection, one selectors loop serves them all: 5,000 idle sockets cost 15 MiB, no
+    lock is needed, and order is simply the order in which things happen.
 
     A turn takes what all sockets have, lets the Api work, commits once, and only then
     sends: no answer and no push leaves before the commit that holds its message.
+
+    Other threads and signal handlers may call `stop` and `wake`, a thread of the pools also
+    `result_of`; what they have to say waits in `done` for a turn.
     """
 
     def __init__(self, settings: Settings, api: Api, listener: HTTPServer) -> None:
+        """Takes over the Api and a listener that is bound already: `close` closes both.
+        Nobody is served before `serve_forever`."""
         import logging
         import selectors
         import socket
@@ -6729,7 +6831,9 @@ class HubServer:
                 self.start_over()
 
     def one_turn(self) -> None:
-        """Wait for something to happen, then let it happen."""
+        """Wait for something to happen, then let it happen: at most until the next sweep,
+        not at all for who wanted to come back. A turn that takes long is logged, for
+        everybody waits for it."""
         pause = max(0.0, min(SWEEP_SECONDS, self.next_sweep - time.monotonic()))
         if self.coming_back:
             pause = 0
@@ -6741,12 +6845,10 @@ class HubServer:
             self.log.info("a turn of %d sockets took %.0f ms", len(ready), spent * 1000)
 
     def serve(self, turn: Turn, ready: list[tuple[SelectorKey, int]]) -> None:
-        """Everything that is ready, one commit, then every answer and every push."""
-        again = self.coming_back
-        self.coming_back = []
-        for connection, work in again:
-            if connection in self.connections:
-                self.attend(turn, connection, work)
+        """Everything that is ready, one commit, then every answer and every push. It takes
+        up no more sockets after TURN_SECONDS or TURN_BYTES: those that were served wait for
+        the commit."""
+        self.serve_returning(turn)
         for key, events in ready:
             self.serve_one(turn, key, events)
             if time.monotonic() - turn.clock > TURN_SECONDS or turn.said > TURN_BYTES:
@@ -6759,8 +6861,19 @@ class HubServer:
                 listener.wake(turn)
         self.finish(turn)
 
+    def serve_returning(self, turn: Turn) -> None:
+        """Those who wanted to come back, before anybody new: they have waited a turn. The
+        list is taken away first, for who asks again now is for the next turn."""
+        returning = self.coming_back
+        self.coming_back = []
+        for connection, work in returning:
+            if connection in self.connections:
+                self.attend(turn, connection, work)
+
     def serve_one(self, turn: Turn, key: SelectorKey, events: int) -> None:
-        """What one socket has."""
+        """What one socket has: results of threads, new clients, or a client's bytes. A
+        client that was dropped earlier in this turn is still among the ready ones, and is
+        passed over."""
         connection = key.data
         if connection is None:
             if key.fileobj is self.bell:
@@ -6769,6 +6882,7 @@ class HubServer:
                 self.accept(turn)
         elif connection in self.connections:
             if events & WRITABLE:
+                # It takes part by that, and is flushed at the end.
                 turn.say(connection, b"")
             if events & READABLE:
                 self.attend(turn, connection, connection.receive)
@@ -6777,7 +6891,8 @@ class HubServer:
         self, turn: Turn, connection: Connection, work: Callable[[Turn], None]
     ) -> None:
         """One client's share of the turn. What goes wrong in it undoes this share alone:
-        the client hears of it, and the others go on."""
+        the client hears of it, and the others go on. What is the hub's own trouble, 500 and
+        above, is logged; what is the client's mistake is told to the client alone."""
         mark = turn.savepoint()
         before = len(connection.out)
         try:
@@ -6791,18 +6906,23 @@ class HubServer:
             head = connection.head
             self.log.exception("%s", printable(f"{head.method} {head.target}"))
             self.undo(turn, mark, connection, before)
+            # It may have changed memory before it wrote anything: only reading anew is
+            # sure.
             if head.method != "GET":
                 self.recover(turn)
             connection.failed(turn, ChatError(MISTAKE))
 
     def undo(self, turn: Turn, mark: TurnMark, connection: Connection, before: int) -> None:
-        """Nothing of this share happened."""
+        """Nothing of this share happened: what it said is cut off, what it wrote is taken
+        back, and what memory made of that is read anew."""
         del connection.out[before:]
         if turn.undo(mark):
             self.recover(turn)
 
     def recover(self, turn: Turn) -> None:
-        """Read anew what memory holds of the file. While that fails, requests hear why."""
+        """Read anew what memory holds of the file. While that fails, requests hear why, and
+        each sweep tries again. Raises Unservable after TROUBLE_SECONDS: only a new process
+        may still help then."""
         try:
             self.api.reload()
             self.trouble = None
@@ -6817,7 +6937,8 @@ class HubServer:
                 raise Unservable(str(error)) from None
 
     def complain(self, error: ChatError) -> None:
-        """A full disk is told once a minute, not a thousand times a second."""
+        """Log the hub's own trouble. A full disk is told once a minute, not a thousand
+        times a second."""
         sentence = str(error)
         now = time.monotonic()
         if now - self.complaints.get(sentence, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
@@ -6827,7 +6948,9 @@ class HubServer:
     # -- the end of a turn
 
     def finish(self, turn: Turn) -> None:
-        """Commit, then send."""
+        """Commit, then send: that order is what the hub promises. A commit that fails is
+        answered anew; raises Unservable where the file has to be given up. The frames go
+        with the turn, for a message's receipts may be others in the next one."""
         outlets = turn.outlets
         try:
             turn.finish()
@@ -6864,7 +6987,9 @@ class HubServer:
         return turn.outlets
 
     def anew(self, turn: Turn, connection: Connection, error: ChatError) -> None:
-        """The answer to a request whose turn has failed."""
+        """The answer to a request whose turn has failed: a GET is handled once more,
+        whatever else hears the error and may ask again. A socket that was half made is
+        dropped, for its handshake has been taken back."""
         if connection.websocket:
             connection.drop(turn)
         elif connection.head.method == "GET":
@@ -6880,7 +7005,9 @@ class HubServer:
             self.come_back(outlet, outlet.drop)
 
     def start_over(self) -> None:
-        """What nobody foresaw has broken a turn: whoever took part in it is dropped."""
+        """What nobody foresaw has broken a turn: whoever took part in it is dropped, for
+        nobody knows how far it got, and memory is read anew. Raises Unservable; what fails
+        here is logged, and the loop goes on."""
         # Whatever it is, it shall not spin.
         time.sleep(0.02)
         turn = self.api.begin_turn()
@@ -6899,11 +7026,14 @@ class HubServer:
     # -- what a connection may ask for
 
     def come_back(self, connection: Connection, work: Callable[[Turn], None]) -> None:
-        """Do that in the next turn."""
+        """Do that in the next turn, guarded. For what has to wait for this turn's commit,
+        or for the end of a loop over connections."""
         self.coming_back.append((connection, work))
 
     def forget(self, connection: Connection) -> None:
-        """The connection is gone."""
+        """The connection is gone: out of every collection that holds it, then its socket is
+        closed. Its descriptor is given to the next client, so no selector may know it any
+        more."""
         self.connections.discard(connection)
         self.strangers.discard(connection)
         self.queued_bytes -= self.queues.pop(connection, 0)
@@ -6913,7 +7043,8 @@ class HubServer:
         connection.sock.close()
 
     def select(self, connection: Connection, events: int) -> None:
-        """Wait for these events of its socket."""
+        """Wait for these events of its socket. Where the kernel cannot, the connection has
+        to go: it would never be heard of again."""
         try:
             self.selector.modify(connection.sock, events, connection)
         except OSError:
@@ -6921,7 +7052,8 @@ class HubServer:
             self.come_back(connection, connection.drop)
 
     def reserve(self, count: int) -> bool:
-        """Room for a body of so many bytes, or (below 0) room given back."""
+        """Room for a body of so many bytes, False where all bodies together would be too
+        much, or (below 0) room given back."""
         if count > 0 and self.reserved_bytes + count > TOTAL_IN_BYTES:
             return False
         self.reserved_bytes += count
@@ -6942,7 +7074,9 @@ class HubServer:
             self.come_back(largest, largest.drop)
 
     def take_stranger(self, connection: Connection) -> bool:
-        """Is there room for another socket that has not shown the key?"""
+        """Is there room for another socket that has not shown the key? Any page that a
+        browser shows can open one, so they are few. Those who have shown it, or have gone,
+        are not counted any more."""
         waiting = {other for other in self.strangers if other.phase is Phase.KEY_OWED}
         self.strangers = waiting
         if len(waiting) >= MAX_STRANGERS:
@@ -6951,7 +7085,8 @@ class HubServer:
         return True
 
     def is_key(self, given: str) -> bool:
-        """Is this the hub's key? Compared in constant time."""
+        """Is this the hub's key? Compared in constant time: how long it takes must not tell
+        how much of it was right."""
         import hmac
 
         return hmac.compare_digest(given.encode(), self.settings.api_key.encode())
@@ -6974,7 +7109,9 @@ class HubServer:
         self.log.debug("%s %s %s", status, head.method, path)
 
     def frame(self, item: Item, *, plain: bool) -> bytes:
-        """An event, or a message, which is made once a turn for all who get it."""
+        """An event, or a message, which is made once a turn for all who get it: `plain` for
+        agents, with receipts for watchers. A thousand watchers cost one serialisation, and
+        a copy of its bytes for each."""
         if not isinstance(item, Message):
             return text_frame(to_json(item))
         key = (item.seq, plain)
@@ -6988,7 +7125,9 @@ class HubServer:
     # -- new connections, deadlines
 
     def accept(self, turn: Turn) -> None:
-        """New connections, until there are no more or no room for them."""
+        """New connections, until there are no more or no room for them. Without a free
+        descriptor the listener would be ready without end: it is left out until the next
+        sweep, and clients wait in the kernel's queue."""
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 sock, _address = self.listener.get_request()
@@ -7001,7 +7140,8 @@ class HubServer:
             self.welcome(turn, sock)
 
     def welcome(self, turn: Turn, sock: socket.socket) -> None:
-        """One new connection."""
+        """One new connection. One too many is taken all the same and told so with a 503:
+        left in the queue, its client would wait without knowing for what."""
         import socket as sockets
 
         connection = Connection(sock, self)
@@ -7019,7 +7159,9 @@ class HubServer:
             connection.answer_error(turn, HttpError(503, full))
 
     def sweep(self, turn: Turn) -> None:
-        """Once a second: deadlines, and the Api's background work."""
+        """Once a second: deadlines, and the Api's background work, or, while there is
+        trouble, another try to recover. The heads of answers go, for their date is over; a
+        listener that had no room listens again."""
         self.next_sweep = turn.clock + SWEEP_SECONDS
         self.heads.clear()
         for connection in [one for one in self.connections if one.deadline < turn.clock]:
@@ -7033,7 +7175,8 @@ class HubServer:
             self.tick(turn)
 
     def tick(self, turn: Turn) -> None:
-        """The Api's background work, guarded like a client."""
+        """The Api's background work, guarded like a client: what fails is undone and
+        logged, and is tried again in a second."""
         mark = turn.savepoint()
         try:
             self.api.tick(turn)
@@ -7049,7 +7192,11 @@ class HubServer:
 
     def submit(self, connection: Connection, job: Job, *, slow: bool) -> None:
         """Run the job on a thread with its own view of the log; the connection takes its
-        result in a turn. Raises StoreBusy where no thread can be started."""
+        result in a turn. Raises StoreBusy where no thread can be started.
+
+        A pool is made when it is first needed. Slow jobs share SLOW_THREADS, the others
+        have a thread of their own, so that no search stands in their way.
+        """
         from concurrent.futures import ThreadPoolExecutor
 
         def run() -> None:
@@ -7066,8 +7213,9 @@ class HubServer:
             raise StoreBusy("the hub cannot start a thread now; try again") from None
 
     def result_of(self, connection: Connection, job: Job) -> object:
-        """What a job makes, or the error to answer with. Runs on another thread; it is
-        given up when it takes too long, or its client has gone."""
+        """What a job makes, or the error to answer with: it raises nothing, for nobody
+        would hear of it. Runs on another thread; it is given up when it takes too long, or
+        its client has gone."""
         end = time.monotonic() + SLOW_SECONDS
 
         def stop() -> bool:
@@ -7084,12 +7232,14 @@ class HubServer:
             return StoreBusy("the hub could not read this; its log says why")
 
     def wake(self) -> None:
-        """Make the loop turn; safe in threads and in signal handlers."""
+        """Make the loop turn; safe in threads and in signal handlers. If the bell is full,
+        it wakes anyhow."""
         with contextlib.suppress(OSError):
             self.waker.send(b"!")
 
     def collect(self, turn: Turn) -> None:
-        """What the threads have made."""
+        """What the threads have made. The bell is emptied before `done` is: a result that
+        comes in between rings once more, and none is left lying."""
         with contextlib.suppress(OSError):
             self.bell.recv(4096)
         while self.done:
@@ -7101,12 +7251,15 @@ class HubServer:
     # -- the end
 
     def stop(self) -> None:
-        """Ask serve_forever to return, from a signal handler or another thread."""
+        """Ask serve_forever to return, from a signal handler or another thread. It returns
+        when `may_stop` agrees; asking again does not prolong it."""
         self.stopping = self.stopping or time.monotonic()
         self.wake()
 
     def may_stop(self) -> bool:
-        """Called each turn while stopping: no new work, what is under way may end."""
+        """Called each turn while stopping: no new work, what is under way may end. True
+        once nothing is, or after DRAIN_SECONDS. Whoever is not at its last answer is told
+        goodbye."""
         turn = self.api.begin_turn()
         for connection in [one for one in self.connections if not one.last_answer]:
             self.attend(turn, connection, connection.say_goodbye)
@@ -7116,7 +7269,8 @@ class HubServer:
         return late or not any(one.is_busy() for one in self.connections)
 
     def close(self) -> None:
-        """Close all sockets and the file."""
+        """Close all sockets and the file. Once, after `serve_forever`, however that ended;
+        what other threads have not begun is not done any more."""
         turn = self.api.begin_turn()
         for connection in list(self.connections):
             connection.drop(turn)
@@ -7127,7 +7281,8 @@ class HubServer:
 
 
 def own_url(host: str, port: int) -> str:
-    """Where clients on this machine find the hub."""
+    """Where clients on this machine find the hub. The address that means all of them cannot
+    be asked for everywhere: the loopback can."""
     name = f"[{host}]" if ":" in host else host
     if name in ("0.0.0.0", "[::]"):
         name = "127.0.0.1"
@@ -7135,7 +7290,10 @@ def own_url(host: str, port: int) -> str:
 
 
 def own_hosts(settings: Settings, port: int) -> set[str]:
-    """Every Host header the hub answers to, exactly."""
+    """Every Host header the hub answers to, exactly. A page may let its own name resolve to
+    this machine (DNS rebinding), and is a stranger by that name still. The names that the
+    owner allows count without a port too, for a proxy in front may stand at the usual
+    one."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     allowed = {name.lower() for name in settings.allowed_hosts}
     names = {"127.0.0.1", "localhost", "[::1]", host.lower(), *allowed}
@@ -7147,7 +7305,9 @@ def own_hosts(settings: Settings, port: int) -> set[str]:
 
 
 def connection_limit() -> int:
-    """How many sockets this process may hold, after raising its own soft limit."""
+    """How many sockets this process may hold, after raising its own soft limit. 32
+    descriptors are kept back: for the file, for the threads' views of it, and to accept who
+    is then refused."""
     try:
         import resource
     except ImportError:
@@ -7165,7 +7325,8 @@ def connection_limit() -> int:
 
 
 def bound_listener(host: str, port: int) -> HTTPServer:
-    """A socket that listens there. Raises OSError."""
+    """A socket that listens there. Raises OSError, and leaves nothing open then. The
+    handler that HTTPServer wants is never made: the loop takes its connections."""
     import socket
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from socketserver import TCPServer
@@ -7187,7 +7348,8 @@ def bound_listener(host: str, port: int) -> HTTPServer:
 
 
 def is_loopback(host: str) -> bool:
-    """Does nobody but this machine reach a hub that listens there?"""
+    """Does nobody but this machine reach a hub that listens there? A name but localhost may
+    come to mean any address, so it counts as reachable."""
     import ipaddress
 
     if host == "localhost":
