@@ -8863,14 +8863,15 @@ def is_folded(composer: Composer | None) -> bool:
 # without a screen.
 # ======================================================================================
 
-TTY_CLOCK_SECONDS = (
-    8  # Linux tells only so exactly when a terminal was last read
-)
+TTY_CLOCK_SECONDS = 8  # Linux tells only so exactly when a terminal was last read
 QUIET_SECONDS = 0.5  # without a key, until what was typed has surely been drawn
 
 
 class PaneGone(OSError):
-    """The pane is no more, or belongs to somebody else now."""
+    """The pane is no more, or belongs to somebody else now.
+
+    A ring ends with it. The sentence is the terminal's own, where it gave one.
+    """
 
 
 class Key(StrEnum):
@@ -8884,21 +8885,29 @@ class Terminal:
     """A way to look at a pane and to type into it.
 
     A new one is a subclass with these verbs. What a terminal cannot tell (no caret, no
-    modes) means that it is not typed into.
+    modes) means that it is not typed into. Every verb may block for DOOR_SECONDS, and
+    raise OSError; none is called before find() gave "".
+
+    A paste or a key is given the look that it was decided on. Whoever cannot compare and
+    type in one step must not be a Terminal: between the two somebody may press Enter.
     """
 
     name = ""
-    cli: Process | None = (
-        None  # the agent's CLI, if it was proved that the pane is its own
-    )
+    # The agent's CLI, if it was proved that the pane is its own.
+    cli: Process | None = None
     tty = ""  # path of the pane's terminal
 
     def find(self) -> str:
-        """Looks for the agent's own pane, with proof. Why there is none, or ""."""
+        """Looks for the agent's own pane, with proof. Why there is none, or "".
+
+        Asked at each registration and before each ring, so it must be cheap once a pane
+        is found.
+        """
         raise NotImplementedError
 
     def place(self) -> str:
-        """A name for the pane that no other has on this machine."""
+        """A name for the pane that no other has on this machine: who types into it
+        holds a lock of that name."""
         raise NotImplementedError
 
     def program(self) -> list[str]:
@@ -8915,11 +8924,13 @@ class Terminal:
         raise NotImplementedError
 
     def press(self, screen: Screen, key: Key) -> bool:
-        """Presses the key. False if something moved."""
+        """Presses the key. False, and nothing happened, if something moved since that
+        look."""
         raise NotImplementedError
 
     def mode_is_watched(self) -> bool:
-        """Has somebody who sees this pane pressed a key lately?"""
+        """Has somebody who sees this pane pressed a key lately? Then a mode that is open
+        in it is in use. Yes, where that cannot be told."""
         return True
 
     def leave_mode(self, screen: Screen) -> bool:
@@ -8927,7 +8938,11 @@ class Terminal:
         return False
 
     def front(self) -> Front | None:
-        """Who has the pane's keyboard instead of the agent's CLI; None if that has it."""
+        """Who has the pane's keyboard instead of the agent's CLI; None if that has it.
+
+        Where the pane was taken on the user's word there is no CLI to ask about. A shell
+        in front then says that the agent has ended or is stopped.
+        """
         if self.cli:
             return who_has_keyboard(self.cli)
         name = os.path.basename(next(iter(self.program()), "")).lstrip("-")
@@ -8990,7 +9005,11 @@ def why_not_its_own(cli: Process, tty: int, leader: int) -> str:
 
 
 def inner_terminal(cli: Process) -> str:
-    """The name of the program that made the terminal in which this process runs."""
+    """The name of the program that made the terminal in which this process runs.
+
+    Such as `screen`, `script`, `sshd` or an editor: the first one upwards that is in
+    another terminal itself.
+    """
     process: Process | None = cli
     while process and process.tty == cli.tty and process.parent > 0:
         process = find_process(process.parent)
@@ -9033,7 +9052,7 @@ class TmuxState(NamedTuple):
         )
 
     def screen(self, styled: Sequence[str]) -> Screen:
-        """The look that this state and these rows make."""
+        """The look that this state and these rows make. ValueError if a number is none."""
         height = int(self.pane_height)
         rows = [*styled, *[""] * height][:height]
         used = self.says(self.selection_present) or self.says(
@@ -9062,14 +9081,13 @@ class TmuxState(NamedTuple):
 
 
 TMUX_STATE = " ".join(f"#{{{name}}}" for name in TmuxState._fields)
+# What a tmux complains of that does not understand its server.
 OTHER_VERSION = Pattern("exited unexpectedly|protocol version|lost server")
-VIEWER_SECONDS = (
-    60  # after a key, somebody who sees a mode is taken to be at it
-)
+VIEWER_SECONDS = 60  # after a key, somebody who sees a mode is taken to be at it
 
 
 class TmuxAddress(NamedTuple):
-    """Where a pane is said to be."""
+    """Where a pane is said to be, by a variable or by the user; not yet proved."""
 
     socket: str
     pane: str
@@ -9077,7 +9095,11 @@ class TmuxAddress(NamedTuple):
 
 
 def address_in(variables: Mapping[str, str]) -> TmuxAddress | None:
-    """What TMUX and TMUX_PANE say. The path of the socket may hold commas and blanks."""
+    """What TMUX and TMUX_PANE say; None if they are missing or say nothing usable.
+
+    TMUX is "socket,pid,session"; the path of the socket may hold commas and blanks. Both
+    are inherited by all that a pane ever started, also by what has left it since.
+    """
     socket, _, rest = variables.get("TMUX", "").rpartition(",")
     socket, _, server = socket.rpartition(",")
     pane = variables.get("TMUX_PANE", "")
@@ -9097,10 +9119,10 @@ class Tmux(Terminal):
     binary = "tmux"
 
     def __init__(self, override: str) -> None:
+        """A pane that is still to be found; "" for no override."""
         self.override = override
-        self.address: TmuxAddress | None = (
-            None  # once found, for good: an agent does not move
-        )
+        # Once found, for good: an agent does not move.
+        self.address: TmuxAddress | None = None
         self.owner = ("", "")  # pids of the server and of the pane
 
     def place(self) -> str:
@@ -9110,7 +9132,12 @@ class Tmux(Terminal):
         return f"{os.path.realpath(self.address.socket)}-{self.address.pane}"
 
     def find(self) -> str:
-        """The pane of the override, else the one in which the agent's CLI runs."""
+        """The pane of the override, else the one in which the agent's CLI runs.
+
+        Candidates are what the environments say, ours first, then those of the processes
+        up to the CLI, from the top: some CLIs start plugins without TMUX. Each is only a
+        hint, which try_address proves or refuses.
+        """
         if self.address:
             return ""
         if self.override:
@@ -9246,7 +9273,11 @@ class Tmux(Terminal):
         return state.screen(rows)
 
     def paste(self, screen: Screen, line: str) -> bool:
-        """By a buffer of its own, filled by stdin and never by argv."""
+        """By a buffer of its own, filled by stdin and never by argv.
+
+        So the user's own buffers stay as they are, and no `ps` shows what the line
+        quotes. The buffer is deleted with the paste, or in its stead.
+        """
         buffer = f"agent-chat-{os.urandom(4).hex()}"
         load = ("load-buffer", "-b", buffer, "-", ";")
         pasting = f"paste-buffer -p -r -d -b {buffer} -t {self.target()}"
@@ -9270,7 +9301,12 @@ class Tmux(Terminal):
         otherwise: str = "",
         text: str = "",
     ) -> bool:
-        """Lets tmux do it, unless something moved since that look."""
+        """Lets tmux do it, unless something moved since that look.
+
+        `first` is what tmux runs before it compares, `otherwise` what it runs instead of
+        the command. tmux is one thread: between its comparison and the command nothing
+        can be typed. It prints a word if it did not do it.
+        """
         same = f"#{{==:{TMUX_STATE},{screen.state}}}"
         moved = otherwise + "display-message -p moved"
         words = (
@@ -9286,8 +9322,8 @@ class Tmux(Terminal):
         return not self.run(*words, text=text)
 
     def mode_is_watched(self) -> bool:
-        """By a client that shows this pane: modes other than copy
-        mode cannot be looked into."""
+        """By a client that shows this pane: modes other than copy mode cannot be looked
+        into. A client that shows it and only watches counts once it presses a key."""
         listed = self.run("list-clients", "-F", "#{pane_id} #{client_activity}")
         for row in listed.splitlines():
             pane, _, pressed_at = row.partition(" ")
@@ -9300,7 +9336,10 @@ class Tmux(Terminal):
 
 
 def server_at(path: str) -> int:
-    """The pid of the process that listens at a Unix socket, 0 if that cannot be told."""
+    """The pid of the process that listens at a Unix socket, 0 if that cannot be told.
+
+    The kernel says so (SO_PEERCRED, Linux alone); nothing is sent to it.
+    """
     import socket
     import struct
 
@@ -9313,6 +9352,8 @@ def server_at(path: str) -> int:
         )
         return int(struct.unpack("3i", told)[0])
     return 0
+
+
 # ======================================================================================
 # DOORS -- ways to reach a running agent: its CLI's own inbox, else the terminal it runs in.
 # Knows: inboxes of agents' CLIs, Terminal, Composer.  Never: Client, Plugin, Api, Store.
@@ -9325,9 +9366,7 @@ def server_at(path: str) -> int:
 # ======================================================================================
 
 LOCK_SECONDS = 15  # for another process that is typing into the same pane
-SETTLE_SECONDS = (
-    0.12  # some TUIs take an Enter right after a paste for a newline
-)
+SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
 SEEN_SECONDS = 2  # for the pasted line to show up, or to leave
 AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
 POLL_SECONDS = 0.02
@@ -9349,16 +9388,18 @@ class Door:
     """One way in. A new one is a subclass and a row in DOORS.
 
     Its ring() gets one clean line that ends in a nonce. UNAVAILABLE lets the next door
-    try, any other word ends the attempt.
+    try, any other word ends the attempt: a line that may have arrived must not come in
+    by a second door too. A door raises nothing; what went wrong is in its Outcome.
     """
 
     name = ""
 
     def __init__(self, settings: Settings) -> None:
+        """Nothing is looked for yet."""
         self.settings = settings
 
     def available(self) -> bool:
-        """Does this way look open?"""
+        """Does this way look open? Asked at each registration and before each ring."""
         return False
 
     def ring(self, _line: str) -> Outcome:
@@ -9378,8 +9419,11 @@ class Door:
 
 
 class InboxDoor(Door):
-    """A session inbox: lines of JSON on a Unix socket, named by the
-    CLI's own variables."""
+    """A session inbox: lines of JSON on a Unix socket, named by the CLI's own variables.
+
+    The best door there is: nothing is typed, so no draft can be harmed, and it works
+    without a terminal.
+    """
 
     variables = ""  # what their names begin with
 
@@ -9388,7 +9432,7 @@ class InboxDoor(Door):
         return environ().get(f"{self.variables}_MESSAGING_SOCKET", "")
 
     def token(self) -> str:
-        """What proves that we were started by this very session."""
+        """What proves that we were started by this very session; "" if it gave none."""
         return environ().get(f"{self.variables}_MESSAGING_TOKEN", "")
 
     def frames(self, _line: str) -> list[dict[str, object]]:
@@ -9445,8 +9489,8 @@ class QwenDoor(InboxDoor):
     variables = "QWEN_CODE"
 
     def frames(self, line: str) -> list[dict[str, object]]:
-        """Token, then message. It names no session: /clear changes
-        that, the inbox stays."""
+        """Token, then message. It names no session: /clear changes that, the inbox
+        stays."""
         return [
             {"msgV": 1, "type": "auth", "token": self.token()},
             {
@@ -9472,22 +9516,23 @@ class CodexDoor(Door):
     """`codex queue`. Every tool call of a thread carries the thread's id.
 
     This plugin is one agent, so it rings for one thread, and for none once two have
-    called it: nobody could tell which of them the mail is for.
+    called it: nobody could tell which of them the mail is for. Until the first call the
+    thread is unknown, and the terminal is the way in.
     """
 
     name = "codex"
     resumes = True  # until this codex says that it has no --resume
 
     def __init__(self, settings: Settings) -> None:
+        """No thread has called yet."""
         super().__init__(settings)
         self.threads: set[str] = set()
 
     def learn(self, meta: Mapping[str, object]) -> None:
-        """Remembers the thread."""
+        """Remembers the thread. What could be read as an option is no thread: the id
+        becomes a word of a command."""
         thread = str(meta.get("threadId", ""))
-        if not re.fullmatch(
-            r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII
-        ):  # never an option
+        if not re.fullmatch(r"[0-9A-Za-z][\w-]{0,127}", thread, re.ASCII):
             return
         self.threads.add(thread)
         if self.note():
@@ -9510,8 +9555,11 @@ class CodexDoor(Door):
         return known and bool(shutil.which("codex", path=environ().get("PATH")))
 
     def ring(self, line: str) -> Outcome:
-        """Queues the line, and lets a closed thread resume where this
-        codex can do that."""
+        """Queues the line, and lets a closed thread resume where this codex can do that.
+
+        An older one refuses the option; it is asked again without, and from then on. An
+        exit code behind "Queued" is about what came after: the line is there.
+        """
         code, out, errors = self.queue(line, ["--resume"] * self.resumes)
         if code and self.resumes and not out.startswith("Queued"):
             self.resumes = False
@@ -9552,9 +9600,13 @@ class Submission:
     Enter is pressed while our line and nothing else stands there, again if it was
     swallowed or taken for a newline. It is `rung` when the whole composer was seen
     without it, twice.
+
+    Each press begins a new wait, longer by a second than the one before: a CLI that is
+    busy draws late, and a second Enter might answer what it asks next.
     """
 
     def __init__(self, now: float) -> None:
+        """Begins at the paste. Times are monotonic."""
         self.deadline = now + SEEN_SECONDS
         self.drawn_at = 0.0  # since when our line stands there, 0 = it does not
         self.presses = 0
@@ -9563,10 +9615,15 @@ class Submission:
         self.outcome = (Ring.UNCONFIRMED, "the pasted line was not drawn")
 
     def step(self, standing: Standing, now: float) -> Step:
-        """After each look."""
+        """What to do after a look that found this in the composer.
+
+        The line counts as gone only after a press. Before one, a composer without it
+        has not drawn it yet.
+        """
         if self.presses and standing in (Standing.EMPTY, Standing.OTHER):
             self.absent += 1
-            if self.absent > 1:  # one look may have caught a screen half drawn
+            # One look may have caught a screen half drawn.
+            if self.absent > 1:
                 return self.stop(Ring.RUNG, "")
         else:
             self.absent = 0
@@ -9593,20 +9650,22 @@ class Submission:
         return POLL_SECONDS
 
     def key(self) -> Key:
-        """Which key the next press is."""
+        """Which key the next press is: the last one is a bare CR, which is all that some
+        terminals take."""
         if self.presses < MOST_PRESSES - 1:
             return Key.ENTER
         return Key.RETURN
 
     def pressed(self, now: float) -> None:
-        """The key went through."""
+        """The key went through. A press that the terminal refused, because something
+        moved, is not told here and does not count."""
         self.presses += 1
         self.next_press = now + self.presses
         self.deadline = self.next_press + SEEN_SECONDS
 
     def give_up(self, standing: Standing) -> Step:
-        """Time is up. Nothing is taken back: the next ring finds what
-        still stands there."""
+        """Time is up. Nothing is taken back: the next ring finds what still stands
+        there."""
         if standing is Standing.MIXED:
             return self.stop(
                 Ring.DRAFT, "somebody typed beside the pasted line"
@@ -9622,30 +9681,29 @@ class Submission:
         return self.stop(Ring.UNCONFIRMED, "the pasted line was not drawn")
 
     def stop(self, word: Ring, detail: str) -> Step:
-        """This came of it."""
+        """Ends it with this outcome, which the door reports."""
         self.outcome = (word, detail)
         return Step.STOP
 
 
 class TerminalDoor(Door):
-    """Looks, pastes, looks, presses Enter, looks. Never Escape, never
-    C-u: both destroy."""
+    """Looks, pastes, looks, presses Enter, looks. Never Escape, never C-u: both destroy.
+
+    Every step is decided on one look, and the terminal does it only if that look still
+    holds. Whatever is not understood ends the ring without a key.
+    """
 
     def __init__(self, settings: Settings, terminal: Terminal) -> None:
+        """A terminal whose pane is still to be found."""
         super().__init__(settings)
         self.terminal = terminal
         self.name = terminal.name
         self.refusal = ""  # why no pane is ours, as it was found last
-        self.cli = (
-            ""  # name of the agent's CLI in SHAPES, "" for one that has none
-        )
-        self.pasted = (
-            ""  # our last line, until it was seen to leave the composer
-        )
+        self.cli = ""  # name of the agent's CLI in SHAPES, "" for one that has none
+        self.pasted = ""  # our last line, until it was seen to leave the composer
         self.folded = False  # it is shown by a word
-        self.mode_place = (
-            ""  # where a mode of the terminal stood, and since when
-        )
+        # Where a mode of the terminal stood, and since when.
+        self.mode_place = ""
         self.mode_since = 0.0
 
     def available(self) -> bool:
@@ -9658,7 +9716,11 @@ class TerminalDoor(Door):
         return self.refusal
 
     def ring(self, line: str) -> Outcome:
-        """Types the line, if the agent's empty composer is what the keys would reach."""
+        """Types the line, if the agent's empty composer is what the keys would reach.
+
+        Under the pane's lock, whose file remembers the line that a ring left there,
+        another process's too: the next ring presses Enter instead of pasting a second.
+        """
         try:
             with os.fdopen(self.lock(), "r+", encoding="utf-8") as record:
                 self.cli = shape_of(self.terminal.program())
@@ -9671,17 +9733,16 @@ class TerminalDoor(Door):
                     record.write(self.pasted)
         except PaneGone as error:
             return self.came(Ring.GONE, str(error))
-        except (
-            OSError,
-            ValueError,
-            IndexError,
-        ) as error:  # it hangs, or talks nonsense
+        except (OSError, ValueError, IndexError) as error:
+            # The terminal hangs, or talks nonsense. The line may be there already.
             return self.came(Ring.UNCONFIRMED, str(error))
 
     def lock(self) -> int:
         """One process at a time per pane, until this file descriptor is closed.
 
-        What the file holds is the line that one of them left in the composer.
+        What the file holds is the line that one of them left in the composer. A link in
+        its place is refused. Raises OSError, TimeoutError if another process keeps the
+        lock for LOCK_SECONDS.
         """
         import fcntl
 
@@ -9704,8 +9765,10 @@ class TerminalDoor(Door):
 
         What was typed a moment ago may not be drawn yet: two looks that are AGREE_SECONDS
         apart must show the same. A screen caught half drawn looks like a dialog, so a few
-        looks are taken before that is said.
+        looks are taken before that is said. A line of ours that still stands alone in the
+        composer is submitted in place of this one: both say that there is mail.
         """
+        typing = self.came(Ring.DRAFT, "somebody is typing")
         obstacle: Outcome | None = None
         seen_empty = False
         for _ in range(MOST_LOOKS):
@@ -9720,16 +9783,22 @@ class TerminalDoor(Door):
             if not obstacle and (seen_empty or self.terminal.is_quiet()):
                 if self.terminal.paste(screen, line):
                     return self.submit(line)
-                obstacle = self.came(Ring.DRAFT, "somebody is typing")
+                obstacle = typing
             seen_empty = not obstacle
             pause = POLL_SECONDS
             if seen_empty:
                 pause = AGREE_SECONDS
             time.sleep(pause)
-        return obstacle or self.came(Ring.DRAFT, "somebody is typing")
+        if obstacle is None:
+            return typing
+        return obstacle
 
     def pane_obstacle(self, screen: Screen) -> Outcome | None:
-        """What keeps all keys from the agent's CLI now."""
+        """What keeps all keys from the agent's CLI now; None if nothing does.
+
+        Asked before a paste and again before Enter: an editor may have opened between
+        the two. Only a DIALOG is worth another look at once.
+        """
         if screen.input_off:
             return self.came(
                 Ring.INPUT_OFF, "the pane takes no keys, or shares them"
@@ -9750,9 +9819,13 @@ class TerminalDoor(Door):
         return None
 
     def mode_obstacle(self, screen: Screen) -> Outcome:
-        """Somebody opened a mode of the terminal. A copy mode that
-        nobody uses is left."""
-        place, now = f"{screen.mode} {screen.mode_place}", time.monotonic()
+        """Somebody opened a mode of the terminal. A copy mode that nobody uses is left.
+
+        That is one in which nothing is selected or searched, nothing moved for
+        MODE_SECONDS, which takes several rings, and nobody pressed a key lately.
+        """
+        place = f"{screen.mode} {screen.mode_place}"
+        now = time.monotonic()
         if self.mode_place != place:
             self.mode_place = place
             self.mode_since = now
@@ -9765,7 +9838,11 @@ class TerminalDoor(Door):
     def composer_obstacle(
         self, screen: Screen, composer: Composer | None
     ) -> Outcome | None:
-        """What keeps a paste from becoming a prompt of its own."""
+        """What keeps a paste from becoming a prompt of its own; None if nothing does.
+
+        The sentence names what the user can change: a pane that is too small, a dialog
+        to answer, a draft to send.
+        """
         whose = self.cli or "the agent's CLI"
         hidden = composer is None or not composer.empty
         if hidden and screen.height < LOWEST_PANE:
@@ -9794,7 +9871,10 @@ class TerminalDoor(Door):
         )
 
     def submit(self, line: str) -> Outcome:
-        """Takes the pasted line to its end."""
+        """Takes the pasted line to its end: looks and presses as a Submission says.
+
+        Blocks for a few seconds at most, as each wait of a Submission has its deadline.
+        """
         self.pasted = line
         self.folded = False
         submission = Submission(time.monotonic())
@@ -9837,21 +9917,23 @@ class TmuxDoor(TerminalDoor):
     """The pane of tmux in which the agent's CLI runs."""
 
     def __init__(self, settings: Settings) -> None:
+        """The user's own word for the pane, if there is one, is in the settings."""
         super().__init__(settings, Tmux(settings.tmux_override))
 
 
-DOORS: tuple[type[Door], ...] = (
-    ClaudeDoor,
-    QwenDoor,
-    CodexDoor,
-    TmuxDoor,
-)  # in this order
+# In this order: an inbox that a CLI offers comes before its terminal.
+DOORS: tuple[type[Door], ...] = (ClaudeDoor, QwenDoor, CodexDoor, TmuxDoor)
 
 
 class Doors:
-    """The ladder: the first door that can ring does, and no other."""
+    """The ladder: the first door that can ring does, and no other.
+
+    It is all that the plugin knows of this room. One ring at a time: doors keep what
+    they learn of a terminal from one ring to the next.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        """One door of each kind; none is tried yet."""
         self.doors = [door(settings) for door in DOORS]
 
     def names(self) -> list[str]:
@@ -9871,11 +9953,14 @@ class Doors:
             door.learn(meta)
 
     def ring(self, line: str) -> Outcome:
-        """Ring with this line (see doorbell_line); a nonce is added.
-        Blocks for seconds."""
-        clean = "".join(c if c.isprintable() else " " for c in line).strip()[
-            :600
-        ]
+        """Rings with this line (see doorbell_line). Blocks for seconds.
+
+        A nonce is added, by which our line is known on a screen and told from an older
+        one. Whatever cannot be printed becomes a blank: no key, no escape and no end of
+        line gets into a terminal with it. UNAVAILABLE has every door's reason.
+        """
+        clean = "".join(c if c.isprintable() else " " for c in line)
+        clean = clean.strip()[:600]
         reasons = []
         for door in self.doors:
             if not door.available():
@@ -9889,6 +9974,8 @@ class Doors:
         return Outcome(
             Ring.UNAVAILABLE, "", why or "no way to reach this agent's CLI"
         )
+
+
 # ======================================================================================
 # BELL -- when to ring an agent, and in what words.
 # Knows: messages as they come over the wire, the time it is told.

@@ -760,9 +760,6 @@ NOT_YET: dict[str, dict[str, float]] = {
         "filtered comprehensions per 100": 0.6},
     "API": {
         "syntax nodes per code line": 6.3},
-    "DOORS": {
-        "tuple_assignment_without_a_swap": 1, "and_or_as_a_value": 1,
-        "remark_at_the_end_of_a_line": 3},
     "the file": {
         "functions over complexity 10": 7, "prose in %": 16.1},
 }
