@@ -4892,18 +4892,21 @@ def seconds_ago(seconds: float) -> str:
 
 
 class Ask(NamedTuple):
-    """One request, as far as its meaning goes: no address, no headers, no connection."""
+    """One request, as far as its meaning goes: no address, no headers, no connection.
+    Nothing in it is checked yet: an endpoint asks `checked_` functions or a request's own
+    `read`."""
 
     query: Mapping[str, str]
     body: Mapping[str, object]  # {} for what is no POST
     session: str  # the secret of X-Agent-Session, "" if none was shown
 
     def text(self, key: str) -> str:
-        """A value of the query, "" for none."""
+        """A value of the query, "" for none: an empty one means the same."""
         return self.query.get(key, "")
 
     def number(self, key: str, default: int, most: int = END, least: int = 1) -> int:
-        """A number of the query; nonsense means the default, as older clients expect."""
+        """A number of the query; nonsense means the default, as older clients expect, and
+        so does less than `least`. More than `most` is cut down to it."""
         match = re.fullmatch(r"\d{1,18}", self.text(key), re.ASCII)
         if not match:
             return default
@@ -4952,11 +4955,17 @@ PageMaker = Callable[[Archive], "list[ShownJson]"]
 
 
 class Api:
-    """Owns the desks. A method that takes a Turn and an Ask is an endpoint: it checks
-    what it was sent, asks the desk whose affair that is, and returns what is to be
-    answered. All of them run on the I/O thread; what they raise becomes the answer."""
+    """Owns the desks. A method that takes a Turn and an Ask is an endpoint: it checks what
+    it was sent, asks the desk whose affair that is, and returns what is to be answered. All
+    of them run on the I/O thread; what they raise becomes the answer.
+
+    Who may ask at all is settled before: the connection has looked at Host, Origin and key.
+    Whose name a request may use is asked here, of the directory.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
+        """Makes the desks over a Store that is open, each of those above it that it asks,
+        and reads what they keep in memory. Raises what the Store raises."""
         self.store = store
         self.settings = settings
         self.board = Switchboard()
@@ -4976,17 +4985,20 @@ class Api:
         return Turn(self.store, self.board)
 
     def reload(self) -> None:
-        """Read anew everything that is kept in memory: it is a cache of the log. Raises
-        what the Store raises where it cannot be read."""
+        """Read anew everything that is kept in memory: it is a cache of the log. Called
+        after a turn, or a share of one, was taken back. Raises what the Store raises where
+        it cannot be read."""
         self.directory.load()
         self.mail.load()
 
     def abandon(self) -> None:
-        """Forget a turn that did not come to its end."""
+        """Forget a turn that did not come to its end: nobody knows how far it got. Raises
+        Unservable where the file has to be given up."""
         self.store.rollback()
 
     def tick(self, turn: Turn) -> None:
-        """Background work, once a second."""
+        """Background work, once a second, in a turn like any other: what it raises takes it
+        back."""
         self.keeping.tick(turn, self.guard)
 
     def reader(self) -> Archive:
@@ -5011,8 +5023,9 @@ class Api:
         """Take a name, or come back under it; groups are replaced. Raises Conflict where
         the name is another's.
 
-        Mail that was left for an earlier session of the name is inherited, and rings
-        anew; with `rename_from` the mail of the old name follows to the new one.
+        Mail that was left for an earlier session of the name is inherited, and rings anew;
+        with `rename_from` the mail of the old name follows to the new one. The answer is
+        the only place where a session's secret is ever told: the log keeps its hash.
         """
         request = RegisterRequest.read(ask.body)
         old = None
@@ -5042,7 +5055,8 @@ class Api:
         }
 
     def deregister(self, turn: Turn, ask: Ask) -> object:
-        """Give a name up; its unread mail waits for whoever has it next."""
+        """Give a name up; its unread mail waits for whoever has it next. Raises BadRequest
+        for the human, whose name is nobody's to give."""
         agent = self.acting(turn, ask)
         if agent.key == HUMAN:
             raise BadRequest("the human cannot be deregistered")
@@ -5050,7 +5064,9 @@ class Api:
         return {"status": "ok"}
 
     def set_status(self, turn: Turn, ask: Ask) -> object:
-        """An agent declares that it is idle or working."""
+        """An agent declares that it is idle or working; the dashboard shows it until it
+        says otherwise. Raises BadRequest for any other word: whether it is online, the hub
+        sees for itself."""
         status = ask.body.get("status")
         if status not in (Presence.IDLE, Presence.WORKING):
             raise BadRequest("status must be 'idle' or 'working'")
@@ -5067,7 +5083,11 @@ class Api:
         allow = checked_senders(ask.body.get("allow"))
         agent.save(turn, mute=mute, allow=allow)
         self.directory.changed[agent.key] = agent
-        return {"status": "ok", "mute": mute, "allow": allow}
+        return {
+            "status": "ok",
+            "mute": mute,
+            "allow": allow,
+        }
 
     def list_agents(self, turn: Turn, ask: Ask) -> object:
         """All agents but the human, by name."""
@@ -5090,7 +5110,8 @@ class Api:
 
     def unread_of(self, session: str) -> int | None:
         """How much unread mail the agent of this session has, None if it is nobody's. Every
-        answer to a request with a session says so, and spares the agent the question."""
+        answer to a request with a session says so, and spares the agent the question.
+        Memory knows it: nothing is read for that."""
         agent = self.directory.asker(session)
         if agent is None:
             return None
@@ -5099,7 +5120,8 @@ class Api:
     # -- mail
 
     def send(self, turn: Turn, ask: Ask) -> object:
-        """Say something to an agent or to a group."""
+        """Say something to an agent or to a group. SendRequest holds all checks of what was
+        sent, Mail the rules of what becomes of it."""
         return self.mail.send(turn, SendRequest.read(ask.body), ask.session)
 
     def fetch(self, turn: Turn, ask: Ask) -> Answered:
@@ -5130,7 +5152,9 @@ class Api:
             self.mail.seen(turn, agent, handed.mail)
 
     def mark_seen(self, turn: Turn, ask: Ask) -> object:
-        """The reader says that these have arrived at who asked for them."""
+        """The reader says that these have arrived at who asked for them. Handed over is not
+        seen: a host may have cancelled the call that fetched them. Answers how many were
+        news."""
         ids = checked_ids(ask.body.get("message_ids"))
         agent = self.acting(turn, ask)
         mail = self.store.seqs_of(ids)
@@ -5174,7 +5198,8 @@ class Api:
         return {"status": "ok", "dismissed": len(dismissed)}
 
     def list_loops(self, turn: Turn, ask: Ask) -> object:
-        """The pairs whose bell is quiet."""
+        """The pairs whose bell is quiet: their mail is stored as ever, only nothing
+        rings."""
         return [loop.to_json() for loop in self.guard.loops.values()]
 
     def resume(self, turn: Turn, ask: Ask) -> object:
@@ -5216,7 +5241,8 @@ class Api:
             low = self.cursor(ask) + 1
             query = Query(limit, low=low, newest=False)
         else:
-            query = Query(limit, high=ask.number("before", END))
+            high = ask.number("before", END)
+            query = Query(limit, high=high)
         query = query._replace(most_bytes=MAX_TURN_PAGE_BYTES)
         return Answered(self.archive.history(query))
 
@@ -5225,9 +5251,14 @@ class Api:
         return ask.number("after", self.store.last_seq, least=0)
 
     def query_of(self, ask: Ask, log: Log) -> Query:
-        """What a search is after. Raises BadRequest for a time that is none."""
+        """What a search is after, out of the query of its address. Raises BadRequest for a
+        time that is none. Times become seqs here, by bisection over `log`, so that all else
+        walks an index in the order of the log."""
         since = ask.time("since")
         until = ask.time("until")
+        low = 0
+        if since:
+            low = log.seq_at(since)
         high = ask.number("before", END)
         if until:
             high = min(high, log.seq_at(until, after=True))
@@ -5245,7 +5276,7 @@ class Api:
             sender=ask.text("from"),
             recipient=ask.text("to"),
             group=ask.text("group"),
-            low=log.seq_at(since) if since else 0,
+            low=low,
             high=high,
         )
 
@@ -5325,9 +5356,15 @@ class Api:
         return listener
 
     def agent_listener(
-        self, turn: Turn, name: str, session: str, wake: Callable[[Turn], None]
+        self,
+        turn: Turn,
+        name: str,
+        session: str,
+        wake: Callable[[Turn], None],
     ) -> Listener:
-        """The socket of an agent, registered or, from an older client, not yet."""
+        """The socket of an agent, registered or, from an older client, not yet. Who shows
+        the agent's session claims its bell. Raises BadRequest without a name, NotAllowed
+        for a session that is not the name's."""
         if self.directory.get(name):
             agent = self.directory.acting(turn, name, session)
             if session:
@@ -5340,7 +5377,8 @@ class Api:
         return LegacyListener(checked_name(name), 0, wake)
 
     def leave(self, turn: Turn, listener: Listener) -> None:
-        """A socket has gone."""
+        """A socket has gone. What it was given and did not ring is offered to the next one
+        of its name. Harmless the second time."""
         self.mail.leave(turn, listener)
 
     def pull(self, turn: Turn, listener: Listener) -> Sequence[Item]:
@@ -5348,7 +5386,8 @@ class Api:
         return self.mail.pull(turn, listener)
 
     def heard(self, turn: Turn, listener: Listener, frame: Mapping[str, object]) -> None:
-        """A frame of a client's socket."""
+        """A frame of a client's socket: from an agent, what became of a ring; from a
+        dashboard only whether anybody is there. What is neither says nothing."""
         if listener.agent:
             self.mail.heard(turn, listener, frame)
         elif frame.get("type") == "ping":
@@ -5362,11 +5401,11 @@ class Api:
         return listener
 
     def unpark(self, listener: Listener) -> None:
-        """A request does not wait any more."""
+        """A request does not wait any more: it is answered, or its client has gone."""
         self.board.unpark(listener)
 
     def shown(self, message: Message) -> ShownJson:
-        """A message as watchers get it."""
+        """A message as watchers get it: with its receipts, which are read for it."""
         return self.archive.shown(message)
 
 
@@ -5374,7 +5413,8 @@ Call = Callable[[Api, Turn, Ask], object]  # a method of Api that is an endpoint
 
 
 class Endpoint(NamedTuple):
-    """What answers at an address, and how."""
+    """What answers at an address, and how. It names the method itself, so that whoever
+    looks for its callers finds this table, and the type checker does too."""
 
     method: str
     path: str
@@ -5382,6 +5422,7 @@ class Endpoint(NamedTuple):
     call: Call | None = None  # none where the connection answers by itself
     file: str = ""  # of the program itself
     needs_key: bool = True
+
 
 # Every address of the hub, by the way in which it is answered. First the calls that change
 # something; a page elsewhere cannot make a browser send their bodies.
@@ -5433,7 +5474,8 @@ OWN_FILES = {
 
 
 def all_endpoints() -> Iterator[Endpoint]:
-    """The tables above as one, in their order."""
+    """The tables above as one, in their order. Each address stands in one table only, so
+    the way of answering is told by where it stands."""
     for path, call in POST_CALLS.items():
         yield Endpoint("POST", path, Answer.NOW, call)
     for path, call in GET_CALLS.items():
@@ -5523,6 +5565,7 @@ STATUS_HEADERS = {
 JSON_TYPE = "application/json"
 TEXT_TYPE = "text/plain; charset=utf-8"
 HTML_TYPE = "text/html; charset=utf-8"
+# Looked up once for each address that clients ask for: `routed` keeps what it found.
 BY_ADDRESS = {(endpoint.method, endpoint.path): endpoint for endpoint in ENDPOINTS}
 PATHS = {endpoint.path for endpoint in ENDPOINTS}
 # What HEAD may ask for: what costs nothing to make and changes nothing.
@@ -5531,7 +5574,8 @@ WITHOUT_BODY = (Answer.FILE, Answer.HEALTH)
 
 class HttpError(ChatError):
     """A request that is refused before anything looks at its meaning; it ends the
-    connection, for nobody knows where the next request would begin."""
+    connection, for nobody knows where the next request would begin. The status is its own,
+    not its class's: HTTP has many."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -5539,7 +5583,8 @@ class HttpError(ChatError):
 
 
 class Head(NamedTuple):
-    """A request without its body."""
+    """A request without its body, understood and checked. Requests whose heads are the same
+    share one, so nobody may change its headers."""
 
     method: str
     target: str
@@ -5551,10 +5596,12 @@ class Head(NamedTuple):
     last: bool = False  # the client wants the connection closed after this one
 
     def header(self, name: str) -> str:
-        """The value of a header, "" if it is not there."""
+        """The value of a header by its lower-case name, "" if it is not there, which
+        nothing here has to tell from an empty one."""
         return self.headers.get(name, "")
 
 
+# Before there is a request, and for one whose head is not understood: nobody's session.
 NO_HEAD = Head("", "", "HTTP/1.1", {})
 
 
@@ -5564,7 +5611,7 @@ NO_HEAD = Head("", "", "HTTP/1.1", {})
 def parse_head(head: bytes) -> Head:
     """A request line and its headers, without the empty line behind them. Strict: what two
     parsers could read in two ways is refused with an HttpError, for a reverse proxy may be
-    the other one."""
+    the other one. A body is judged by its announced length, before a byte of it is here."""
     first, *lines = head.decode("latin-1").split("\r\n")
     match = REQUEST_LINE.fullmatch(first)
     if not match:
@@ -5573,6 +5620,7 @@ def parse_head(head: bytes) -> Head:
         raise HttpError(431, f"there may be at most {MAX_HEADERS} headers")
     method, target, version = match.groups()
     headers = parse_headers(lines)
+    # Were both lengths believed by somebody, a second request could be smuggled in a body.
     if "transfer-encoding" in headers:
         raise HttpError(501, "Transfer-Encoding is not supported; send Content-Length")
     if method == "POST" and "content-length" not in headers:
@@ -5596,8 +5644,9 @@ def parse_head(head: bytes) -> Head:
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
-    """Headers by lower-case name; HttpError for a line that is none. Of those that may be
-    given more than once the last is kept: nothing here asks for them."""
+    """Headers by lower-case name; HttpError for a line that is none: one that is folded, or
+    has a blank before its colon, or control characters. Of those that may be given more
+    than once the last is kept: nothing here asks for them."""
     headers: dict[str, str] = {}
     for line in lines:
         pair = HEADER_LINE.fullmatch(line)
@@ -5613,9 +5662,13 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_strangers(headers: Mapping[str, str], hosts: set[str]) -> None:
-    """A web page somewhere must not reach this hub, though the browser that shows it
-    can: its Host or Origin betrays it. Raises NotAllowed for those, HttpError where
-    there is no Host. `hosts` are the names that the hub answers to, with their ports."""
+    """A web page somewhere must not reach this hub, though the browser that shows it can:
+    its Host or Origin betrays it. Raises NotAllowed for those, HttpError where there is no
+    Host. `hosts` are the names that the hub answers to, with their ports.
+
+    Called for each request, before its address is looked at. Programs send no Origin and no
+    Sec-Fetch-Site, and pass: they are no pages, and the key is what keeps them off.
+    """
     host = headers.get("host", "").lower()
     if not host:
         raise HttpError(400, "the Host header is missing")
@@ -5648,6 +5701,7 @@ def routed(method: str, target: str) -> tuple[Endpoint, dict[str, str]]:
     except ValueError:
         raise BadRequest("the address is not valid: UTF-8, percent-encoded") from None
     query = dict(pairs)
+    # An id, unless it is one of our own words: /api/messages/recent is an address.
     one_message = ONE_MESSAGE.fullmatch(path)
     if one_message and path not in PATHS:
         path = "/api/messages/{id}"
@@ -5667,7 +5721,8 @@ def answer_head(
     status: int, kind: str, extra: tuple[tuple[str, str], ...], *, closing: bool
 ) -> bytes:
     """Status line and headers of an answer, all but the length and the empty line. The same
-    ones are made once a second, for the date is in them."""
+    ones are made once a second, for the date is in them. `extra` holds names and values
+    that are ours, never a client's: a line end in one would be a header of its own."""
     from email.utils import formatdate
     from http import HTTPStatus
 
@@ -5687,7 +5742,7 @@ def answer_head(
 
 def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of which no key is given twice; ValueError else. Two parsers could believe
-    different ones."""
+    different ones: what one checks, the other would not see."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("duplicate keys")
@@ -5699,12 +5754,15 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+# Made once: json.loads and json.dumps make one at each call that has such options. What is
+# encoded is ours and holds no circle.
 DECODER = json.JSONDecoder(object_pairs_hook=distinct, parse_constant=no_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
 def to_json(value: object) -> bytes:
-    """UTF-8. Raises UnicodeEncodeError for a lone surrogate."""
+    """UTF-8, without blanks. Raises UnicodeEncodeError for a lone surrogate, which UTF-8
+    cannot hold; `parse_json` lets none in."""
     return ENCODER.encode(value).encode()
 
 
@@ -5715,7 +5773,7 @@ def to_json_line(value: object) -> bytes:
 
 def parse_json(body: bytes) -> dict[str, object]:
     """The object of a request body, or BadRequest: what is taken here can be stored and
-    sent on as it is."""
+    sent on as it is. How large it may be, `parse_head` has seen to."""
     try:
         value = DECODER.decode(body.decode())
         # A lone surrogate could do neither; it only comes in by an escape.
@@ -5734,12 +5792,15 @@ def parse_json(body: bytes) -> dict[str, object]:
 # Pages and pushes share it: 20 messages take 8 us instead of 30.
 @functools.lru_cache(maxsize=2048)
 def small_message_json(message: Message) -> bytes:
-    """A small message, kept."""
+    """A small message, kept: a Message never changes, so it is its own key. At most 2,048
+    of less than SMALL_MESSAGE characters, and the one that was not asked for the longest
+    goes first."""
     return to_json(message.to_json())
 
 
 def message_json(message: Message | ShownJson) -> bytes:
-    """A message, plain or already shown."""
+    """A message: plain, as agents get it, or already shown with its receipts, as people do.
+    The latter is not kept, for receipts change."""
     if not isinstance(message, Message):
         return to_json(message)
     if len(message.content) < SMALL_MESSAGE:
@@ -5764,14 +5825,15 @@ def text_frame(text: bytes) -> bytes:
 
 
 def chunk(part: bytes) -> bytes:
-    """A piece of an answer of unknown length, as HTTP/1.1 frames it; an empty one ends
-    it."""
+    """A piece of an answer of unknown length, as HTTP/1.1 frames it; an empty one ends it,
+    so there must be none before the end."""
     return b"%x\r\n%b\r\n" % (len(part), part)
 
 
 def to_markdown(message: ShownJson) -> bytes:
-    """A message for people: a heading, the text as a quotation, so that no line of it
-    can be taken for a heading of ours."""
+    """A message for people: a heading, the text as a quotation, so that no line of it can
+    be taken for a heading of ours. Control characters are made visible: the file may be
+    shown in a terminal."""
     to = message["to_agent"]
     if message["group"]:
         to = f"group {message['group']}"
@@ -5781,7 +5843,7 @@ def to_markdown(message: ShownJson) -> bytes:
 
 
 class ExportFormat(NamedTuple):
-    """How an export is written."""
+    """How an export is written: its Content-Type, and what makes one message of it."""
 
     kind: str
     show: Callable[[ShownJson], bytes]
@@ -5803,7 +5865,8 @@ class OwnFile(NamedTuple):
 
 def own_file(name: str, host: str) -> OwnFile:
     """The file of that name beside this one; `host` is how the client calls the hub. The
-    installer is told to come back to it. Raises NotFound if the file is not there."""
+    installer is told to come back to it. Raises NotFound if the file is not there. Read
+    each time: who puts a newer page there need not restart the hub."""
     # This file itself may have been copied to another name.
     own = os.path.abspath(__file__)
     path = os.path.join(os.path.dirname(own), name)
@@ -5827,7 +5890,8 @@ def own_file(name: str, host: str) -> OwnFile:
 def page_policy(body: bytes) -> str:
     """The page runs its own inline script and style, known by their hashes, and talks to
     this hub; nothing else. Should a message ever get into the page as markup, it could
-    neither run nor send anything away."""
+    neither run nor send anything away. The hashes are made of the bytes that are handed
+    out, so that they cannot differ."""
     import base64
     import hashlib
 
