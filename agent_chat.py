@@ -11897,6 +11897,8 @@ def run_plugin(settings: Settings, ways: Ways) -> int:
 # again leaves no trace.
 
 MAX_DEPTH = 200  # of nested JSON; deeper files are left alone
+# Possessive repeats (`++`, `*+`) never look back: a hostile or a huge file costs time
+# in proportion to its length.
 JSON_BLANK = Pattern(r"(?:[ \t\r\n]++|//[^\r\n]*+|/\*.*?\*/)*+", re.S)
 JSON_COMMENT = Pattern(r"//[^\r\n]*|/\*.*?\*/", re.S)
 JSON_STRING = Pattern(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
@@ -11915,7 +11917,9 @@ KeyPath = tuple[str | int, ...]  # keys of objects, numbers of elements, from th
 
 
 class FileTrouble(ValueError):
-    """Why a file is left alone, in words that can follow its name."""
+    """Why a file is left alone, in words that can follow its name. It is raised before
+    anything is written; SETUP puts the path before it, and offers a block to put in by
+    hand."""
 
 
 class Splice(NamedTuple):
@@ -11938,7 +11942,8 @@ class JsonItem(NamedTuple):
 
 
 class JsonNode(NamedTuple):
-    """A value, what it means, and where it stands in the text."""
+    """A value, what it means, and where it stands in the text. `items` is empty for a
+    scalar; `data` is what json.loads would give for the piece."""
 
     start: int
     end: int
@@ -11956,7 +11961,8 @@ class JsonNode(NamedTuple):
 class JsonReader:
     """Reads JSON and remembers the places. Comments, and a comma before a closing
     bracket, pass where the file's owner allows them; FileTrouble says what else is
-    wrong."""
+    wrong. json.loads knows no places, and takes a key that stands twice; that is why
+    there is a reader of our own."""
 
     def __init__(self, text: str, comments: bool) -> None:
         self.text = text
@@ -11977,14 +11983,17 @@ class JsonReader:
         return self.text[at:at + 1]
 
     def skip(self, at: int) -> int:
-        """The next place that is neither blank nor comment."""
+        """The next place that is neither blank nor comment. FileTrouble for a comment
+        in a file whose program reads plain JSON: it is not ours to keep a file alive
+        that its own program may refuse."""
         end = next_token(self.text, at)
         if not self.comments and JSON_COMMENT.search(self.text, at, end):
             raise FileTrouble("it has comments, and its program may not understand them")
         return end
 
     def value(self, at: int, depth: int) -> JsonNode:
-        """The value that begins there."""
+        """The value that begins there. FileTrouble where nothing of JSON begins, and
+        for nesting so deep that Python's own stack might end first."""
         if depth > MAX_DEPTH:
             raise FileTrouble(f"it is nested deeper than {MAX_DEPTH}")
         opening = self.peek(at)
@@ -12050,7 +12059,8 @@ class JsonReader:
         return JsonNode(start, end, data, found)
 
     def after_item(self, end: int, closing: str) -> int:
-        """Where the next item begins, or the closing bracket stands."""
+        """Where the next item begins, or the closing bracket stands. FileTrouble for
+        what is no comma, and for a last comma where comments are not allowed either."""
         at = self.skip(end)
         if self.peek(at) == closing:
             return at
@@ -12086,7 +12096,8 @@ def next_token(text: str, at: int) -> int:
 
 class JsonText:
     """A JSON document that is edited in place, and read again after each edit.
-    FileTrouble if it cannot be read, or an edit would not mean what it should."""
+    FileTrouble if it cannot be read, or an edit would not mean what it should. Places
+    are worth nothing after an edit, so `root` is made anew by each one."""
 
     def __init__(self, text: str, *, comments: bool = False) -> None:
         self.text = text
@@ -12111,7 +12122,9 @@ class JsonText:
 
     def merge(self, path: KeyPath, value: object) -> None:
         """Puts that value there. An object that is there already keeps what it has
-        besides, and its comments; a value that is the same keeps its form."""
+        besides, and its comments; a value that is the same keeps its form. Merging the
+        same value again therefore changes no byte, which is how `init` knows that there
+        is nothing to do."""
         old = self.find(path)
         if old is None:
             self.add(path, value)
@@ -12133,7 +12146,8 @@ class JsonText:
 
     def add(self, path: KeyPath, value: object) -> None:
         """Puts a new member there; objects on the way to it are made where they are
-        missing."""
+        missing. FileTrouble if something on the way is there and is no object: it is
+        somebody's, and is not replaced."""
         *steps, key = path
         way = tuple(steps)
         parent = self.find(way)
@@ -12148,8 +12162,9 @@ class JsonText:
             self.expect(path, value)
 
     def append(self, path: KeyPath, value: object) -> None:
-        """Puts a last element into the array there, which is made where it is
-        missing."""
+        """Puts a last element into the array there, which is made where it is missing.
+        FileTrouble if what is there is no list. Nobody else's element changes its
+        number."""
         array = self.find(path)
         if array is None:
             self.add(path, [value])
@@ -12161,24 +12176,29 @@ class JsonText:
             self.expect((*path, number), value)
 
     def expect(self, path: KeyPath, value: object) -> None:
-        """FileTrouble if that does not stand there now."""
+        """FileTrouble if that does not stand there now. Our text may have landed inside
+        a comment that the layout rules did not foresee; then the text is given up, not
+        written."""
         if self.get(path) != value:
             raise FileTrouble(f"a comment stands in the way of {dotted(path)}")
 
     def remove(self, path: KeyPath) -> None:
-        """Takes that value out, and every container that has nothing left in it
-        then."""
+        """Takes that value out, and every container that has nothing left in it then. A
+        path that is not there changes nothing. FileTrouble if the rest would not mean
+        what it meant before, without that value."""
         *steps, key = path
         way = tuple(steps)
         parent = self.find(way)
         if parent is None or parent.child(key) is None:
             return
         meant = without(self.root.data, path)
+        # A cut that breaks the text leaves it as it was; the comparison below says so.
         with contextlib.suppress(FileTrouble):
             self.cut(parent, key)
         if self.root.data != meant:
             raise FileTrouble(f"a comment stands in the way of {dotted(path)}")
         rest = self.find(way)
+        # What an earlier `init` made on the way is empty now, and goes too.
         if way and rest and self.is_bare(rest):
             self.remove(way)
 
@@ -12193,8 +12213,10 @@ class JsonText:
 
     def splice(self, pieces: Sequence[Splice]) -> None:
         """Replaces these pieces, which stand in the order of the text, and reads it
-        again."""
+        again. FileTrouble if the result is no JSON; `text` and `root` are then the old
+        ones still."""
         text = self.text
+        # From the end on, so that the places of the pieces before stay right.
         for piece in reversed(pieces):
             before = text[:piece.start]
             behind = text[piece.end:]
@@ -12203,7 +12225,9 @@ class JsonText:
         self.text = text
 
     def insert(self, parent: JsonNode, label: str, value: object) -> None:
-        """Puts a last item into a container, laid out as its neighbours are."""
+        """Puts a last item into a container, laid out as its neighbours are. Whether
+        the layout came out right is not checked here: `add` and `append` read the value
+        back."""
         indent = self.item_indent(parent)
         item = label + self.written(value, indent)
         if indent is not None:
@@ -12263,7 +12287,9 @@ class JsonText:
         return Splice(start, end, item)
 
     def cut(self, parent: JsonNode, key: str | int) -> None:
-        """Takes one item out, with the blanks before it and one comma."""
+        """Takes one item out, with the blanks before it and one comma. The comma behind
+        the item goes, or the one before it if it is the last: either way the others
+        keep the commas that they had."""
         gap = parent.start + 1
         is_first = True
         for item in parent.items:
@@ -12317,7 +12343,9 @@ class JsonText:
         return "\r\n" if "\r\n" in self.text else "\n"
 
     def unit(self) -> str:
-        """One step of indentation, "" if the whole document stands in one line."""
+        """One step of indentation, "" if the whole document stands in one line. A guess
+        is enough, since layout has no meaning; two blanks in a file that has nothing in
+        it."""
         found = FIRST_INDENT.search(self.text)
         if found:
             return found[1]
@@ -12359,7 +12387,8 @@ class JsonText:
 
 
 def without(data: Json, path: KeyPath) -> Json:
-    """A copy of the data that lacks what stands at that path."""
+    """A copy of the data that lacks what stands at that path. The original stays as it
+    is, and what lies off the path is shared with it. The path has to exist."""
     key, *rest = path
     copy = data.copy()
     if rest:
@@ -12381,7 +12410,8 @@ def dotted(path: KeyPath) -> str:
 
 
 def toml_data(text: str) -> dict[str, Json]:
-    """What a TOML text means; FileTrouble if it cannot be read."""
+    """What a TOML text means; FileTrouble if it cannot be read. tomllib is loaded here,
+    since only CLIs with TOML files need it and loading takes its time."""
     import tomllib
     try:
         return tomllib.loads(text)
@@ -12392,7 +12422,7 @@ def toml_data(text: str) -> dict[str, Json]:
 def toml_sections(text: str) -> list[str]:
     """The text cut before each line that begins with a bracket; joined, it is the text
     again. (A bracket in a string of many lines cuts too; who edits compares meanings
-    afterwards.)"""
+    afterwards.) The first section is what stands before any header, often ""."""
     sections = [""]
     for line in TOML_LINE.findall(text):
         if TOML_HEADER.match(line):
@@ -12403,7 +12433,9 @@ def toml_sections(text: str) -> list[str]:
 
 def toml_without(text: str, is_ours: Callable[[str], bool]) -> str:
     """The text without the sections that are ours. Comments in them may be others' and
-    stay; the blank line before the last section goes with it."""
+    stay; the blank line before the last section goes with it. `is_ours` is asked once
+    for each section, in order. Nothing is checked here: the caller compares what both
+    texts mean."""
     kept = ""
     ours = False
     for section in toml_sections(text):
@@ -12431,7 +12463,8 @@ def toml_with(text: str, lines: Sequence[str]) -> str:
 
 def toml_lines(header: str, values: Mapping[str, Json]) -> list[str]:
     """A table: its header, then `key = value`; what is in an inner table gets dotted
-    keys."""
+    keys. One level of inner tables is all that our entries have, and all that is
+    written."""
     lines = [header]
     for key, value in values.items():
         name = toml_key(key)
@@ -12454,7 +12487,8 @@ def toml_key(key: str) -> str:
 
 def toml_value(value: object) -> str:
     """Strings, numbers, booleans and lists of them, which TOML writes nearly as JSON
-    does."""
+    does. TOML wants DEL escaped and JSON does not, which is the one difference that our
+    values can meet."""
     text = json.dumps(value, ensure_ascii=False)
     return text.replace("\x7f", "\\u007f")
 
@@ -12464,7 +12498,8 @@ def toml_value(value: object) -> str:
 
 def yaml_lines(value: Json, indent: str = "") -> list[str]:
     """Objects, and lists of objects, as blocks; everything else as JSON, which YAML
-    includes."""
+    includes. It is for people to copy, from `init --print`: a YAML file of theirs is
+    never edited, for nothing in the standard library could check the edit."""
     lines: list[str] = []
     deeper = indent + "  "
     if isinstance(value, list):
