@@ -12546,15 +12546,19 @@ PLACE_VARIABLE = Pattern(r"\$\{(\w+)(?::-([^}]*))?\}")
 OWN_VARIABLES = {"AGENT_CHAT_SERVER", "AGENT_CHAT_API_KEY", "AGENT_TYPE"}  # in our entry
 PYTHON_FLAGS = ("-E", "-P")  # a project's PYTHON* variables and modules stay out
 PROBE_SECONDS = 10  # for a Python that only says what it can import
+# Run by another Python: it looks for the packages and loads neither, which is the fast
+# way to know. Exit code 0 = both are there.
 PROBE = ("from importlib.util import find_spec; "
          "raise SystemExit(not (find_spec('mcp') and find_spec('websockets')))")
+# Where most CLIs keep their servers and hooks, as keys from the root of the file.
 SERVERS = ("mcpServers",)
 HOOKS = ("hooks",)
 
 
 class FileTable(NamedTuple):
     """A file, and the table in it that is meant. The file begins with `~`, or with a
-    variable as in a shell, `${NAME:-default}`, or it lies in the project."""
+    variable as in a shell, `${NAME:-default}`, or it lies in the project. `table` are
+    the keys on the way to it; () means that the whole file is that table."""
 
     file: str
     table: tuple[str, ...]
@@ -12570,7 +12574,8 @@ class EntryKeys(NamedTuple):
 
 
 class ToolSight(StrEnum):
-    """Whether the model sees our tools from the start, in words that doctor says."""
+    """Whether the model sees our tools from the start, in words that doctor says.
+    UNKNOWN is where nobody found out: doctor then claims nothing."""
 
     SHOWN = "its model sees the tools"
     ASKED_BY_TOOL = "its model sees the tools, because each of them asks for it"
@@ -12580,7 +12585,8 @@ class ToolSight(StrEnum):
 
 
 class Moment(StrEnum):
-    """When a hook is called."""
+    """When a hook is called. Each CLI has a name of its own for it, in the `events` of
+    its row; HOOKS answers by the moment alone."""
 
     PROMPT = "a prompt was submitted"
     TOOL = "a tool was used"
@@ -12609,7 +12615,9 @@ class HookRow(NamedTuple):
 
 
 class AgentCli(NamedTuple):
-    """All there is to know about one agent CLI."""
+    """All there is to know about one agent CLI. The defaults are the common case: a
+    JSON table `mcpServers` of objects with command, args and env, read by this CLI
+    alone."""
 
     programs: tuple[str, ...]  # its names on the PATH
     home: str  # where it is, it is installed; as in FileTable
@@ -12746,6 +12754,8 @@ AGENT_CLIS = {
                       Reply(("hookSpecificOutput", "message"),
                             ("hookSpecificOutput", "permissionDecisionReason"),
                             {"permissionDecision": "deny"}))),
+    # Its table is spelt like Codex's. It reads Claude's files as well, and may have our
+    # entry from there; doctor looks into its own files alone.
     "grok": AgentCli(
         ("grok",), GROK_HOME,
         user=(FileTable(GROK_HOME + "/config.toml", ("mcp_servers",)),),
@@ -12783,13 +12793,18 @@ AGENT_CLIS = {
         keys=OPENCODE_KEYS,
         more={"type": "local"},
         comments=True),
+    # Its documentation names another file; this is the one that the program reads and
+    # lists. It has none for a project.
     "cline": AgentCli(
         ("cline",), CLINE_HOME,
         user=(FileTable(CLINE_HOME + "/data/settings/cline_mcp_settings.json", SERVERS),)),
+    # It asks once whether the server is trusted; an agent's own list of allowed tools,
+    # where there is one, has to name ours, too.
     "kiro": AgentCli(
         ("kiro-cli",), "~/.kiro",
         user=(FileTable("~/.kiro/settings/mcp.json", SERVERS),),
         project=(FileTable(".kiro/settings/mcp.json", SERVERS),)),
+    # Servers stand among all its other settings, in one file.
     "auggie": AgentCli(
         ("auggie",), "~/.augment",
         user=(FileTable("~/.augment/settings.json", SERVERS),),
@@ -12803,23 +12818,29 @@ AGENT_CLIS = {
         project=(FileTable(".amp/settings.json", ("amp.mcpServers",)),),
         comments=True),
     # The rest is only printed: YAML, lists, or files that other programs rewrite.
+    # Goose's file is YAML, and `timeout` is in seconds: a tool that waits for mail
+    # takes its time.
     "goose": AgentCli(
         ("goose",), CONFIG_HOME + "/goose",
         user=(FileTable(CONFIG_HOME + "/goose/config.yaml", ("extensions",)),),
         keys=EntryKeys("cmd", "args", "envs"),
         more={"type": "stdio", "name": ENTRY_NAME, "enabled": True, "timeout": 300},
         written=False),
+    # Newer versions keep servers in a shell script, which nothing here can edit; the
+    # older file still counts.
     "crush": AgentCli(
         ("crush",), CONFIG_HOME + "/crush",
         user=(FileTable(CONFIG_HOME + "/crush/crush.json", ("mcp",)),),
         more=STDIO,
         written=False),
+    # An array of tables.
     "vibe": AgentCli(
         ("vibe",), "${VIBE_HOME:-~/.vibe}",
         user=(FileTable("${VIBE_HOME:-~/.vibe}/config.toml", ("mcp_servers",)),),
         more={"transport": "stdio"},
         named_list=True,
         written=False),
+    # YAML, a list.
     "continue": AgentCli(
         ("cn",), "~/.continue",
         user=(FileTable("~/.continue/config.yaml", SERVERS),),
@@ -12841,7 +12862,9 @@ AGENT_CLIS = {
 
 
 def located(file: str, base: str) -> str:
-    """The path that a row means, "" where it needs a variable that is not set."""
+    """The path that a row means, "" where it needs a variable that is not set. Relative
+    ones lie in `base`. Links are followed: a dotfile may be a link into somebody's
+    repository, and writing must not replace the link by a file."""
     variable = PLACE_VARIABLE.match(file)
     if variable:
         name, default = variable.groups()
@@ -12857,7 +12880,9 @@ def located(file: str, base: str) -> str:
 
 def chosen_place(places: Sequence[FileTable], base: str) -> tuple[str, FileTable] | None:
     """Path and row of the file to write: one that a variable names, else the first that
-    is there, else the last of the row. None if there is no row."""
+    is there, else the last of the row. None if there is no row. A file that a variable
+    names is taken even before it exists, since its CLI puts that one above the
+    others."""
     found = None
     for place in places:
         path = located(place.file, base)
@@ -12870,7 +12895,8 @@ def chosen_place(places: Sequence[FileTable], base: str) -> tuple[str, FileTable
 
 
 def existing_places(places: Sequence[FileTable], base: str) -> dict[str, FileTable]:
-    """All files of a row that are there: what init wrote may lie in any of them."""
+    """All files of a row that are there: what init wrote may lie in any of them. Undo
+    takes ours out of each of them, and doctor looks into each."""
     found = {}
     for place in places:
         path = located(place.file, base)
@@ -12881,7 +12907,8 @@ def existing_places(places: Sequence[FileTable], base: str) -> dict[str, FileTab
 
 def installed_clis() -> list[str]:
     """The agent CLIs that this user has, by their programs or their files; without
-    those whose files init does not write."""
+    those whose files init does not write. `init` and `doctor` ask this where nobody
+    named a CLI. One of the two is enough, and nothing is started to find out."""
     import shutil
     names = []
     for name, cli in AGENT_CLIS.items():
@@ -12897,7 +12924,8 @@ def installed_clis() -> list[str]:
 def own_command(portable: bool) -> list[str]:
     """How to start this program again; `portable` = for a file that others may get.
     Neither variables nor modules of the project it is started in come into a plain
-    copy."""
+    copy. A portable command relies on the PATH of whoever gets the file; else every
+    path is absolute, because a CLI may start servers with a PATH of its own."""
     here = os.path.abspath(__file__)
     local = os.path.expanduser("~/.local")
     installed = os.path.join(local, "share", "agent-chat", "")
@@ -12917,10 +12945,14 @@ def own_command(portable: bool) -> list[str]:
 @functools.cache
 def needs_python_variables() -> bool:
     """True if this Python finds the plugin's packages only by way of PYTHONPATH or its
-    like."""
+    like. Without them the entry would start a plugin that cannot import its packages.
+    Asking takes a second Python, hence once a process at most, and only where such a
+    variable is set."""
     import subprocess
     if not any(environ().get(name) for name in ("PYTHONPATH", "PYTHONHOME")):
         return False
+    # Without the variables first: where that is enough, the entry can do without them.
+    # If neither way finds the packages, they are not the reason.
     for flags in (PYTHON_FLAGS, ()):
         try:
             done = subprocess.run(
@@ -12935,12 +12967,14 @@ def needs_python_variables() -> bool:
 
 def is_own_program(words: Sequence[str], verb: str) -> bool:
     """True if a command line starts agent-chat with that verb, by itself or by a
-    Python."""
+    Python. The last part of each path counts, so copies of this file in other places
+    are ours as well."""
     names = [FILE_NAME.split(word)[-1] for word in words]
     for program in OWN_PROGRAMS:
         if program not in names:
             continue
         place = names.index(program)
+        # The word behind the program, or the program itself where nothing follows it.
         *_, verb_here = words[:place + 2]
         if verb_here == verb:
             starter = names[0]
@@ -12949,7 +12983,9 @@ def is_own_program(words: Sequence[str], verb: str) -> bool:
 
 
 def is_own_entry(entry: object) -> bool:
-    """True if an entry in a table of MCP servers starts our plugin."""
+    """True if an entry in a table of MCP servers starts our plugin. The command may be
+    one word with `args` behind it, or the whole list. Whatever else the entry has does
+    not matter."""
     if not isinstance(entry, Mapping):
         return False
     command = entry.get("command", entry.get("cmd", ""))
@@ -12961,7 +12997,9 @@ def is_own_entry(entry: object) -> bool:
 
 
 def refuse_stranger(entry: object) -> None:
-    """FileTrouble if that entry under our name is somebody else's server."""
+    """FileTrouble if that entry under our name is somebody else's server. A remainder
+    that starts nothing, such as a lone `enabled = false`, is no stranger: our entry
+    goes around it."""
     if entry is None or is_own_entry(entry):
         return
     starts_something = True
@@ -12973,7 +13011,9 @@ def refuse_stranger(entry: object) -> None:
 
 def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Json]:
     """Our entry in that CLI's table of MCP servers. The key is never in it, only its
-    variable; the kind of the agent only where no other CLI reads the file."""
+    variable; the kind of the agent only where no other CLI reads the file. `portable`
+    is for a project's file, which others may get by their version control. Everything
+    that init, `init --print` and doctor say of an entry comes from here."""
     cli = AGENT_CLIS[name]
     keys = cli.keys
     program, *words = [*own_command(portable), "mcp"]
@@ -13000,7 +13040,9 @@ def plugin_entry(name: str, settings: Settings, portable: bool) -> dict[str, Jso
 
 def merged_entry(old: object, ours: Mapping[str, Json], cli_name: str) -> dict[str, Json]:
     """Our entry over an older one; settings and variables that a person added are kept.
-    A kind that an earlier init pinned goes where the file is read by several CLIs."""
+    A kind that an earlier init pinned goes where the file is read by several CLIs. Only
+    for TOML, where a table is written whole; JSON is merged member by member in its
+    text."""
     merged: dict[str, Json] = {}
     if isinstance(old, Mapping):
         merged.update(old)
@@ -13019,7 +13061,8 @@ def merged_entry(old: object, ours: Mapping[str, Json], cli_name: str) -> dict[s
 
 def is_pinned(variables: object, ours: Mapping[str, str], cli_name: str) -> bool:
     """True if the kind stands among the variables only because an earlier init wrote
-    it."""
+    it. A shared file that names one kind would make every other CLI that reads it
+    register as that kind."""
     if not isinstance(variables, Mapping) or "AGENT_TYPE" in ours:
         return False
     kind = variables.get("AGENT_TYPE")
@@ -13029,7 +13072,8 @@ def is_pinned(variables: object, ours: Mapping[str, str], cli_name: str) -> bool
 def entry_as_found(cli_name: str, ours: Mapping[str, Json],
                    found: object) -> Mapping[str, Json]:
     """Our entry with the variables of one in a file, if all of them are such as init
-    writes."""
+    writes. Undo needs this: init may have written them when the hub had another
+    address. Other variables are a person's, and `ours` comes back as it is."""
     if not isinstance(found, Mapping):
         return ours
     key = AGENT_CLIS[cli_name].keys.variables
@@ -13042,7 +13086,9 @@ def entry_as_found(cli_name: str, ours: Mapping[str, Json],
 
 
 def printed_block(name: str, settings: Settings) -> str:
-    """The block that a person can put into that CLI's file by hand."""
+    """The block that a person can put into that CLI's file by hand. It is in the
+    language of the file: TOML, YAML or JSON. Nothing is read for it, so it can be had
+    where the file is broken."""
     cli = AGENT_CLIS[name]
     *_, place = cli.user
     entry = plugin_entry(name, settings, portable=False)
@@ -13077,7 +13123,9 @@ def toml_header(cli: AgentCli, place: FileTable) -> str:
 
 
 class Change(Protocol):
-    """What init wants in a file, and how it is taken out again: text to text."""
+    """What init wants in a file, and how it is taken out again: text to text. Raises
+    FileTrouble for a text that cannot be read, or not be edited for certain. It never
+    touches a file."""
 
     def put(self, text: str) -> str:
         """The text with ours; the same text if it has it already."""
@@ -13103,7 +13151,8 @@ class JsonServer(NamedTuple):
         return JsonText(text, comments=row.comments)
 
     def put(self, text: str) -> str:
-        """The text with our entry, over an older one of ours."""
+        """The text with our entry, over an older one of ours. Raises FileTrouble if the
+        name is taken by another server. What a person added to the entry stays."""
         document = self.opened(text)
         table = self.server_table(document)
         path = (*table, ENTRY_NAME)
@@ -13136,7 +13185,8 @@ class JsonServer(NamedTuple):
         return self._replace(entry=entry)
 
     def server_table(self, document: JsonText) -> tuple[str, ...]:
-        """The table of servers: a newer version's where the file has one."""
+        """The table of servers: a newer version's where the file has one. A server that
+        happens to be called like that inner table is not mistaken for it."""
         nested = AGENT_CLIS[self.name].nested
         newer = (*self.table, nested)
         found = document.get(newer)
@@ -13147,14 +13197,17 @@ class JsonServer(NamedTuple):
 
 
 class TomlServer(NamedTuple):
-    """Our entry among the tables of a TOML file."""
+    """Our entry among the tables of a TOML file. A table is written anew at the end of
+    the file, and the old one cut out; what both texts mean is compared before the new
+    one is given."""
 
     name: str
     table: tuple[str, ...]
     entry: Mapping[str, Json]
 
     def put(self, text: str) -> str:
-        """The text with our table at its end, over an older one of ours."""
+        """The text with our table at its end, over an older one of ours. Raises
+        FileTrouble if the name is taken by another server."""
         data = toml_data(text)
         servers = self.servers(data)
         old = servers.get(ENTRY_NAME)
@@ -13188,7 +13241,9 @@ class TomlServer(NamedTuple):
         return self._replace(entry=entry)
 
     def servers(self, data: dict[str, Json]) -> dict[str, Json]:
-        """The table of servers in the data, which is made where it is missing."""
+        """The table of servers in the data, which is made where it is missing. Raises
+        FileTrouble if something else stands at its key. Who changes it changes
+        `data`."""
         *_, key = self.table
         servers = data.setdefault(key, {})
         if not isinstance(servers, dict):
@@ -13197,7 +13252,8 @@ class TomlServer(NamedTuple):
 
     def plain_values(self, entry: Mapping[str, Json]) -> dict[str, Json]:
         """What stands in the entry's own table; other tables of it have their own
-        header."""
+        header. The variables are written as dotted keys of the entry itself, so their
+        table is one of ours to cut."""
         key = AGENT_CLIS[self.name].keys.variables
         values = dict(entry)
         for name, value in entry.items():
@@ -13206,7 +13262,9 @@ class TomlServer(NamedTuple):
         return values
 
     def checked(self, edited: str, meant: dict[str, Json]) -> str:
-        """The edited text; FileTrouble if it does not mean what it should."""
+        """The edited text; FileTrouble if it does not mean what it should. `meant` is
+        the data with the change made in it. A string of many lines that looks like a
+        header, or inline tables, end here."""
         found = toml_data(edited)
         self.servers(found)
         if found != meant:
@@ -13230,7 +13288,8 @@ class TomlServer(NamedTuple):
 
 
 class JsonHooks(NamedTuple):
-    """Our hooks in a JSON file."""
+    """Our hooks in a JSON file. One for each event is enough: where several stand, the
+    first is brought up to date, and the others stay until `remove`."""
 
     name: str
     row: HookRow
@@ -13291,7 +13350,8 @@ class JsonHooks(NamedTuple):
         return hook
 
     def own_hooks(self, document: JsonText, event: KeyPath) -> list[KeyPath]:
-        """The paths of our hooks behind an event."""
+        """The paths of our hooks behind an event. FileTrouble if the event holds no
+        list. Ours are known by the command that they start, wherever they stand."""
         groups = document.get(event)
         if groups is None:
             return []
@@ -13374,7 +13434,8 @@ class TomlHooks(NamedTuple):
         return any(map(is_own_hook, hooks))
 
     def checked(self, edited: str, before: str, ours: Sequence[Json]) -> str:
-        """The edited text; FileTrouble if it does not mean what it should."""
+        """The edited text; FileTrouble if it does not mean what it should. Others'
+        hooks have to be the same and in the same order, ours behind them."""
         meant = toml_data(before)
         hooks = self.hooks(meant)
         hooks[:] = [hook for hook in hooks if not is_own_hook(hook)]
@@ -13387,7 +13448,8 @@ class TomlHooks(NamedTuple):
 
 
 def is_own_hook(hook: object) -> bool:
-    """True if a hook starts our handler."""
+    """True if a hook starts our handler. A hook is somebody's shell command, so it is
+    split as a shell would split it."""
     import shlex
     if not isinstance(hook, Mapping) or not isinstance(hook.get("command"), str):
         return False
@@ -13407,7 +13469,9 @@ def is_own_hook(hook: object) -> bool:
 
 
 class Edit(NamedTuple):
-    """One file as it is and as it would be; None = no such file."""
+    """One file as it is and as it would be; None = no such file. It is a plan: COMMANDS
+    shows it, asks, and hands it to `apply_edit`. `before` and `after` are the same
+    where nothing is to be done."""
 
     path: str
     before: str | None
@@ -13431,7 +13495,8 @@ class Scope(NamedTuple):
 
     def places(self, user: Sequence[FileTable],
                project: Sequence[FileTable]) -> dict[str, FileTable]:
-        """The files that are meant: one to write into, or all in which ours may lie."""
+        """The files that are meant: one to write into, or all in which ours may lie.
+        They come as path and row."""
         places = project if self.project else user
         chosen = chosen_place(places, self.base())
         found = existing_places(places, self.base()) if self.undo else {}
@@ -13444,7 +13509,9 @@ class Scope(NamedTuple):
 def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
                   settings: Settings) -> list[Edit]:
     """What `init` would do for these CLIs, in a project or (project "") for the user:
-    one edit for each file, whatever number of CLIs reads it."""
+    one edit for each file, whatever number of CLIs reads it. Nothing is written. Raises
+    BadRequest for a CLI whose file init does not write; trouble with one file stands in
+    its edit and keeps no other from being written."""
     scope = Scope(tuple(names), project, hooks, undo)
     edits = []
     for path, changes in planned_changes(scope, settings).items():
@@ -13453,7 +13520,8 @@ def planned_edits(names: Iterable[str], project: str, hooks: bool, undo: bool,
 
 
 def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]:
-    """The changes of each file."""
+    """The changes of each file. The key is the real path, so two CLIs that read one
+    file, or reach it by a link, meet in one edit and one backup."""
     changes: dict[str, list[Change]] = {}
     for name in scope.names:
         cli = AGENT_CLIS[name]
@@ -13483,7 +13551,8 @@ def server_changes(name: str, scope: Scope, settings: Settings) -> list[tuple[st
 
 
 def hook_changes(name: str, scope: Scope) -> list[tuple[str, Change]]:
-    """Where our hooks go for that CLI, in the form that the file has."""
+    """Where our hooks go for that CLI, in the form that the file has. None for a CLI
+    without hooks, and none where it has no file for a project."""
     import shlex
     row = AGENT_CLIS[name].hooks
     if row is None:
@@ -13502,7 +13571,8 @@ def hook_changes(name: str, scope: Scope) -> list[tuple[str, Change]]:
 def planned_edit(path: str, changes: Sequence[Change], scope: Scope,
                  settings: Settings) -> Edit:
     """The edit of one file, or why it is left alone and what a person could put into
-    it."""
+    it. An error is caught here and becomes the edit's trouble: `after` is then
+    `before`."""
     before = None
     try:
         before = read_file(path)
@@ -13569,7 +13639,8 @@ def wants_backup(path: str, before: str | None, changes: Sequence[Change]) -> bo
 def undone_text(path: str, before: str | None, changes: Sequence[Change]) -> str | None:
     """The file without ours. If nobody else changed it since, it is what it was before
     init, byte for byte. It goes only if every byte of it is what init writes into a new
-    one."""
+    one. `changes` are those of the CLIs that undo is for. None means that the file is
+    to go."""
     if before is None or not names_us(before):
         return before
     rest = without_all(changes, before)
@@ -13584,6 +13655,8 @@ def undone_text(path: str, before: str | None, changes: Sequence[Change]) -> str
     # A backup that has ours in it, too, is no way out.
     if without_all(changes, start) != start:
         return rest
+    # What init would have made of the backup, with ours taken out again, against the
+    # file without ours. The blanks may differ; anything else is somebody's change.
     with_ours = with_all(changes, start)
     again = without_all(changes, with_ours)
     if again.split() == rest.split():
@@ -13597,8 +13670,9 @@ def names_us(text: str) -> bool:
 
 
 def is_new_file(path: str, text: str, changes: Sequence[Change]) -> bool:
-    """True if init makes this text out of nothing, by all of these changes or by
-    one."""
+    """True if init makes this text out of nothing, by all of these changes or by one.
+    By one, because a file that two CLIs share may have been written by an init for
+    either."""
     changes = [change.as_found(text) for change in changes]
     for some in (changes, *([change] for change in changes)):
         if with_all(some, started_text(None, path)) == text:
@@ -13621,11 +13695,15 @@ def read_file(path: str) -> str | None:
 def write_file(path: str, text: str, mode: int) -> None:
     """The text under that name in one step: a reader sees the old file or the new one.
     `mode` is for a new file; an old one keeps its own, and its owner. What root writes
-    for the first time belongs to the owner of the directory."""
+    for the first time belongs to the owner of the directory. Raises OSError, and leaves
+    no draft behind then. The draft lies beside the file, since only within one file
+    system can a name be moved in one step."""
     folder = os.path.dirname(path)
     make_folder(folder)
+    # It will belong to the owner of the old file, else to that of the directory.
     old = os.stat(path) if os.path.exists(path) else None
     owner = old or os.stat(folder)
+    # O_EXCL: a file or link that somebody placed under this name is never written to.
     draft = f"{path}.{os.getpid()}"
     number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if old else mode)
     try:
@@ -13642,7 +13720,7 @@ def write_file(path: str, text: str, mode: int) -> None:
 
 def make_folder(folder: str) -> None:
     """The directory and those above it; what root makes belongs to the owner of what is
-    there."""
+    there. Another process may make one of them at the same time; that is no error."""
     above = os.path.dirname(folder)
     if os.path.isdir(folder) or above == folder:
         return
@@ -13660,8 +13738,9 @@ def give_to(path: str, owner: os.stat_result) -> None:
 
 
 def apply_edit(edit: Edit) -> None:
-    """Carries one edit out, and keeps a backup of what others wrote until it is
-    undone."""
+    """Carries one edit out, and keeps a backup of what others wrote until it is undone.
+    Raises Conflict if the file is no longer what the edit was planned on, so what a CLI
+    wrote while a person was asked is never lost. The backup is written first."""
     if read_file(edit.path) != edit.before:
         raise Conflict(f"{edit.path} was changed meanwhile; run init again")
     backup = edit.path + BACKUP_SUFFIX
