@@ -13770,7 +13770,9 @@ Result = TypeVar("Result")
 
 def hook_output(cli: str, stdin: int, settings: Settings) -> str:
     """What a hook prints: the answer to the event on that file descriptor as JSON, ""
-    for silence. All of it, the reading too, takes HOOK_SECONDS at most."""
+    for silence. All of it, the reading too, takes HOOK_SECONDS at most. An event that
+    is no JSON object is silence, too. Raises nothing of its own; COMMANDS prints what
+    comes back."""
     deadline = time.monotonic() + HOOK_SECONDS
     text = within(deadline, lambda: read_all(stdin))
     if not text:
@@ -13788,7 +13790,8 @@ def hook_output(cli: str, stdin: int, settings: Settings) -> str:
 
 
 def read_all(descriptor: int) -> bytes:
-    """Everything until the end of that file; "" if it is too much."""
+    """Everything until the end of that file; "" if it is too much. Half an event would
+    be no JSON anyway."""
     text = b""
     while piece := os.read(descriptor, 1 << 16):
         text += piece
@@ -13799,7 +13802,9 @@ def read_all(descriptor: int) -> bytes:
 
 def within(deadline: float, work: Callable[[], Result]) -> Result | None:
     """What that work returns, None if it fails or is late. Late work goes on in a
-    thread that nobody waits for, so it must not change anything."""
+    thread that nobody waits for, so it must not change anything. Errors of the hub, of
+    files and of what they hold are failures like any other; a fault of our own ends the
+    thread with its traceback."""
     import threading
     results: list[Result] = []
 
@@ -13821,11 +13826,14 @@ def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
     """What that CLI's hook protocol wants to read after this event; None is silence. It
     is the doorbell line for mail that no hook spoke of yet. The end of a turn is held
     up once at most. A hook that another CLI runs, because it reads this one's files, is
-    silent."""
+    silent. `deadline` is a moment of time.monotonic, by default HOOK_SECONDS from
+    now."""
     row = AGENT_CLIS[cli].hooks
     moment = moment_of(row, event)
     if row is None or moment is None:
         return None
+    # Grok, for one, reads Claude's hooks: it would hear of mail in a form that is not
+    # its own.
     caller = calling_cli(os.getppid())
     if caller not in ("", cli):
         return None
@@ -13862,7 +13870,9 @@ def moment_of(row: HookRow | None, event: Mapping[str, object]) -> Moment | None
 
 
 def reply(form: Reply, event_name: str, moment: Moment, line: str) -> dict[str, object]:
-    """The answer in that CLI's form: its keys, the line where the last one is."""
+    """The answer in that CLI's form: its keys, the line where the last one is. The end
+    of a turn is a verdict with a reason, which holds the turn up; every other moment
+    only adds context."""
     at_end = moment is Moment.END
     path = form.context
     answer: dict[str, object] = {}
@@ -13880,7 +13890,8 @@ def reply(form: Reply, event_name: str, moment: Moment, line: str) -> dict[str, 
 
 def calling_cli(pid: int) -> str:
     """The agent CLI that runs this hook: the nearest one from that process upwards; ""
-    if none is known."""
+    if none is known. Only the first two words of each command are looked at: the
+    program, or the interpreter and its script."""
     for _ in range(MAX_ANCESTORS):
         process = find_process(pid)
         if process is None:
@@ -13904,7 +13915,9 @@ class UnheardMail(NamedTuple):
 def unheard_mail(cli: str, event: Mapping[str, object],
                  settings: Settings) -> UnheardMail | None:
     """The mail that a hook could speak of, None if there is none, or if it cannot be
-    told whose hook it is."""
+    told whose hook it is. The hub keeps no note of hooks, and asking marks nothing as
+    seen: the agent still has to call check_messages. Raises ChatError where the hub is
+    away."""
     client = Client(settings.server, settings.api_key, timeout=HOOK_SECONDS)
     agent = settings.agent_name
     if not agent:
@@ -13929,7 +13942,8 @@ def unheard_mail(cli: str, event: Mapping[str, object],
 
 def agent_here(client: Client, cli: str, event: Mapping[str, object]) -> str:
     """The one agent of that CLI that runs in the event's directory, "" if there are
-    several: a hook cannot prove which one it speaks for."""
+    several: a hook cannot prove which one it speaks for. Better no hook than one
+    agent's mail told to another. Agents that are offline do not count."""
     import socket
     host = socket.gethostname()
     folder = os.path.realpath(folder_of(event))
@@ -13970,13 +13984,16 @@ def waits_for(message: Mapping[str, Json], agent: str) -> bool:
 
 
 def heard_file(agent: str, settings: Settings) -> str:
-    """The file that has the ids of what hooks told this agent."""
+    """The file that has the ids of what hooks told this agent. Raises BadRequest for a
+    name that could not be an agent's: it becomes the name of a file."""
     name = checked_name(agent).lower()
     return os.path.join(settings.home, "heard", name)
 
 
 def remember(mail: UnheardMail, settings: Settings) -> None:
-    """Notes that hooks spoke of all this mail."""
+    """Notes that hooks spoke of all this mail. The file holds what waits now and
+    nothing older, so it never grows. It is written before the line is given: a line may
+    be lost, but none comes twice."""
     ids = [message["id"] for message in mail.waiting]
     path = heard_file(mail.agent, settings)
     write_file(path, "\n".join(ids), 0o600)
