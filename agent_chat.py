@@ -14017,7 +14017,8 @@ VERSION = Pattern(r"\d+\.\d+[\w.+-]*")
 
 class Check(NamedTuple):
     """One line of `doctor`. `state` is ok, note (fine, but know it) or fail (do
-    `advice`)."""
+    `advice`). `ms` is how long it took, where that says something. COMMANDS prints it,
+    as a line or as JSON."""
 
     name: str
     state: str
@@ -14028,11 +14029,15 @@ class Check(NamedTuple):
 
 def doctor_checks(settings: Settings) -> Iterator[Check]:
     """Everything that has to be right on this machine, then the whole chain, stage by
-    stage."""
+    stage. Each check is given as soon as it is done, for a person who watches. The
+    chain is only tried where the user's hub answers: without one, that is the thing to
+    mend first."""
     yield from program_checks(settings)
     yield from cli_checks(settings)
     yield door_check(settings)
     client = Client(settings.server, settings.api_key)
+    # `answered` is that of the last check of the hub: a key that it does not take is no
+    # answer either.
     answered = False
     for check in hub_checks(settings, client):
         answered = check.state != "fail"
@@ -14042,7 +14047,8 @@ def doctor_checks(settings: Settings) -> Iterator[Check]:
 
 
 def program_checks(settings: Settings) -> Iterator[Check]:
-    """This file, its packages, its configuration."""
+    """This file, its packages, its configuration. The packages are really imported,
+    down to the parts that we use: an installation may be there in half."""
     from importlib import import_module, metadata
     python, *_ = sys.version.split()
     yield Check("program", "ok", f"{own_version()}, Python {python}")
@@ -14060,7 +14066,8 @@ def program_checks(settings: Settings) -> Iterator[Check]:
 
 
 def config_check(path: str) -> Check:
-    """The file that the key stands in: its user's alone?"""
+    """The file that the key stands in: its user's alone? Asked only where a key is set,
+    and on POSIX alone: elsewhere the bits of a file's mode say nothing of others."""
     if not os.stat(path).st_mode & 0o077:
         return Check("config", "ok", path)
     advice = f"others can read the key in it: chmod 600 {path}"
@@ -14079,7 +14086,8 @@ def own_version() -> str:
 
 
 class KnownEntry(NamedTuple):
-    """Our entry in a file of a CLI; or why the file cannot be read."""
+    """Our entry in a file of a CLI; or why the file cannot be read. With a `trouble`,
+    `entry` is empty."""
 
     path: str
     entry: Mapping[str, Json]
@@ -14088,7 +14096,8 @@ class KnownEntry(NamedTuple):
 
 def cli_checks(settings: Settings) -> Iterator[Check]:
     """Each agent CLI that is here: its version, whether it knows agent-chat, and
-    whether its model sees the tools."""
+    whether its model sees the tools. A file that cannot be read is told of and keeps no
+    other check from being done."""
     names = installed_clis()
     versions = cli_versions(names)
     known = 0
@@ -14108,7 +14117,8 @@ def cli_checks(settings: Settings) -> Iterator[Check]:
 
 def cli_check(name: str, version: str, entries: Sequence[KnownEntry],
               settings: Settings) -> Check:
-    """What is to be said of one CLI that is here."""
+    """What is to be said of one CLI that is here. The first of the entries stands for
+    all when its keys are looked at, as the project's comes before the user's."""
     cli = AGENT_CLIS[name]
     title = f"{name} {version}".rstrip()
     advice = f"agent-chat init {name}"
@@ -14129,7 +14139,8 @@ def cli_check(name: str, version: str, entries: Sequence[KnownEntry],
 
 def missing_keys(name: str, known: KnownEntry, settings: Settings) -> list[str]:
     """What today's init writes for that CLI and the entry does not have: it is of an
-    earlier time, or by hand."""
+    earlier time, or by hand. Only the names of keys are compared: values are a person's
+    to change."""
     home = os.path.expanduser("~")
     cli = AGENT_CLIS[name]
     own_files = existing_places(cli.user, home)
@@ -14140,8 +14151,8 @@ def missing_keys(name: str, known: KnownEntry, settings: Settings) -> list[str]:
 
 
 def known_entries(name: str) -> list[KnownEntry]:
-    """Our entries in the files that this CLI reads here: the project's and the
-    user's."""
+    """Our entries in the files that this CLI reads here: the project's and the user's.
+    FileTrouble and the errors of the file system become the `trouble` of a row."""
     cli = AGENT_CLIS[name]
     places = existing_places(cli.project, os.getcwd())
     places |= existing_places(cli.user, os.path.expanduser("~"))
@@ -14158,11 +14169,13 @@ def known_entries(name: str) -> list[KnownEntry]:
 
 
 def entry_in(path: str, place: FileTable, cli: AgentCli) -> Json:
-    """What stands under our name in the table of MCP servers of that file."""
+    """What stands under our name in the table of MCP servers of that file. None if
+    there is nothing. Raises FileTrouble for a file that is not understood."""
     text = started_text(read_file(path), path)
     if path.endswith(".toml"):
         return toml_data(text).get(place.table[0], {}).get(ENTRY_NAME)
     document = JsonText(text, comments=cli.comments)
+    # A newer version's table first, as in SETUP.
     for table in ((*place.table, cli.nested), place.table):
         entry = document.get((*table, ENTRY_NAME))
         if is_own_entry(entry):
@@ -14172,7 +14185,9 @@ def entry_in(path: str, place: FileTable, cli: AgentCli) -> Json:
 
 def cli_versions(names: Iterable[str]) -> dict[str, str]:
     """The versions of these CLIs, as far as they say them in time: out of the package
-    that the program lies in, else by `--version`, all at once."""
+    that the program lies in, else by `--version`, all at once. "" for one that says
+    none. Programs that take longer are not waited for; they end at a deadline of their
+    own."""
     import threading
     versions: dict[str, str] = {}
     threads = []
@@ -14202,7 +14217,9 @@ def program_of(cli: AgentCli) -> str:
 
 
 def ask_version(name: str, program: str, versions: dict[str, str]) -> None:
-    """Puts among the versions what a program says of itself."""
+    """Puts among the versions what a program says of itself. It runs in a thread of its
+    own, and leaves the versions as they are if the program fails or says nothing like
+    one."""
     with contextlib.suppress(OSError):
         _, output, _ = run_bounded([program, "--version"])
         said = VERSION.search(output)
@@ -14212,7 +14229,8 @@ def ask_version(name: str, program: str, versions: dict[str, str]) -> None:
 
 def package_version(program: str) -> str:
     """The version in the package.json of the npm package that a program belongs to, ""
-    if it belongs to none."""
+    if it belongs to none. Only a few directories above the program are looked into; a
+    broken package.json is none."""
     folder = os.path.realpath(program)
     for _ in range(PACKAGE_LEVELS):
         folder = os.path.dirname(folder)
@@ -14232,7 +14250,8 @@ def package_version(program: str) -> str:
 
 
 def door_check(settings: Settings) -> Check:
-    """The doors of an agent that is started in this terminal."""
+    """The doors of an agent that is started in this terminal. A note and no failure
+    where there are none: mail still arrives, only nobody rings."""
     doors = Doors(settings)
     names = ", ".join(doors.names())
     pane = environ().get("TMUX_PANE", "none")
@@ -14248,7 +14267,8 @@ def door_check(settings: Settings) -> Check:
 
 def hub_checks(settings: Settings, client: Client) -> Iterator[Check]:
     """The user's own hub: does it answer, is it this program, does it take our key.
-    Nothing is left in it."""
+    Nothing is left in it. The two requests are such as leave no trace. After a failure
+    the rest is not asked, since it would fail for the same reason."""
     own = own_version()
     started = time.perf_counter()
     try:
@@ -14274,7 +14294,8 @@ def hub_checks(settings: Settings, client: Client) -> Iterator[Check]:
 
 
 def name_check(rows: Iterable[Mapping[str, Json]]) -> Check:
-    """Which agents are at home in this directory."""
+    """Which agents are at home in this directory. `rows` is what /api/agents gave. An
+    agent is at home where its CLI was started."""
     here = []
     for row in rows:
         if row.get("cwd") == os.getcwd():
@@ -14288,7 +14309,8 @@ def name_check(rows: Iterable[Mapping[str, Json]]) -> Check:
 
 
 def chain_checks(settings: Settings) -> Iterator[Check]:
-    """The stages of the rehearsal, each with the time that it took."""
+    """The stages of the rehearsal, each with the time that it took. The first stage
+    that fails ends it; those before it show how far it got."""
     started = time.perf_counter()
     try:
         for stage in rehearsal(settings):
@@ -14303,8 +14325,10 @@ def chain_checks(settings: Settings) -> Iterator[Check]:
 
 def rehearsal(settings: Settings) -> Iterator[str]:
     """The real thing with a throw-away hub, agent and pane: nothing of it is left
-    anywhere. Yields the name of each stage once it is done; what goes wrong is
-    raised."""
+    anywhere. Yields the name of each stage once it is done; what goes wrong is raised.
+    FileNotFoundError is for tmux that is not there, ChatError for everything that the
+    hub or the pane did not do in time. Who stops asking for stages still gets
+    everything removed."""
     import shutil
     import tempfile
     place = tempfile.mkdtemp(prefix="agent-chat-")
@@ -14321,6 +14345,7 @@ def rehearsal(settings: Settings) -> Iterator[str]:
         sent = human.send(HUMAN, "does the bell ring", "doctor")
         yield "message stored"
         messages, _ = agent.get_messages("doctor")
+        # Tells this ring from every other line that could stand in the pane.
         nonce = os.urandom(2).hex()
         ring_until_submitted(door, f"{doorbell_line(messages)} #{nonce}", tmux)
         yield "line submitted"
@@ -14335,8 +14360,11 @@ def rehearsal(settings: Settings) -> Iterator[str]:
 
 
 def open_pane(tmux: Sequence[str], settings: Settings) -> str:
-    """A pane with an empty prompt that says each line again; its id."""
+    """A pane with an empty prompt that says each line again; its id. `cat` says again
+    each line that is submitted; the prompt is the first of those that the doors know.
+    Wide, so that the line is not broken into two."""
     sign = settings.prompts[0].encode()
+    # In octal for printf: whatever the sign is, it has no meaning to the shell then.
     octal = ""
     for byte in sign:
         octal += f"\\{byte:03o}"
@@ -14347,12 +14375,13 @@ def open_pane(tmux: Sequence[str], settings: Settings) -> str:
 
 
 def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None:
-    """Rings until the line is submitted; ChatError with the last word if it never
-    is."""
+    """Rings until the line is submitted; ChatError with the last word if it never is.
+    `line` has to be one that stands nowhere in the pane yet."""
     word = "the pane is not found"
     end = time.monotonic() + RING_SECONDS
     while time.monotonic() < end:
         _, screen, _ = run_bounded([*tmux, "capture-pane", "-p"])
+        # Once as it was typed, once as `cat` gave it back: the Enter arrived, too.
         if word == "rung" and screen.count(line) > 1:
             return
         # It may not have been drawn yet.
@@ -14364,7 +14393,9 @@ def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None
 
 
 class ThrowAwayHub:
-    """A hub of our own on a free port, with a home and a database in that directory."""
+    """A hub of our own on a free port, with a home and a database in that directory. It
+    gets none of our variables: neither the user's key nor the user's database may reach
+    it."""
 
     def __init__(self, place: str) -> None:
         import subprocess
@@ -14383,7 +14414,8 @@ class ThrowAwayHub:
                 cwd=place, env=self.env)
 
     def url(self) -> str:
-        """Its address, once it has said it."""
+        """Its address, once it has said it. Raises ChatError, with what the hub
+        printed, if it ends before that or takes too long."""
         end = time.monotonic() + HUB_START_SECONDS
         while time.monotonic() < end:
             said = read_file(self.log) or ""
@@ -14396,7 +14428,8 @@ class ThrowAwayHub:
         raise ChatError(f"a hub for the rehearsal did not start in {HUB_START_SECONDS} s")
 
     def end(self) -> None:
-        """Ends it and waits for it."""
+        """Ends it and waits for it. Raises subprocess.TimeoutExpired if it does not
+        end."""
         self.process.terminate()
         self.process.wait(DOOR_SECONDS)
 
