@@ -14460,7 +14460,8 @@ class RunningHub(NamedTuple):
         return f"{self.url} (pid {self.pid})"
 
     def answers(self) -> bool:
-        """Whether a hub answers at its address."""
+        """Whether a hub answers at its address. It is asked without a key: /health needs
+        none."""
         try:
             Client(self.url, timeout=2).get("/health")
         except ChatError:
@@ -14468,7 +14469,8 @@ class RunningHub(NamedTuple):
         return True
 
     def runs(self) -> bool:
-        """Whether that very process is still there."""
+        """Whether that very process is still there. Where no start is known, an answer at
+        the address has to do."""
         if self.started:
             return process_start(self.pid) == self.started
         return self.answers()
@@ -14502,7 +14504,8 @@ def log_file(settings: Settings) -> str:
 
 
 def write_pid_file(settings: Settings, url: str) -> None:
-    """Says that the hub of this database is this process, at that address."""
+    """Says that the hub of this database is this process, at that address. Called by
+    `serve` once the database is locked, so no other hub can write here."""
     pid = os.getpid()
     here = RunningHub(pid, process_start(pid), url)
     text = json.dumps(here._asdict())
@@ -14620,7 +14623,8 @@ def last_words(output: io.FileIO, begin: int) -> str:
 
 def stop_daemon(settings: Settings) -> str:
     """Ends exactly the hub of this database, and waits for its end; the sentence about it.
-    NotFound if none runs, StoreBusy if it does not end."""
+    NotFound if none runs, StoreBusy if it does not end. SIGTERM and never SIGKILL: what the
+    hub has taken must reach the disk."""
     import signal
 
     hub = running_hub(settings)
