@@ -14664,11 +14664,14 @@ TIME_FORMS = ("90s, 10m, 1h, 3d, 2w, today, yesterday, 10:30, 2026-11-22, "
 
 
 class UsageError(ChatError):
-    """What was typed makes no sense: exit code 2, and a line that says how it is typed."""
+    """What was typed makes no sense: exit code 2, and a line that says how it is typed.
+    `run` puts that line below the sentence, `main` makes the exit code of it."""
 
 
 class Given(NamedTuple):
-    """The words and options of one command line, by their names in OPTIONS."""
+    """The words and options of one command line, by their names in OPTIONS. argparse leaves
+    a namespace of anything; each method here gives one type, whatever is in it, so a
+    command needs no checks."""
 
     values: Mapping[str, object]
 
@@ -14680,14 +14683,16 @@ class Given(NamedTuple):
         return ""
 
     def words(self, name: str) -> list[str]:
-        """All words that stand for one thing, none if there are none."""
+        """All words that stand for one thing, none if there are none. The list is the
+        caller's own: taking words from it changes nothing here."""
         value = self.values.get(name)
         if isinstance(value, list):
             return list(value)
         return []
 
     def number(self, name: str) -> float:
-        """A number, 0 if it was not given."""
+        """A number, 0 if it was not given. An option to which the difference matters has a
+        default in OPTIONS."""
         value = self.values.get(name)
         if isinstance(value, int | float):
             return value
@@ -14698,11 +14703,12 @@ class Given(NamedTuple):
         return int(self.number(name))
 
     def has(self, name: str) -> bool:
-        """Whether a switch is on."""
+        """Whether a switch is on. Words and values count as on when they are not empty."""
         return bool(self.values.get(name))
 
     def settings(self) -> Settings:
-        """Flags over environment over file over defaults. Raises BadConfig."""
+        """Flags over environment over file over defaults. Raises BadConfig. Options are
+        found there by the names of the settings; the others are not looked at."""
         return load_settings(self.values, environ())
 
 
@@ -14716,7 +14722,8 @@ def typed_text(word: str) -> str:
 
 
 def typed_whole(word: str) -> int:
-    """A whole number from 0 up."""
+    """A whole number from 0 up. UsageError for signs, blanks and more than nine digits: no
+    option has a use for those."""
     if re.fullmatch(r"[0-9]{1,9}", word):
         return int(word)
     raise UsageError(f"a whole number is wanted, not {word!r}")
@@ -14731,25 +14738,29 @@ def typed_count(word: str) -> int:
 
 
 def typed_number(word: str) -> float:
-    """A number from 0 up."""
+    """A number from 0 up. UsageError for everything that float() would take besides, such
+    as nan and 1e9."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", word):
         return float(word)
     raise UsageError(f"a number is wanted, not {word!r}")
 
 
 def typed_moment(word: str) -> str:
-    """A time as people write it, seen from now, as the hub wants it."""
+    """A time as people write it, seen from now, as the hub wants it. UsageError if it is
+    none."""
     return moment(word, time.time())
 
 
 def moment(text: str, now: float) -> str:
     """RFC 3339 in UTC out of one of TIME_FORMS. A span is counted back from `now`; a time
-    without a zone is this machine's."""
+    without a zone is this machine's. UsageError for what is none of them. The result has
+    microseconds and a Z, as the hub's own times have."""
     from datetime import UTC, datetime, timedelta
 
     text = text.strip()
     here = datetime.fromtimestamp(now).astimezone()
     midnight = here.replace(hour=0, minute=0, second=0, microsecond=0)
+    # ASCII digits alone: Python's own pattern takes those of every script.
     span = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|d|w)(?: ago)?", text, re.ASCII)
     clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text, re.ASCII)
     days = {
@@ -14774,7 +14785,8 @@ def moment(text: str, now: float) -> str:
 
 
 class Target(NamedTuple):
-    """Whom a message is for: one agent, or one group."""
+    """Whom a message is for: one agent, or one group. The other of the two is "". Names are
+    not checked here, for only the hub knows them."""
 
     agent: str = ""
     group: str = ""
@@ -14787,7 +14799,8 @@ class Target(NamedTuple):
 
 
 def parse_targets(text: str) -> list[Target]:
-    """'bob,#dev' taken apart, in its order, each one once. UsageError for a gap in it."""
+    """'bob,#dev' taken apart, in its order, each one once. UsageError for a gap in it. Each
+    of them will get a message of its own."""
     found: list[Target] = []
     for word in text.split(","):
         name = word.strip()
@@ -14802,7 +14815,8 @@ def parse_targets(text: str) -> list[Target]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X or Y?' with what is spelt nearly alike, "" if nothing is."""
+    """'; did you mean X or Y?' with what is spelt nearly alike, "" if nothing is. Three at
+    most; capitals make no difference. It can follow any sentence that ends in the word."""
     import difflib
 
     spellings = {name.lower(): name for name in known}
@@ -14816,7 +14830,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class Option(NamedTuple):
-    """One option or word of a command line. It means the same wherever it is taken."""
+    """One option or word of a command line. It means the same wherever it is taken. Its
+    `help` is all that a person reads of it: in the help, and in the completion of zsh and
+    fish."""
 
     flags: str  # as typed; without dashes: a word that is known by its place
     help: str  # one sentence
@@ -14829,7 +14845,8 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its value in Given: that of its last flag."""
+        """The name of its value in Given: that of its last flag. argparse takes that of the
+        first long flag, which is the same one: no option has two."""
         last = self.flags.split()[-1]
         return last.lstrip("-").replace("-", "_")
 
@@ -14839,7 +14856,8 @@ class Option(NamedTuple):
         return not self.flags.startswith("-")
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Tells argparse about it."""
+        """Tells argparse about it. A switch is False if it was not given, everything else
+        its default."""
         import argparse
 
         def read(word: str) -> object:
@@ -14859,7 +14877,8 @@ class Option(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One command: what it runs, what it takes, how it is typed."""
+    """One command: what it runs, what it takes, how it is typed. The usage line, the parser
+    and the completion are all made from what stands here."""
 
     name: str
     run: Callable[[Given], int]  # returns the exit code
@@ -14881,7 +14900,8 @@ class Command(NamedTuple):
         return [self.name]
 
     def flags(self) -> list[str]:
-        """All its options as they are typed."""
+        """All its options as they are typed. --help is among them, which argparse adds to
+        each parser."""
         found = ["--help"]
         for option in self.takes:
             if not option.is_word:
@@ -14889,19 +14909,22 @@ class Command(NamedTuple):
         return found
 
     def parse(self, typed: Sequence[str]) -> Given:
-        """The words and options that were typed. UsageError for what it does not take."""
+        """The words and options that were typed. UsageError for what it does not take. With
+        --help argparse prints the page itself and raises SystemExit."""
         found, unknown = self.parser().parse_known_intermixed_args(typed)
         if not unknown:
             return Given(vars(found))
         word = typed_text(unknown[0])
         if not word.startswith("-"):
             raise UsageError(f"{word!r} is one word too many")
+        # An option may carry its value behind an equals sign; the advice is about its name.
         name, _, _ = word.partition("=")
         advice = did_you_mean(name, self.flags()) or "; a text may follow behind --"
         raise UsageError(f"there is no option {word}{advice}")
 
     def parser(self) -> argparse.ArgumentParser:
-        """Its parser alone: those of all commands would cost 5 ms at each start."""
+        """Its parser alone: those of all commands would cost 5 ms at each start. It is made
+        for the one command that was typed, and thrown away."""
         import argparse
 
         class Parser(argparse.ArgumentParser):
@@ -14927,7 +14950,8 @@ class Command(NamedTuple):
 
 def terminal_columns() -> int:
     """How many columns the terminal has; 0 where nobody limits them: a pipe and a file get
-    everything."""
+    everything. Every table, each line of `status` and the pages of help are fitted to
+    it."""
     if not sys.stdout.isatty():
         return 0
     with contextlib.suppress(OSError):
@@ -14943,7 +14967,8 @@ def terminal_columns() -> int:
 
 def columns_of(text: str) -> int:
     """How many columns a terminal gives the text: two to a wide character, none to a mark
-    that stands on another one."""
+    that stands on another one. Unicode's own tables say which; for plain ASCII they are not
+    even loaded."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -14960,7 +14985,8 @@ def columns_of(text: str) -> int:
 
 def cut(text: str, room: int) -> str:
     """The beginning of a text that fits into so many columns, with a sign where it was cut
-    (a tilde where the terminal's encoding has no dots)."""
+    (a tilde where the terminal's encoding has no dots). Whole characters go, so a wide one
+    may leave a column empty."""
     if columns_of(text) <= room:
         return text
     encoding = sys.stdout.encoding or ""
@@ -14971,7 +14997,7 @@ def cut(text: str, room: int) -> str:
 
 
 class Column(NamedTuple):
-    """One column of a table."""
+    """One column of a table. With 99 a column of usual width is never narrowed."""
 
     title: str
     least: int = 99  # how much of it a narrow terminal shows at least
@@ -14980,7 +15006,8 @@ class Column(NamedTuple):
 def fitted_widths(wanted: Sequence[int], columns: Sequence[Column], room: int) -> list[int]:
     """Widths that fit into the room, two blanks between them. The column with most to spare
     gives way first, none below its least. If that is not enough, the last columns are left
-    out: their width is 0."""
+    out: their width is 0. `wanted` are the widths without any limit; one column is always
+    left, however wide."""
     widths = list(wanted)
     shown = len(widths)
     while shown > 1 and sum(widths) + 2 * (shown - 1) > room:
@@ -14988,6 +15015,7 @@ def fitted_widths(wanted: Sequence[int], columns: Sequence[Column], room: int) -
         for width, column in zip(widths, columns, strict=True):
             spare.append(width - min(column.least, width))
         if max(spare) > 0:
+            # One at a time, so that the widest columns share what is missing.
             widths[spare.index(max(spare))] -= 1
         else:
             shown -= 1
@@ -14997,7 +15025,8 @@ def fitted_widths(wanted: Sequence[int], columns: Sequence[Column], room: int) -
 
 def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]],
                 room: int) -> list[str]:
-    """A table with its titles, one line a row, in so many columns; room 0 is no limit."""
+    """A table with its titles, one line a row, in so many columns; room 0 is no limit. The
+    cells have to be harmless already. The first line is that of the titles."""
     titles = [column.title for column in columns]
     table = [titles, *rows]
     widths: list[int] = []
@@ -15009,7 +15038,8 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]],
 
 
 def table_line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """One row, each cell cut or filled to its width, without those whose width is 0."""
+    """One row, each cell cut or filled to its width, without those whose width is 0. No
+    blanks are left at its end, where a narrow terminal would break the line."""
     line = ""
     for cell, width in zip(row, widths, strict=True):
         if width:
@@ -15020,7 +15050,8 @@ def table_line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def ago(then: str | None) -> str:
-    """'6 h ago' out of an RFC 3339 time, 'never' out of none."""
+    """'6 h ago' out of an RFC 3339 time, 'never' out of none. A clock that differs from the
+    hub's never gives a negative time."""
     from datetime import UTC, datetime
 
     if not then:
@@ -15036,6 +15067,8 @@ def ago(then: str | None) -> str:
 # -- completion: the scripts that shells read. The hub is asked for names when one is typed.
 
 ASK_NAMES = "agent-chat completion names 2>/dev/null"
+# Both scripts have three places for `filled`: the names of the commands, what follows an
+# option, what follows a command.
 BASH = """\
 _agent_chat() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} offered=""
@@ -15077,19 +15110,22 @@ fi"""
 
 
 def quoted(text: str) -> str:
-    """A text as one word of a shell."""
+    """A text as one word of a shell. For bash, zsh and fish alike. It also keeps our help
+    texts from being read as shell code."""
     return "'" + text.replace("'", "'\\''") + "'"
 
 
 def filled(script: str, commands: str, values: Sequence[str], cases: Sequence[str]) -> str:
-    """A script with its three lists in their places."""
+    """A script with its three lists in their places. They are put in one after the other,
+    and nothing that is put in looks like a place."""
     script = script.replace("@COMMANDS@", commands)
     script = script.replace("@VALUES@", "\n".join(values))
     return script.replace("@CASES@", "\n".join(cases))
 
 
 def offered_values(option: Option) -> str:
-    """What a shell can offer for an option's value: words, or a command in $(...)."""
+    """What a shell can offer for an option's value: words, or a command in $(...). "" where
+    we have nothing to offer."""
     if option.completes == NAMES:
         return f"$({ASK_NAMES})"
     if option.completes == FILES:
@@ -15100,7 +15136,8 @@ def offered_values(option: Option) -> str:
 
 
 def offered_words(command: Command) -> str:
-    """What may stand in a command's places without dashes."""
+    """What may stand in a command's places without dashes. A command whose words are free,
+    such as those of a search, offers nothing."""
     values: list[str] = []
     for option in command.takes:
         if option.is_word:
@@ -15109,7 +15146,8 @@ def offered_words(command: Command) -> str:
 
 
 def valued_options(commands: Iterable[Command]) -> list[Option]:
-    """The options of all commands that a value follows, each once."""
+    """The options of all commands that a value follows, each once. What such an option
+    offers is the same behind every command, so the scripts ask for it first."""
     found: dict[str, Option] = {}
     for command in commands:
         for option in command.takes:
@@ -15119,7 +15157,8 @@ def valued_options(commands: Iterable[Command]) -> list[Option]:
 
 
 def bash_completion(commands: Sequence[Command]) -> str:
-    """The script for bash. Where it offers nothing, bash offers files."""
+    """The script for bash. Where it offers nothing, bash offers files. It looks at the word
+    before: a value of that option is wanted, or else the command's own flags and words."""
     names = ["help"]
     values: list[str] = []
     cases: list[str] = []
@@ -15135,7 +15174,8 @@ def bash_completion(commands: Sequence[Command]) -> str:
 
 
 def zsh_completion(commands: Sequence[Command]) -> str:
-    """The script for zsh, to be sourced or to lie in its fpath as _agent_chat."""
+    """The script for zsh, to be sourced or to lie in its fpath as _agent_chat. The same
+    script serves both ways, for its last lines ask how they were reached."""
     described: list[str] = []
     values: list[str] = []
     cases: list[str] = []
@@ -15160,7 +15200,8 @@ def zsh_completion(commands: Sequence[Command]) -> str:
 
 
 def fish_completion(commands: Sequence[Command]) -> str:
-    """The script for fish: one line for each command and each of its options."""
+    """The script for fish: one line for each command and each of its options. fish itself
+    knows which options were typed already, so the script needs no cases."""
     first = "complete -c agent-chat -n __fish_use_subcommand"
     lines = ["complete -c agent-chat -f", f"{first} -a help -d 'explain a command'"]
     for command in commands:
@@ -15174,7 +15215,8 @@ def fish_completion(commands: Sequence[Command]) -> str:
 
 
 def fish_option(option: Option) -> str:
-    """How fish is told about one option or word."""
+    """How fish is told about one option or word. In fish a command is called by plain
+    parentheses, without the dollar sign."""
     words: list[str] = []
     if not option.is_word:
         for flag in option.flags.split():
