@@ -15260,6 +15260,7 @@ GREEN = "32"
 YELLOW = "33"
 CYAN = "36"
 BOLD_CYAN = "1;36"
+# Patterns for re.sub, tried in this order on the hub's own sentences.
 PLAIN_WORDS = (  # what the hub says to programs, and how a person would say it
     (r"; see GET /api/agents", "; `agent-chat agents` lists them"),
     (r"; see GET /api/groups", "; `agent-chat groups` lists them"),
@@ -15276,7 +15277,8 @@ Row = Mapping[str, Any]  # one JSON object of a hub's answer
 
 def painted(text: str, color: str) -> str:
     """The text made harmless, and in a colour on a terminal that wants any: NO_COLOR and a
-    dumb terminal want none, nor does a pipe."""
+    dumb terminal want none, nor does a pipe. `color` is one of the codes above. Whoever
+    prints what somebody else wrote comes through here, or through `printable` itself."""
     shown = printable(text)
     if not sys.stdout.isatty() or environ().get("NO_COLOR"):
         return shown
@@ -15286,13 +15288,15 @@ def painted(text: str, color: str) -> str:
 
 
 def note(sentence: str) -> None:
-    """Something that a person should know and a pipe should not get."""
+    """Something that a person should know and a pipe should not get. It goes to standard
+    error, in one line, with the program's name before it as other tools do."""
     print(f"agent-chat: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def in_plain_words(sentence: str) -> str:
     """What the hub says to programs, without the words of their protocol: who types a
-    command has never heard of headers."""
+    command has never heard of headers. A sentence that is none of PLAIN_WORDS stays as it
+    is."""
     for technical, plain in PLAIN_WORDS:
         sentence = re.sub(technical, plain, sentence)
     return sentence
@@ -15304,12 +15308,15 @@ def print_json(data: object) -> None:
 
 
 def print_message(message: Row) -> None:
-    """A head line and the content, indented: no content can pass for a head line."""
+    """A head line and the content, indented: no content can pass for a head line. The time
+    is this machine's, the target has its sign, and the id can be copied for --reply-to."""
     from datetime import datetime
 
     when = datetime.fromisoformat(message["created_at"]).astimezone()
     target = Target(message.get("to_agent", ""), message.get("group", ""))
     names = painted(f"{message['from_agent']} -> {target.shown()}", BOLD_CYAN)
+    # The id stays at the end of the line: what varies in length must not push the names
+    # about.
     about = message["id"]
     if message.get("in_reply_to"):
         about += f"  (reply to {message['in_reply_to']})"
@@ -15323,7 +15330,8 @@ def print_message(message: Row) -> None:
 
 def print_messages(messages: Sequence[Row], given: Given, empty: str) -> None:
     """All of them as text or as JSON. If there are none, a person reads `empty`, and a
-    program gets an empty list."""
+    program gets an empty list. `empty` goes to standard error, so a pipe gets nothing at
+    all, which a script can test for."""
     if given.has("json"):
         print_json(messages)
     elif messages:
@@ -15335,7 +15343,8 @@ def print_messages(messages: Sequence[Row], given: Given, empty: str) -> None:
 
 def client_of(given: Given) -> Client:
     """A way to the hub that is meant: --server, else AGENT_CHAT_SERVER, else the settings
-    file, else this machine. It also has the key."""
+    file, else this machine. It also has the key. It does not connect: the first request
+    does. Raises BadConfig for settings that make no sense."""
     settings = given.settings()
     return Client(settings.server, settings.api_key)
 
@@ -15345,7 +15354,8 @@ def client_of(given: Given) -> Client:
 
 def command_serve(given: Given) -> int:
     """Runs the hub until it is told to stop, or starts it in the background. Raises
-    BadConfig where it cannot begin, and the hub's own sentence where it cannot go on."""
+    BadConfig where it cannot begin, and the hub's own sentence where it cannot go on. With
+    -d the sentence is printed once the hub answers, so a script may go on at once."""
     os.umask(0o077)
     settings = given.settings()
     require_package("websockets")
@@ -15366,7 +15376,8 @@ def command_serve(given: Given) -> int:
 
 
 def require_package(name: str) -> None:
-    """BadConfig with the commands that install it, if a package is not there."""
+    """BadConfig with the commands that install it, if a package is not there. It is only
+    looked for: loading takes time, which `serve -d` need not spend twice."""
     from importlib.util import find_spec
 
     if find_spec(name) is None:
@@ -15376,7 +15387,8 @@ def require_package(name: str) -> None:
 
 def daemon_flags(given: Given) -> list[str]:
     """The same options once more, for the hub in the background. The key is never among
-    them: everybody can read the words of a process."""
+    them: everybody can read the words of a process. An option that was not given stays
+    away, so that the environment and the file count for that hub, too."""
     flags: list[str] = []
     for name, value in given.values.items():
         if value is not None and name != "daemon":
@@ -15399,19 +15411,22 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 
 def command_stop(given: Given) -> int:
-    """Ends the hub of a database. NotFound if none runs."""
+    """Ends the hub of a database. NotFound if none runs. StoreBusy if it does not end in
+    time. A hub on another machine cannot be stopped from here."""
     print(stop_daemon(given.settings()))
     return 0
 
 
 def command_version(_given: Given) -> int:
-    """Version and fingerprint of this file."""
+    """Version and fingerprint of this file. The fingerprint tells two copies of one version
+    apart, as `doctor` and /health give it."""
     print(f"agent-chat {__version__} ({fingerprint()})")
     return 0
 
 
 class Overview(NamedTuple):
-    """What `status` shows, and what it prints with --json: all of the hub's own rows."""
+    """What `status` shows, and what it prints with --json: all of the hub's own rows. The
+    fields are part of what programs read: a new one may come, none may go."""
 
     server: str
     version: str
@@ -15424,7 +15439,8 @@ class Overview(NamedTuple):
 
 def command_status(given: Given) -> int:
     """The hub, its agents, unread mail, open questions and quiet bells, on one screen. Of
-    what there may be many, the first few are shown and the rest is counted."""
+    what there may be many, the first few are shown and the rest is counted. `--json` has
+    all of it, cut nowhere."""
     seen = take_overview(given)
     if given.has("json"):
         print_json(seen._asdict())
@@ -15447,7 +15463,8 @@ def command_status(given: Given) -> int:
 
 def take_overview(given: Given) -> Overview:
     """Asks the hub for everything that `status` shows. Raises Unreachable if none is there,
-    NotAuthorized if it wants a key."""
+    NotAuthorized if it wants a key. It is taken in several requests, so it is no single
+    moment. Nothing is marked as read."""
     settings = given.settings()
     client = client_of(given)
     health = client.get("/health")
@@ -15471,7 +15488,8 @@ def waiting_questions(client: Client) -> list[Row]:
 
 def print_status(title: str, text: str) -> None:
     """One line of `status`, no wider than the terminal, which is never so narrow that
-    nothing is left."""
+    nothing is left. Titles are ten columns wide, and `text` may be anything that somebody
+    wrote."""
     shown = printable(text)
     room = terminal_columns()
     if room:
@@ -15488,7 +15506,8 @@ def print_some(title: str, lines: Sequence[str]) -> None:
 
 
 def agents_sentence(agents: Sequence[Row]) -> str:
-    """'5: 2 online, 3 offline'."""
+    """'5: 2 online, 3 offline'. The commonest state comes first; with nobody there, the
+    sentence says what to do."""
     states = collections.Counter(agent["status"] for agent in agents)
     if not states:
         return "none yet; `agent-chat init` tells your agents' CLIs about agent-chat"
@@ -15499,7 +15518,9 @@ def agents_sentence(agents: Sequence[Row]) -> str:
 
 
 def unread_sentence(agents: Sequence[Row], human: int) -> str:
-    """'human 3, bob 2': who has unread mail; you first, then who has most."""
+    """'human 3, bob 2': who has unread mail; you first, then who has most. Eight names at
+    most, and how many are left out. A hub of an older version tells no counts; they are 0
+    then."""
     counts: collections.Counter[str] = collections.Counter()
     for agent in agents:
         counts[agent["name"]] = int(agent.get("unread") or 0)
@@ -15519,7 +15540,8 @@ AGENT_COLUMNS = (
 
 
 def command_agents(given: Given) -> int:
-    """Who is here, in a table as wide as the terminal at most; a pipe gets all of it."""
+    """Who is here, in a table as wide as the terminal at most; a pipe gets all of it. Too
+    narrow a terminal loses the last columns, and --json has the hub's rows as they are."""
     agents = client_of(given).get("/api/agents")
     if given.has("json"):
         print_json(agents)
@@ -15535,7 +15557,9 @@ def command_agents(given: Given) -> int:
 
 
 def agent_cells(agent: Row) -> list[str]:
-    """One agent's row; where its bell did not ring, the last cell says why."""
+    """One agent's row; where its bell did not ring, the last cell says why. The order is
+    that of AGENT_COLUMNS. Fields that older hubs do not send leave their cell empty; every
+    cell is harmless."""
     place = str(agent.get("cwd") or "")
     if agent.get("host"):
         place = f"{agent['host']}:{place}"
@@ -15571,7 +15595,8 @@ def command_groups(given: Given) -> int:
 
 def command_send(given: Given) -> int:
     """Sends one text to one or several targets, and tells how each recipient is. Everything
-    that can be checked is checked before the first is sent."""
+    that can be checked is checked before the first is sent. Stops at the first target that
+    cannot be sent to, and raises what the hub said."""
     targets, text = addressed(given)
     client = client_of(given)
     if given.text("reply_to"):
@@ -15588,7 +15613,9 @@ def command_send(given: Given) -> int:
 
 
 def addressed(given: Given) -> tuple[list[Target], str]:
-    """Whom the words are for, and the text. UsageError where one is missing."""
+    """Whom the words are for, and the text. UsageError where one is missing. The first word
+    is the targets, unless --group names one; the rest, with blanks between, is the text.
+    BadRequest for a text with nothing in it."""
     words = given.words("words")
     group = given.text("group")
     if group:
@@ -15631,7 +15658,8 @@ def send_one(client: Client, given: Given, target: Target, text: str) -> Row:
 
 
 def require_message(client: Client, message_id: str) -> None:
-    """NotFound if there is no such message to reply to."""
+    """NotFound if there is no such message to reply to. It is asked for before anything is
+    sent, for the hub itself would take a reply to nothing."""
     from urllib.parse import quote
 
     absent = NotFound(f"there is no message {message_id!r} to reply to; nothing was sent")
@@ -15646,7 +15674,8 @@ def require_message(client: Client, message_id: str) -> None:
 
 def require_targets(client: Client, targets: Sequence[Target]) -> None:
     """NotFound for the first that does not exist: a list is sent whole, or not at all, as
-    far as that can be known before."""
+    far as that can be known before. An agent may still go between this look and the
+    message; then the list was sent in part, and each line printed says how far."""
     groups = [str(group) for group in client.get("/api/groups")]
     for target in targets:
         if target.agent:
@@ -15657,7 +15686,8 @@ def require_targets(client: Client, targets: Sequence[Target]) -> None:
 
 
 def require_agent(client: Client, name: str) -> None:
-    """NotFound, with names that are spelt nearly alike, if there is no such agent."""
+    """NotFound, with names that are spelt nearly alike, if there is no such agent. Capitals
+    make no difference to a name."""
     names = agent_names(client)
     if name.lower() not in [known.lower() for known in names]:
         close = did_you_mean(name, names) or "; `agent-chat agents` lists them"
@@ -15665,7 +15695,8 @@ def require_agent(client: Client, name: str) -> None:
 
 
 def agent_names(client: Client) -> list[str]:
-    """All that a message can be sent to by name."""
+    """All that a message can be sent to by name. Those that are offline too, since their
+    mail waits for them; the human first."""
     names = [HUMAN]
     for agent in client.get("/api/agents"):
         names.append(str(agent["name"]))
@@ -15674,7 +15705,7 @@ def agent_names(client: Client) -> list[str]:
 
 def print_sent(answer: Row) -> None:
     """The id of a message, and how each of its recipients is: whether it is there, how much
-    it has not read."""
+    it has not read. One line more says why, if the loop guard kept a bell quiet."""
     print(painted(f"sent {answer['id']}", FAINT))
     for row in answer.get("recipients", []):
         seen = ago(row.get("last_seen_at"))
@@ -15686,7 +15717,8 @@ def print_sent(answer: Row) -> None:
 
 def command_inbox(given: Given) -> int:
     """Unread messages of one agent, oldest first. To look changes nothing; --read marks
-    what was shown, after it was shown."""
+    what was shown, after it was shown. With --wait it ends at the first message, or with
+    none when the time is over: exit code 0 either way."""
     client = client_of(given)
     name = given.text("name")
     messages, unread = awaited_mail(client, name, given)
@@ -15704,7 +15736,8 @@ def command_inbox(given: Given) -> int:
 
 def awaited_mail(client: Client, name: str, given: Given) -> tuple[Sequence[Row], int]:
     """Unread mail and how much there is in all, at once or when the first comes. NotFound
-    if there is none, and nobody of that name."""
+    if there is none, and nobody of that name. The hub holds one request for
+    MAX_WAIT_SECONDS at most, so a longer wait is several."""
     limit = given.count("limit")
     wait = given.number("wait")
     messages, unread = client.get_messages(name, limit, peek=True)
@@ -15712,6 +15745,7 @@ def awaited_mail(client: Client, name: str, given: Given) -> tuple[Sequence[Row]
         # Before it is waited for in vain.
         require_agent(client, name)
     while wait > 0 and not messages:
+        # Counted by what is asked for: a hub that answers early shortens the whole wait.
         once = min(wait, MAX_WAIT_SECONDS)
         messages, unread = client.get_messages(name, limit, once, peek=True)
         wait -= once
@@ -15722,6 +15756,8 @@ def command_tail(given: Given) -> int:
     """Prints what was said last, then what is said, until Ctrl-C. A hub that is restarted
     meanwhile costs nothing: what was said is asked for by its number."""
     client = client_of(given)
+    # The cursor first, the last messages after it: what is said between the two comes once,
+    # by the cursor.
     newest = client.get("/api/messages/recent", limit=1)
     seq = 0
     if newest:
@@ -15743,7 +15779,8 @@ def command_tail(given: Given) -> int:
 
 def next_messages(client: Client, seq: int) -> list[Row]:
     """What was said after `seq`, or is said within 25 s. A hub that is away is awaited, and
-    that is told once."""
+    that is told once. An empty list means that nothing was said, or that the hub answered
+    early. Other errors than Unreachable are raised."""
     lost = False
     while True:
         try:
@@ -15757,7 +15794,8 @@ def next_messages(client: Client, seq: int) -> list[Row]:
 
 def concerns(message: Row, given: Given) -> bool:
     """Whether --agent and --group let this message through. An agent is concerned if it
-    wrote the message or is one of its recipients."""
+    wrote the message or is one of its recipients. The hub sends all that is said, and the
+    choice is made here: `after` is a cursor over everything."""
     agent = given.text("agent").lower()
     people = {message["from_agent"].lower(), message["to_agent"].lower()}
     for receipt in message["receipts"]:
@@ -15781,7 +15819,8 @@ def group_of(given: Given) -> str:
 
 
 def command_search(given: Given) -> int:
-    """Full text over everything on the hub, newest first."""
+    """Full text over everything on the hub, newest first. All words have to occur; nothing
+    found is no error, and exit code 0."""
     # An agent that has gone is no mistake here: what it said is still to be found.
     client = client_of(given)
     words = " ".join(given.words("query"))
@@ -15796,7 +15835,8 @@ def command_search(given: Given) -> int:
 
 
 def absent_agent(client: Client, given: Given) -> str:
-    """Why --agent may find nothing: nobody has that name now. "" if somebody has it."""
+    """Why --agent may find nothing: nobody has that name now. "" if somebody has it. It can
+    follow a sentence, and is only asked for once nothing was found."""
     name = given.text("agent")
     if not name:
         return ""
@@ -15809,7 +15849,8 @@ def absent_agent(client: Client, given: Given) -> str:
 
 def command_export(given: Given) -> int:
     """All messages to standard output, piece by piece: there may be more of them than fit
-    into the memory."""
+    into the memory. What is written is the hub's own text, byte for byte, when it goes into
+    a file or a pipe."""
     client = client_of(given)
     pieces = client.stream("/api/export", format=given.text("format"),
                            agent=given.text("agent"), group=group_of(given),
@@ -15830,7 +15871,9 @@ def command_export(given: Given) -> int:
 
 
 def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a text that comes in pieces, the last one even without its end."""
+    """The lines of a text that comes in pieces, the last one even without its end. An
+    invalid byte becomes U+FFFD. Only line feeds end a line, as in the exports
+    themselves."""
     rest = b""
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
@@ -15844,14 +15887,17 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def command_mcp(given: Given) -> int:
-    """The plugin, on standard input and output. This is where it gets its doors."""
+    """The plugin, on standard input and output. This is where it gets its doors. It ends
+    when its host closes standard input. Nothing else may print there: every line is the
+    protocol's."""
     settings = given.settings()
     return run_plugin(settings, Doors(settings))
 
 
 def command_init(given: Given) -> int:
     """Shows what would change in the agents' configuration files, asks, and writes it. The
-    exit code is 1 if a file had to be left alone."""
+    exit code is 1 if a file had to be left alone. With --print no file of a CLI is read or
+    written. With --dry-run the difference is all that happens."""
     if given.text("print"):
         print(printed_block(given.text("print"), given.settings()))
         return 0
@@ -15881,7 +15927,9 @@ def print_by_hand(edit: Edit) -> None:
 
 
 def wanted_edits(given: Given) -> list[Edit]:
-    """What init would do to each file of the CLIs that were named, else that are here."""
+    """What init would do to each file of the CLIs that were named, else that are here.
+    Nothing is written yet. UsageError for a name that init does not know, NotFound if no
+    CLI is here."""
     project = given.text("project")
     if project and given.has("user"):
         raise UsageError("give --project DIR or --user, not both")
@@ -15902,7 +15950,8 @@ def wanted_edits(given: Given) -> list[Edit]:
 
 
 def print_difference(edit: Edit) -> None:
-    """What one edit changes, as a unified diff."""
+    """What one edit changes, as a unified diff. A file that is not there counts as empty,
+    on either side. Its text is somebody else's, and made harmless."""
     import difflib
 
     old = (edit.before or "").splitlines()
@@ -15913,7 +15962,8 @@ def print_difference(edit: Edit) -> None:
 
 
 def require_consent(files: int) -> None:
-    """Asks on the terminal. BadRequest if the answer is not yes."""
+    """Asks on the terminal. BadRequest if the answer is not yes. The end of standard input
+    is a no: a script that wants it gives --yes."""
     print(f"Write {files} file(s)? [y/N] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise BadRequest("nothing was written; answer y, or give --yes")
@@ -15921,7 +15971,8 @@ def require_consent(files: int) -> None:
 
 def write_edits(changes: Iterable[Edit]) -> None:
     """Carries the edits out, and says of each that it is done. Stops at the first that
-    cannot be: Conflict if a file was changed meanwhile."""
+    cannot be: Conflict if a file was changed meanwhile. What was written before that stays
+    written, and stands above the error; init can be run again."""
     for edit in changes:
         apply_edit(edit)
         done = "wrote"
@@ -15931,7 +15982,9 @@ def write_edits(changes: Iterable[Edit]) -> None:
 
 
 def command_doctor(given: Given) -> int:
-    """Every check as it is done, with what to do about it; exit code 1 if one failed."""
+    """Every check as it is done, with what to do about it; exit code 1 if one failed. A
+    note is fine and counts as passed. With --json all is printed at the end, since it is
+    one value."""
     checks: list[Check] = []
     for check in doctor_checks(given.settings()):
         checks.append(check)
@@ -15957,7 +16010,8 @@ def print_check(check: Check) -> None:
 
 def command_hook(given: Given) -> int:
     """Never in the agent's way: whatever goes wrong here is silence and exit code 0. An
-    agent's CLI would show anything else to its user, or stop."""
+    agent's CLI would show anything else to its user, or stop. hook_output bounds the time
+    that it takes. Files that it makes are the user's alone."""
     os.umask(0o077)
     with contextlib.suppress(ChatError, OSError, ValueError):
         answer = hook_output(given.text("cli"), 0, given.settings())
@@ -15967,7 +16021,8 @@ def command_hook(given: Given) -> int:
 
 
 def command_completion(given: Given) -> int:
-    """What a shell reads to complete our words. `names` is what such a script asks for."""
+    """What a shell reads to complete our words. `names` is what such a script asks for. A
+    command with an alias stands in COMMANDS twice; the shell is told of it once."""
     shell = given.text("shell")
     if shell in COMPLETIONS:
         print(COMPLETIONS[shell](list(dict.fromkeys(COMMANDS.values()))))
@@ -15986,6 +16041,8 @@ def command_completion(given: Given) -> int:
 
 
 CLIS_WITH_HOOKS = tuple(name for name in AGENT_CLIS if AGENT_CLIS[name].events)
+# A name means the same everywhere, since Given knows values by name alone. `Given.settings`
+# finds those of Settings among them.
 OPTIONS = (  # in the order of the help; each means the same in every command that has it
     Option("-c --config", "The settings file, instead of ~/.agent-chat/config.yaml.",
            "FILE", completes=FILES),
@@ -16047,11 +16104,14 @@ OPTIONS = (  # in the order of the help; each means the same in every command th
 
 
 def options(names: str) -> tuple[Option, ...]:
-    """Some of OPTIONS by their names, and --config, which every command takes."""
+    """Some of OPTIONS by their names, and --config, which every command takes. They come in
+    the order of OPTIONS, whatever the order of the names, and so in the help."""
     wanted = ["config", *names.split()]
     return tuple(option for option in OPTIONS if option.name in wanted)
 
 
+# The order is that of the help: what people type most comes first, what only programs call
+# comes last.
 CHAPTERS: dict[str, tuple[Command, ...]] = {
     "Messages": (
         Command("send", command_send, "send a message to agents, groups or the human",
@@ -16131,7 +16191,8 @@ def print_overview() -> None:
 
 def chosen_command(word: str) -> Command:
     """The command that a word names. UsageError, with those that are spelt nearly alike, if
-    it names none."""
+    it names none. -V and --version are taken as the command, for people type them out of
+    habit."""
     if word in ("-V", "--version"):
         word = "version"
     if word in COMMANDS:
@@ -16144,7 +16205,8 @@ def chosen_command(word: str) -> Command:
 
 def run(words: Sequence[str]) -> int:
     """Runs what was typed; its exit code. UsageError with the usage line of the command
-    below the sentence, if there is a command."""
+    below the sentence, if there is a command. `help X` is the same as `X --help`. What a
+    command raises besides passes through."""
     if not words or list(words) in ([word] for word in ASKING_FOR_HELP):
         print_overview()
         return 0
@@ -16159,7 +16221,9 @@ def run(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, as EXIT_CODES says. `argv` is what was
-    typed behind the program's name; None is that of this process."""
+    typed behind the program's name; None is that of this process. Two things pass:
+    argparse's SystemExit behind a page of help, and a fault of our own, which is no
+    ChatError and ends with its traceback."""
     words = sys.argv[1:]
     if argv is not None:
         words = list(argv)
@@ -16198,7 +16262,8 @@ raise SystemExit(__import__({!r}).main())"""
 
 def run_as_module() -> NoReturn:
     """This process once more, from the compiled module, with the same words and no less
-    isolated from its environment."""
+    isolated from its environment. It never returns. Only for POSIX: elsewhere a program
+    that replaces itself gets a new pid."""
     import compileall
 
     folder, name = os.path.split(os.path.abspath(__file__))
