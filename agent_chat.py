@@ -15362,6 +15362,8 @@ def command_serve(given: Given) -> int:
     if given.has("daemon"):
         print(start_daemon(settings, daemon_flags(given)))
         return 0
+    # Takes the lock of the database, or raises: until then nothing of another hub is
+    # touched.
     hub = open_hub(settings)
     # The database is ours from here on, and so is its pid file.
     try:
@@ -15754,7 +15756,8 @@ def awaited_mail(client: Client, name: str, given: Given) -> tuple[Sequence[Row]
 
 def command_tail(given: Given) -> int:
     """Prints what was said last, then what is said, until Ctrl-C. A hub that is restarted
-    meanwhile costs nothing: what was said is asked for by its number."""
+    meanwhile costs nothing: what was said is asked for by its number. A reader of our
+    output that goes away ends it, too, with exit code 141."""
     client = client_of(given)
     # The cursor first, the last messages after it: what is said between the two comes once,
     # by the cursor.
@@ -15763,6 +15766,7 @@ def command_tail(given: Given) -> int:
     if newest:
         seq = newest[0]["seq"]
     lines = given.count("lines")
+    # One is asked for even where none is to be shown: so it is known whether there are any.
     last = client.get("/api/messages/history", agent=given.text("agent"),
                       group=group_of(given), limit=max(1, lines), before=seq + 1)
     for message in reversed(last[:lines]):
@@ -15814,7 +15818,7 @@ def print_followed(message: Row, given: Given) -> None:
 
 
 def group_of(given: Given) -> str:
-    """--group; it may be typed with its sign."""
+    """--group; it may be typed with its sign. The hub knows groups without it."""
     return given.text("group").removeprefix("#")
 
 
@@ -15996,7 +16000,8 @@ def command_doctor(given: Given) -> int:
 
 
 def print_check(check: Check) -> None:
-    """One line of doctor, and its advice below it: not if all is well."""
+    """One line of doctor, and its advice below it: not if all is well. It is flushed, since
+    the next check may take seconds."""
     colors = {"ok": GREEN, "note": YELLOW}
     state = painted(check.state.ljust(4), colors.get(check.state, RED))
     taken = " " * 12
@@ -16233,6 +16238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         code = run(words)
+        # Here, where it can still be answered that nobody reads: at Python's own end it is
+        # too late.
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -16276,6 +16283,7 @@ def run_as_module() -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Before `main`: nothing is open yet that a new program could lose.
     if os.name == "posix" and sys.argv[1:2] and sys.argv[1] in LASTING_COMMANDS:
         run_as_module()
     raise SystemExit(main())
