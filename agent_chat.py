@@ -1004,6 +1004,10 @@ def printable(text: str) -> str:
 # in which group and thread, its words) are brought up to date for many
 # messages at once. Up to `facts.indexed` they are complete; what was stored
 # since then, the tail, is short, and readers look through it themselves.
+#
+# The index of words holds no positions and no sizes of texts: neither phrases
+# nor a rank are asked for, and it is much smaller without. An accent makes no
+# other word.
 WORDS = """detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2" """
 SCHEMA = """
     -- Everybody who ever wrote or was written to, one whatever its case. A group has a # in
@@ -1071,6 +1075,7 @@ READ = 3
 RINGING = (UNRUNG, RUNG)
 WAITING = (UNRUNG, RUNG, SILENT)
 STATES = (*WAITING, READ)
+# Spelt out for each state, so that SQLite looks each of them up by the key.
 IS_UNREAD = f"state IN ({UNRUNG}, {RUNG}, {SILENT})"
 IS_ANY = f"state IN ({UNRUNG}, {RUNG}, {SILENT}, {READ})"
 
@@ -1087,6 +1092,7 @@ DAMAGED = (
     "`sqlite3 FILE .recover` saves what can still be read"
 )
 LOCKED = "another program holds {0} locked; try again in a moment"
+# The first that fits counts, and the last fits everything.
 FAILURES = (  # the beginning of SQLite's name for it, what it is to us, and the sentence
     (
         "SQLITE_FULL",
@@ -1113,7 +1119,8 @@ FAILURES = (  # the beginning of SQLite's name for it, what it is to us, and the
 
 class QuietPair(NamedTuple):
     """Two agents whose bell the loop guard keeps quiet, by the first message
-    that it silenced."""
+    that it silenced: that one's thread, depth and time say why and since
+    when."""
 
     sender: str
     agent: str
@@ -1123,7 +1130,8 @@ class QuietPair(NamedTuple):
 
 
 class UnseenMail(NamedTuple):
-    """How much of one sender's mail an agent has not seen."""
+    """How much of one sender's mail an agent has not seen, and the id of the
+    newest of it, for a notice to its sender."""
 
     sender: str
     agent: str
@@ -1149,14 +1157,15 @@ class Traffic(NamedTuple):
 
 
 def message_id(seq: int, tag: int) -> str:
-    """The id of a message: its seq, and 32 random bits that nobody can
-    guess."""
+    """The id of a message: its seq, and 32 random bits that nobody can guess.
+    The seq in it finds the row without an index of ids."""
     return f"msg-{seq}-{tag:08x}"
 
 
 def packed(text: str) -> int | str | None:
-    """An id as it is stored: seq and tag in one number if it has our form,
-    else as it is."""
+    """An id as it is stored: seq and tag in one number if it has our form, else
+    as it is, None for "". So a reply costs eight bytes for each id that it
+    names."""
     match = OWN_ID.fullmatch(text)
     if match and int(match[1]) < MOST_SENDS:
         return int(match[1]) << 32 | int(match[2], 16)
@@ -1183,7 +1192,8 @@ def unpacked(value: int | str | None) -> str:
 
 @functools.lru_cache(256)
 def micros(moment: str) -> int:
-    """Microseconds since 1970 of an RFC 3339 time. Raises ValueError."""
+    """Microseconds since 1970 of an RFC 3339 time. Raises ValueError. Kept, for
+    all that happens in a turn has one time."""
     from datetime import UTC, datetime, timedelta
 
     since = datetime.fromisoformat(moment) - datetime(1970, 1, 1, tzinfo=UTC)
@@ -1203,9 +1213,10 @@ def rfc3339(micro: int) -> str:
 
 
 def words_of(text: str) -> str:
-    """What full-text search is asked for a text: every word of it, "" if it
-    has none. With a * at its end the last word may be the beginning of one,
-    if it has three letters."""
+    """What full-text search is asked for a text: every word of it, "" if it has
+    none. With a * at its end the last word may be the beginning of one, if it
+    has three letters: with fewer it could be a large part of the index. All is
+    quoted, so nothing that somebody types is syntax."""
     words = re.findall(r"[^\W_]+", text)
     asked = " ".join(f'"{word}"' for word in words)
     if words and text.endswith("*") and len(words[-1]) > 2:
@@ -1222,8 +1233,8 @@ class Side(NamedTuple):
 
 
 class IndexWalk(NamedTuple):
-    """Messages in their order, as one index has them: the beginning of a
-    SELECT of `key`."""
+    """Messages in their order, as one index has them: the beginning of a SELECT
+    of `key`. It ends in a condition, so that others can be added with AND."""
 
     select: str
     values: tuple[object, ...] = ()
@@ -1246,7 +1257,9 @@ ALL_MESSAGES = IndexWalk("SELECT x.seq FROM messages x WHERE TRUE", lags=False)
 
 
 class Search(NamedTuple):
-    """A Query with the ids of its names, as branches of one SELECT."""
+    """A Query with the ids of its names, as branches of one SELECT. The ids
+    stand among the values, never in the SQL, whose text is the same for all
+    queries of one form."""
 
     text: str
     sides: tuple[Side, ...]  # one of them must fit
@@ -1255,8 +1268,9 @@ class Search(NamedTuple):
     group: int
 
     def streams(self, side: Side) -> list[IndexWalk]:
-        """The narrowest way to what fits a side. Each is walked in the order
-        of seq, so that no cost grows with the log."""
+        """The narrowest way to what fits a side. Each is walked in the order of
+        seq, so that no cost grows with the log: with its limit it ends after a
+        page, unless the conditions refuse most of what it finds."""
         target = self.group or side.recipient
         if self.text:
             words = "SELECT x.rowid FROM words x WHERE x.words MATCH ?"
@@ -1281,8 +1295,9 @@ class Search(NamedTuple):
         return [ALL_MESSAGES]
 
     def conditions(self, side: Side, key: str) -> list[tuple[str, int]]:
-        """All that the message of that key must be, whatever index it was
-        found by."""
+        """All that the message of that key must be, whatever index it was found
+        by: SQL, and the one value it is compared with. What the index promises
+        already is asked all the same; that costs one look at the row."""
         column = f"(SELECT %s FROM messages m WHERE m.seq = {key}) = ?"
         received = (
             f"EXISTS (SELECT 1 FROM inbox i WHERE i.agent = ? AND i.{IS_ANY} "
@@ -1300,6 +1315,8 @@ class Search(NamedTuple):
         return [(condition, value) for condition, value in wanted if value]
 
 
+# Names as they are spelt now. What came before the end of a chain has no depth
+# any more.
 MESSAGE = """
     SELECT m.seq, m.tag, (SELECT id FROM foreign_ids f WHERE f.seq = m.seq),
         (SELECT name FROM names WHERE id = m.sender),
@@ -1310,10 +1327,13 @@ MESSAGE = """
             ELSE m.depth END,
         m.choices
     FROM messages m WHERE m.seq = ?"""
+# Of a direct message there is one row, which its recipient's name leads to.
 RECEIPT = f"""
     SELECT ?1, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet FROM inbox x
     WHERE x.agent = (SELECT id FROM names WHERE name = ?1)
         AND x.{IS_ANY} AND x.seq = ?2"""
+# CROSS JOIN keeps the tables in this order: SQLite's planner knows nothing of
+# their sizes, and another order could walk a whole inbox.
 RECEIPTS = f"""
     SELECT n.name, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome, x.quiet
     FROM messages m
@@ -1380,6 +1400,8 @@ RECEIVED = f"""
     SELECT x.seq FROM json_each(?2) j CROSS JOIN inbox x
         ON x.agent = ?1 AND x.{IS_ANY} AND x.seq = j.value
     ORDER BY 1"""
+# Of the part of a thread that is indexed the newest replies count, of the tail
+# all.
 SPOKE = """
     SELECT 1 FROM (
         SELECT seq FROM threads WHERE thread = ?1 ORDER BY seq DESC LIMIT ?3) t
@@ -1391,8 +1413,8 @@ SPOKE_LATELY = """
 
 def of_states(columns: str, states: Sequence[int], order: str = "") -> str:
     """A SELECT from an agent's (?1) inbox with a limit (?2), in the order of
-    seq over several states: each of them lies in order already. With ?3, a
-    seq that they come after."""
+    seq over several states: each of them lies in order already, so none reads
+    more rows than the limit."""
     branch = (
         f"SELECT * FROM (SELECT {columns} FROM inbox WHERE agent = ?1 AND state = %d "
         f"ORDER BY seq {order} LIMIT ?2)"
@@ -1411,7 +1433,9 @@ NEWEST_RINGING = of_states("seq", RINGING, "DESC")
 
 
 def store_error(error: Exception, path: str) -> ChatError:
-    """What a database says that cannot do what was asked of it."""
+    """What a database says that cannot do what was asked of it, as one of our
+    own errors, with a sentence that says what to do; `path` is the file it
+    names. For errors of sqlite3, OSErrors, and texts that are no Unicode."""
     if isinstance(error, UnicodeError):
         return BadRequest("this text cannot be stored: it is not Unicode")
     name = getattr(error, "sqlite_errorname", "")
@@ -1433,7 +1457,8 @@ def receipt(
     outcome: str | None,
     quiet: str | None,
 ) -> Receipt:
-    """A row of RECEIPTS as people read it."""
+    """A row of RECEIPTS as people read it. Times are stored as delays since the
+    message was created, and become times here."""
     stored = micros(message.created_at)
 
     def at(delay: int | None) -> str | None:
@@ -1454,8 +1479,13 @@ def receipt(
 
 class Log:
     """The reading side, over one connection of one thread. Sees what is
-    committed, and, on the writer's own connection, what this turn has
-    written. Raises ChatErrors only."""
+    committed, and, on the writer's own connection, what this turn has written.
+    Raises ChatErrors only.
+
+    Every method takes names as they are spelt by anybody, and gives them as
+    they are spelt in the log. Pages are cut by a limit and by bytes, and each
+    is found by an index.
+    """
 
     lately: Mapping[int, Message] = {}  # what need not be fetched again
 
@@ -1472,7 +1502,10 @@ class Log:
     # -- statements
 
     def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """All rows of a SELECT."""
+        """All rows of a SELECT. Every read of the file goes through here, and
+        errors of SQLite become ours. Outside a transaction, whether the
+        file can be locked at all is asked first: SQLite itself would try for
+        seconds."""
         try:
             if not self.connection.in_transaction:
                 self._lockable()
@@ -1482,8 +1515,9 @@ class Log:
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[None]:
-        """One view of the log for several statements, which also saves each
-        the cost of its own locks. Within a turn there is one already."""
+        """One view of the log for several statements, which also saves each the
+        cost of its own locks. Within a turn there is one already. It is left
+        however the reading ends."""
         if self.connection.in_transaction:
             yield
             return
@@ -1512,14 +1546,16 @@ class Log:
         return str(self._seqs("SELECT name FROM names WHERE id = ?", number)[0])
 
     def fact(self, key: str) -> int:
-        """A number that outlives the process, 0 at first: cursors of
-        background work."""
+        """A number that outlives the process, 0 at first: cursors of background
+        work, and `indexed`, the seq up to which the trees that lag are
+        complete."""
         return self._number("SELECT value FROM facts WHERE key = ?", key)
 
     @contextlib.contextmanager
     def given_up_when(self, stop: Callable[[], bool]) -> Iterator[None]:
         """Within it, what takes long is given up once `stop` says so:
-        StoreBusy."""
+        StoreBusy. `stop` is asked about once a millisecond, on the thread that
+        reads."""
         self.connection.set_progress_handler(stop, PROGRESS_STEPS)
         try:
             yield
@@ -1535,8 +1571,9 @@ class Log:
     def messages(
         self, seqs: Iterable[int], most: int = MAX_PAGE_BYTES
     ) -> list[Message]:
-        """Those of these messages that exist, as many as have so many bytes
-        together, but at least one."""
+        """Those of these messages that exist, in the order in which they are
+        asked for, as many as have so many bytes together, but at least one: a
+        page always gets on."""
         page: list[Message] = []
         for seq in seqs:
             message = self.lately.get(seq) or self._stored(seq)
@@ -1550,7 +1587,8 @@ class Log:
         return page
 
     def _stored(self, seq: int) -> Message | None:
-        """A message as it was sent, out of its row."""
+        """A message as it was sent, out of its row; None if there is none. What
+        a sender's own id was is not read: only `by_client` asks for that."""
         for (
             _,
             tag,
@@ -1584,7 +1622,10 @@ class Log:
         return None
 
     def seqs_of(self, ids: Iterable[str]) -> dict[int, str]:
-        """Those of the ids that messages have: seq -> id."""
+        """Those of the ids that messages have: seq -> id, in the order of the
+        ids. An id of our form is looked up by its seq and must have its tag
+        too; one that was adopted from another program may look like ours, so it
+        is looked for aside as well."""
         found = {}
         for one in ids:
             own = packed(one)
@@ -1603,8 +1644,9 @@ class Log:
         return next(iter(self.messages(self.seqs_of([message_id]))), None)
 
     def by_client(self, sender: str, client_id: str) -> Message | None:
-        """What this sender has sent under an id of its own, None if nothing
-        or long ago."""
+        """What this sender has sent under an id of its own, None if nothing or
+        long ago. So a send that is repeated after a lost answer is stored
+        once."""
         seqs = self._seqs(
             "SELECT seq FROM clients WHERE sender = ? AND client_id = ?",
             self._id(sender),
@@ -1640,7 +1682,8 @@ class Log:
 
     def spoke(self, thread: str, agent: str) -> bool:
         """Has this agent said anything in this thread? Of a very long one,
-        lately."""
+        lately: the newest SPOKEN replies, so that it costs the same in every
+        thread."""
         root = self.message(thread)
         if root and root.from_agent.lower() == agent.lower():
             return True
@@ -1654,8 +1697,9 @@ class Log:
 
     def seq_at(self, moment: str, *, after: bool = False) -> int:
         """The first seq stored at or after (`after`: only after) an RFC 3339
-        time, found by bisection over the log. A clock that jumped shifts a
-        time filter, never an order."""
+        time, found by bisection over the log, which needs no index of times. A
+        clock that jumped shifts a time filter, never an order. Raises
+        ValueError for what is no time."""
         wanted = micros(moment) + after
         next_one = "SELECT seq, created FROM messages WHERE seq >= ? LIMIT 1"
         with self._snapshot():
@@ -1679,7 +1723,8 @@ class Log:
             return self.messages(self._found(query), query.most_bytes)
 
     def count(self, query: Query, most: int = 10_000) -> int:
-        """How many messages a query is after; it stops counting at `most`."""
+        """How many messages a query is after; it stops counting at `most`, so
+        that a word which everybody uses does not cost the whole index."""
         return len(self._found(query._replace(limit=most)))
 
     def _found(self, query: Query) -> list[int]:
@@ -1724,9 +1769,10 @@ class Log:
         return Search(text, tuple(sides), sender, recipient, group_id)
 
     def _tail(self, search: Search, indexed: int) -> IndexWalk:
-        """What was stored since the indexes were brought up to date. For
-        words, those of its messages that hold them, by the same rules:
-        indexed in memory, for this one search."""
+        """What was stored since the indexes were brought up to date. For words,
+        those of its messages that hold them, by the same rules: indexed in
+        memory, for this one search. The tail is short, as INDEX_BATCH bounds
+        it."""
         since = "SELECT x.seq FROM messages x WHERE x.seq > ?"
         if not search.text:
             return IndexWalk(since, (indexed,))
@@ -1802,7 +1848,8 @@ class Log:
         return ids
 
     def received(self, agent: str, seqs: Iterable[int]) -> list[int]:
-        """Those of these messages that were for this agent, in their order."""
+        """Those of these messages that were for this agent, in their order:
+        nobody marks another's mail."""
         listed = json.dumps(list(seqs))
         return self._seqs(RECEIVED, self._id(agent), listed)
 
@@ -1829,7 +1876,8 @@ class Log:
 
     def unseen_mail(self, low: int, high: int) -> list[UnseenMail]:
         """What of low <= seq < high nobody has seen, by sender and agent.
-        Notices of the server do not count."""
+        Notices of the server do not count: notices of notices could go on
+        without end."""
         found = []
         for sender, agent, number, last in self._rows(UNSEEN_MAIL, low, high):
             author = self._name(sender)
@@ -1901,8 +1949,11 @@ HARD_LINK = (
 )
 # struct flock of Linux: to write, from the start of the file, one byte far
 # behind those that SQLite locks.
+# Made by hand, for Python's fcntl knows no other way to ask for a lock of this
+# kind.
 LOCK_REQUEST = struct.pack("hhqqi4x", 1, os.SEEK_SET, 1 << 62, 1, 0)
 
+# What somebody sent is a value of a statement, never a part of its text.
 INSERT_MESSAGE = """
     INSERT INTO messages (seq, tag, created, sender, recipient, grp, recipients, verified,
         in_reply_to, thread, depth, choices, content) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"""
@@ -1912,6 +1963,7 @@ INSERT_DELIVERY = """
 SINCE_CREATED = "? - (SELECT created FROM messages m WHERE m.seq = inbox.seq)"
 UNREAD_ROW = f"agent = ? AND {IS_UNREAD} AND seq = ?"
 ANY_ROW = f"agent = ? AND {IS_ANY} AND seq = ?"
+# The first push counts; of rings the last one that a door made.
 MARK_PUSHED = f"""
     UPDATE inbox SET pushed = coalesce(pushed, {SINCE_CREATED}) WHERE {UNREAD_ROW}"""
 MARK_GIVEN = f"""
@@ -1930,6 +1982,8 @@ MARK_READ = f"""
 MARK_UNREAD = f"""
     UPDATE inbox SET state = {SILENT}, read = NULL
     WHERE agent = ? AND state = {READ} AND seq = ?"""
+# For who inherits mail, or is offered it once more. When it was first pushed
+# stays.
 UNRING = f"""
     UPDATE inbox SET state = {UNRUNG}, quiet = NULL, rung = NULL, seen = NULL
     WHERE {UNREAD_ROW}"""
@@ -1992,12 +2046,14 @@ INDEX_ALL = f"""
     INSERT OR REPLACE INTO facts SELECT 'indexed', coalesce(max(seq), 0) FROM messages;
     """
 
+# A seq, about how many bytes go with it, and whether it has to stay.
 PRUNABLE = f"""
     SELECT m.seq, length(m.content) + 8 * length(coalesce(m.recipients, '')) + 512,
         m.seq IN (SELECT seq FROM questions) OR EXISTS (
             SELECT 1 FROM json_each(coalesce(m.recipients, json_array(m.recipient))) r
                 CROSS JOIN inbox x ON x.agent = r.value AND x.{IS_UNREAD} AND x.seq = m.seq)
     FROM messages m WHERE m.seq >= ? AND m.seq < ? ORDER BY m.seq"""
+# In this order, for each finds its rows by the message, which goes last.
 PRUNE = (
     "INSERT INTO words (words, rowid, content) "
     "SELECT 'delete', seq, content FROM messages WHERE seq = ?",
@@ -2022,6 +2078,7 @@ PRUNE = (
     "DELETE FROM foreign_ids WHERE seq = ?",
     "DELETE FROM messages WHERE seq = ?",
 )
+# A page of them, behind the one that was looked at last.
 NEXT_CLIENTS = """
     SELECT sender, client_id, seq FROM clients WHERE (sender, client_id) > (?, ?)
     ORDER BY sender, client_id LIMIT ?"""
@@ -2033,6 +2090,7 @@ UNUSED_NAMES = """
         AND NOT EXISTS (SELECT 1 FROM grouped g WHERE g.grp = n.id)
         AND NOT EXISTS (SELECT 1 FROM quieted q WHERE n.id IN (q.agent, q.sender))
         AND NOT EXISTS (SELECT 1 FROM questions q WHERE q.agent = n.id)"""
+# The end of a chain says nothing any more once all that came before it is gone.
 PAST_CHAINS = """
     SELECT thread FROM chains WHERE ended < (SELECT min(seq) FROM messages) LIMIT ?"""
 AGENTS = f"""
@@ -2168,7 +2226,9 @@ class InboxRow(NamedTuple):
 
 
 def delivered(delivery: Delivery, agent: int, seq: int, created: int) -> InboxRow:
-    """The row with which the way of a message to one recipient begins."""
+    """The row with which the way of a message to one recipient begins: RUNG if
+    it was given to an older client already, SILENT if its bell is muted or
+    quiet. `created` is the message's own time, which all others are told by."""
     pushed = rung = None
     state = UNRUNG
     if delivery.pushed_at:
@@ -2182,9 +2242,9 @@ def delivered(delivery: Delivery, agent: int, seq: int, created: int) -> InboxRo
 
 
 def migration(version: int, *, adopts: bool) -> str:
-    """The script that brings a file up to date in one transaction: of schema
-    0, which is a new one or, if it `adopts`, that of the Go program, or of
-    schema 1."""
+    """The script that brings a file up to date in one transaction: of schema 0,
+    which is a new one or, if it `adopts`, that of the Go program, or of schema
+    1. Broken off at any place, it leaves the file as it was."""
     if version == 1:
         steps = [set_aside("old", SCHEMA_1_TABLES), SCHEMA, MIGRATION, INDEX_ALL]
     elif adopts:
@@ -2204,7 +2264,7 @@ def migration(version: int, *, adopts: bool) -> str:
 
 def set_aside(prefix: str, tables: Iterable[str]) -> str:
     """Statements that rename tables, and free the one name that a new one
-    needs."""
+    needs: an index of schema 1 is called as a table is now."""
     renamed = [f"ALTER TABLE {name} RENAME TO {prefix}_{name};" for name in tables]
     return "\n".join(["DROP INDEX IF EXISTS quieted;", *renamed])
 
@@ -2227,7 +2287,8 @@ def adopted_time(text: str | None) -> str | None:
 
 def agent_record(*columns: object) -> str:
     """A row of agents of schema 1 as it is stored now. Its lists were words
-    with blanks between them."""
+    with blanks between them. Called by MIGRATION, its columns in the order of
+    AgentRecord's first fields."""
     fields = dict(zip(AgentRecord._fields, columns, strict=False))
     for name in ("groups", "doors", "mute", "allow"):
         fields[name] = str(fields[name]).split()
@@ -2236,7 +2297,8 @@ def agent_record(*columns: object) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether an agent or a group may have this name."""
+    """Whether an agent or a group may have this name. What another program
+    called otherwise is not adopted."""
     return NAME.fullmatch(text) is not None
 
 
@@ -2250,13 +2312,18 @@ SQL_FUNCTIONS: Sequence[tuple[str, int, Callable[..., str | int | None]]] = (
 
 
 class Store(Log):
-    """The one writer. Callers write inside a turn; `commit` ends it, synced
-    to disk. Raises ChatErrors only. Any failed write makes the turn fail:
-    `commit` then raises, and the caller forgets what it has not yet said to
-    anybody."""
+    """The one writer. Callers write inside a turn; `commit` ends it, synced to
+    disk. Raises ChatErrors only. Any failed write makes the turn fail: `commit`
+    then raises, and the caller forgets what it has not yet said to anybody.
+
+    Belongs to the I/O thread, all but `reader`. It reads through the connection
+    that it writes with, so a turn sees what it has written itself.
+    """
 
     def __init__(self, path: str) -> None:
-        """Open the database at this path, or make one. Raises BadConfig."""
+        """Open the database at this path, or make one: lock it, check it, bring
+        its schema up to date. Raises BadConfig; a file that is refused stays
+        untouched."""
         import sqlite3
         import threading
 
@@ -2291,7 +2358,9 @@ class Store(Log):
             raise BadConfig(str(error)) from None
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection to the file. Raises sqlite3.Error."""
+        """A connection to the file, in autocommit, for turns say BEGIN and
+        COMMIT themselves. It may be closed by another thread than made it.
+        Raises sqlite3.Error."""
         import sqlite3
 
         connection = sqlite3.connect(
@@ -2307,7 +2376,8 @@ class Store(Log):
 
     def _prepare(self) -> None:
         """Check the file, choose durability, bring the schema up to date. A
-        file that is refused stays untouched. Raises BadConfig."""
+        file that is refused stays untouched: every check comes before the first
+        write. Raises BadConfig."""
         version = self._number("PRAGMA user_version")
         tables = set(self._seqs("SELECT name FROM sqlite_master WHERE type = 'table'"))
         if os.path.getsize(self.path) < QUICK_CHECK_BYTES:
@@ -2347,7 +2417,10 @@ class Store(Log):
         self.connection = self._connect()
 
     def reader(self) -> Log:
-        """This thread's own read-only view of what is committed."""
+        """This thread's own read-only view of what is committed, opened when
+        the thread first asks for it. The only method that another thread may
+        call. Raises what `store_error` makes of a file that cannot be
+        opened."""
         if not hasattr(self._readers, "log"):
             try:
                 connection = self._connect()
@@ -2375,13 +2448,15 @@ class Store(Log):
         return True
 
     def _write(self, sql: str, *values: object) -> int:
-        """One statement of this turn; returns the number of rows it
-        changed."""
+        """One statement of this turn; returns the number of rows it changed.
+        Raises as `_write_many` does."""
         return self._write_many(sql, [values])
 
     def _write_many(self, sql: str, rows: Sequence[Sequence[object]]) -> int:
         """A statement of this turn for each of the rows; how many rows it
-        changed."""
+        changed. The first begins the transaction. Raises BadRequest for a text
+        that is no Unicode, which is its sender's fault alone; any other error
+        makes the turn fail, and each write after it."""
         if self.failed:
             raise self.failed
         try:
@@ -2435,7 +2510,9 @@ class Store(Log):
 
     def _identity(self) -> list[tuple[int, int]]:
         """Database, write-ahead log and its index as the file system knows
-        them; zeros for what is not there."""
+        them; zeros for what is not there. If one of them is another file than
+        at the start, a commit would reach nobody who opens the database
+        later."""
         found = []
         for part in self._parts:
             try:
@@ -2447,8 +2524,9 @@ class Store(Log):
 
     def commit(self) -> None:
         """End the turn. Returns when it is on disk. If it is not, raises why,
-        and then nothing of it is; raises Unservable if the file has to be
-        given up."""
+        and then nothing of it is; raises Unservable if the file has to be given
+        up. A tail that has become long is indexed first, in this same
+        transaction: its sync is paid for already."""
         try:
             if self._unindexed > INDEX_BATCH and not self.failed:
                 self.index_words()
@@ -2468,8 +2546,9 @@ class Store(Log):
             self._try_to_recover()
 
     def rollback(self) -> None:
-        """Forget the turn. Raises Unservable if the file has to be given
-        up."""
+        """Forget the turn, and read anew what memory made of it. Raises
+        Unservable if the file has to be given up; after all else that fails
+        here the file is opened anew before anything is written."""
         self.failed = None
         self.statements = []
         # A seq that was rolled back is given again.
@@ -2527,7 +2606,8 @@ class Store(Log):
         raise error
 
     def _reload(self) -> None:
-        """Read anew what is kept in memory of the file."""
+        """Read anew what is kept in memory of the file: a turn that was taken
+        back may have changed all of it."""
         self.last_seq = self._number("SELECT max(seq) FROM messages")
         self._indexed = self.fact("indexed")
         self._unindexed = 0
@@ -2535,13 +2615,16 @@ class Store(Log):
         self._name_ids.clear()
 
     def close(self) -> None:
-        """Give the file back. What is not committed is forgotten."""
+        """Give the file back: from here on another hub may have it. What is not
+        committed is forgotten."""
         self.connection.close()
         self._lock.close()
 
     # -- names
 
     def _id(self, name: str) -> int:
+        """As in Log, and kept: a name is asked for several times in each send.
+        An unknown one is not, for it may become known."""
         known = self._name_ids.get(name)
         if known is None:
             known = super()._id(name)
@@ -2550,7 +2633,8 @@ class Store(Log):
         return known
 
     def _intern(self, name: str) -> int:
-        """The number that a name is stored as from now on."""
+        """The number that a name is stored as from now on: its own, or a new
+        one."""
         known = self._id(name)
         if not known:
             self._write("INSERT INTO names (name) VALUES (?)", name)
@@ -2560,7 +2644,9 @@ class Store(Log):
     # -- messages
 
     def append(self, message: Message, deliveries: Sequence[Delivery]) -> None:
-        """Store a message with an inbox row for each of its recipients."""
+        """Store a message with an inbox row for each of its recipients. Its seq
+        has to be above all that are there: `last_seq` becomes that. All else
+        that leads to it is indexed later, see `index_words`."""
         seq = message.seq
         created = micros(message.created_at)
         sender = self._intern(message.from_agent)
@@ -2622,7 +2708,8 @@ class Store(Log):
         )
 
     def _keep(self, message: Message) -> None:
-        """Keep a message in memory, instead of the oldest that is there."""
+        """Keep a message in memory, instead of the oldest that is there: who is
+        sent something mostly fetches it soon."""
         self.lately[message.seq] = message
         if len(self.lately) > LATELY:
             del self.lately[next(iter(self.lately))]
@@ -2639,9 +2726,10 @@ class Store(Log):
             self._unindexed = 0
 
     def prune(self, low: int, high: int, most_bytes: int) -> int:
-        """Delete messages of low <= seq < high that nobody has left unread
-        and that ask nothing of the human, until so many bytes went; returns
-        the seq it reached."""
+        """Delete messages of low <= seq < high that nobody has left unread and
+        that ask nothing of the human, until so many bytes went; returns the seq
+        it reached, from where the next call goes on. Called piece by piece, so
+        that no turn takes long."""
         # Else there would be no words to take out.
         self.index_words()
         gone = []
@@ -2662,8 +2750,9 @@ class Store(Log):
     # -- how far mail got
 
     def _mark(self, sql: str, agent: str, seqs: Iterable[int], *setting: object) -> int:
-        """One of the statements above for some mail of an agent; how many
-        rows changed."""
+        """One of the statements above for some mail of an agent; how many rows
+        changed. A row that the statement does not fit, for it is further
+        already or is not there, is no mistake: it is not counted."""
         number = self._id(agent)
         return self._write_many(sql, [(*setting, number, seq) for seq in seqs])
 
@@ -2689,11 +2778,13 @@ class Store(Log):
         self._mark(MARK_BLOCKED, agent, seqs, door, outcome)
 
     def mark_seen(self, agent: str, seqs: Iterable[int], at: str) -> int:
-        """The agent has it; how much of that is news."""
+        """The agent has it: it rings no more, but is unread still. How much of
+        that is news."""
         return self._mark(MARK_SEEN, agent, seqs, micros(at))
 
     def mark_read(self, agent: str, seqs: Iterable[int], at: str) -> int:
-        """The agent is done with it; how much of it was unread."""
+        """The agent is done with it, and so has seen it too; how much of it was
+        unread."""
         moment = micros(at)
         return self._mark(MARK_READ, agent, seqs, moment, moment)
 
@@ -2764,7 +2855,9 @@ class Store(Log):
     # -- what is asked of the human
 
     def ask_human(self, message: Message) -> None:
-        """The message waits for an answer of the human."""
+        """The message waits for an answer of the human. Of one agent's
+        questions MOST_QUESTIONS wait, the newest, so that nobody can bury those
+        of the others."""
         agent = self._intern(message.from_agent)
         self._write("INSERT OR IGNORE INTO questions VALUES (?,?)", message.seq, agent)
         self._write(
@@ -2810,12 +2903,14 @@ class Store(Log):
         )
 
     def delete_agent(self, name: str) -> None:
-        """Forget an agent. Its mail stays with its name, whoever has it
-        next."""
+        """Forget an agent. Its mail stays with its name, whoever has it next;
+        the name itself goes with `forget_names`, once nothing is left that it
+        is needed for."""
         self._write("DELETE FROM agents WHERE id = ?", self._id(name))
 
     def load_agents(self) -> list[tuple[AgentRecord, int]]:
-        """All agents with the number of their unread messages."""
+        """All agents with the number of their unread messages. A record of an
+        older version lacks fields that are new: those have their defaults."""
         found = []
         for name, record, unread in self._rows(AGENTS):
             fields = {
@@ -2828,7 +2923,8 @@ class Store(Log):
     # -- housekeeping
 
     def save_fact(self, key: str, value: int) -> None:
-        """Keep a number beyond the end of the process."""
+        """Keep a number beyond the end of the process: as a part of the turn,
+        so that no cursor runs ahead of the work that it stands for."""
         self._write("INSERT OR REPLACE INTO facts VALUES (?,?)", key, value)
 
     def forget_names(self) -> int:
@@ -2907,7 +3003,9 @@ class FileLock:
 
     def _take(self) -> None:
         """Lock the database, then the file beside it, and write down who did.
-        Raises BadConfig."""
+        Raises BadConfig where another hub has it, where the file system has no
+        locks, and for a hard link that no hub has been started by: its -wal
+        file may lie elsewhere."""
         try:
             self.check()
             if os.fstat(self._database).st_nlink > 1 and not os.path.exists(
@@ -2937,16 +3035,17 @@ class FileLock:
             ) from None
 
     def _pid(self) -> str:
-        """Who holds the lock, as far as the file beside the database
-        knows."""
+        """Who holds the lock, as far as the file beside the database knows: for
+        people to read, nothing is decided by it."""
         with contextlib.suppress(OSError), open(self.path + ".lock") as file:
             return file.read(20).strip()
         return ""
 
     def check(self) -> None:
-        """Lock the database, or be told that it is locked still. Raises
-        OSError if somebody else has it, and where the file system refuses
-        locks."""
+        """Lock the database, or be told that it is locked still. Raises OSError
+        if somebody else has it, and where the file system refuses locks. Asked
+        again by readers and at each turn's first write, as a file system can be
+        lost on the way."""
         if sys.platform != "linux":
             return
         import fcntl
@@ -2954,14 +3053,16 @@ class FileLock:
         fcntl.fcntl(self._database, fcntl.F_OFD_SETLK, LOCK_REQUEST)
 
     def close(self) -> None:
-        """Unlock."""
+        """Unlock, by closing both files. The lock file stays: whoever took it
+        away might take another hub's."""
         if self._holder:
             self._holder.close()
         os.close(self._database)
 
 
 def lock_whole(file: TextIO) -> None:
-    """Lock a file, or raise OSError at once."""
+    """Lock a file, or raise OSError at once: nobody waits for a hub to end. The
+    lock goes with the file's last descriptor."""
     if os.name == "nt":
         import msvcrt
 
