@@ -10145,6 +10145,10 @@ class Doors:
 # BELL -- when to ring an agent, and in what words.
 # Knows: messages as they come over the wire, the time it is told.
 # Never: the clock, any door.
+#
+# Two promises meet here: mail is rung for until the agent has looked, and an agent that
+# is at work is not rung to death. What a ring says is typed where a person types, so it
+# holds nothing that a shell, a TUI or a model could take for an order of the sender's.
 # ======================================================================================
 
 NEVER = float("inf")
@@ -10163,8 +10167,12 @@ INVISIBLE = Pattern(  # letters and marks, but blank
 
 class Bell:
     """When to ring, and for what. Told the time and what happened; touches
-    nothing. One ring is out at a time: what comes meanwhile waits until that
-    one is seen, or repeated."""
+    nothing.
+
+    One ring is out at a time: what comes meanwhile waits until that one is seen,
+    or repeated. The plugin asks take() whenever `due` has come, rings at its
+    doors, and tells rang() what came of it. Only seen() takes mail away.
+    """
 
     def __init__(self) -> None:
         """A bell with nothing to ring for."""
@@ -10183,8 +10191,8 @@ class Bell:
         self.pause = 0.0
 
     def add(self, message: MessageJson, now: float) -> None:
-        """New mail. It rings shortly, or with what is out or blocked
-        already."""
+        """New mail. It rings shortly, for more may come with it, or together
+        with what is out or blocked already."""
         self.mail[message["id"]] = message
         if not self.rung and not self.blocked:
             self.due = min(self.due, now + BURST_SECONDS)
@@ -10198,9 +10206,12 @@ class Bell:
             self.due = now
 
     def seen(self, ids: Iterable[str], now: float) -> None:
-        """The agent looked and got these. It was told that there is more: what
-        was rung for before waits like a repeat, what it never heard of rings
-        now."""
+        """The agent looked and got these.
+
+        It was told that there is more: what was rung for before waits like a
+        repeat, what it never heard of rings now. Ids that are not known here are
+        ignored: an agent may look before the push has come.
+        """
         for message_id in ids:
             self.mail.pop(message_id, None)
         unheard = self.mail.keys() - self.rung
@@ -10222,7 +10233,8 @@ class Bell:
 
     def rang(self, ids: Iterable[str], word: str, now: float) -> bool:
         """A ring for these came out as `word`. True if that is news for the
-        hub."""
+        hub: each ring that went through is, a block only when it is another one
+        than before. That no door could be tried is none, it says so in its row."""
         if word == Ring.RUNG:
             self._went_through(ids, now)
             news = True
@@ -10254,8 +10266,13 @@ def doorbell_line(
     messages: Sequence[Mapping[str, object]], *, preview: bool = True
 ) -> str:
     """The line that tells an agent of these unread messages (wire form, at
-    least one). The wording is protocol; what senders wrote is only in the
-    sanitised preview."""
+    least one).
+
+    The wording is protocol: agents and their users' instructions know it. What
+    senders wrote is only in the sanitised preview, and only of one message
+    alone. A reply asks for no answer, or two agents would thank each other for
+    ever.
+    """
     call = f"{DOORBELL} Call check_messages for details"
     if len(messages) > 1:
         return f"{call}. {len(messages)} new messages from {senders(messages)}."
@@ -10296,7 +10313,12 @@ def senders(messages: Iterable[Mapping[str, object]]) -> str:
 
 def plain(value: object, limit: int) -> str:
     """One line of letters, digits, marks, spaces and a little punctuation, cut
-    at `limit`."""
+    at `limit`.
+
+    Everything else becomes a blank, also what is drawn as nothing: text that
+    only a model sees must not reach it. Compatibility forms come first, so that
+    no wide or ligature form brings a character back that is left out.
+    """
     import unicodedata
     text = unicodedata.normalize("NFKC", str(value or "")[: limit * 20])
     kept = []
@@ -10317,6 +10339,10 @@ def plain(value: object, limit: int) -> str:
 # TOOLS -- what an agent sees of the chat: nine tools, their words, what they take and give.
 # Knows: messages as they come over the wire, json.
 # Never: Client, sockets, the clock, asyncio.
+#
+# The reader of all this is a model. It sees each schema once, every word of it costs
+# something in every session, and a refusal is the only thing it learns from: each
+# sentence says what was wrong and what to send instead.
 # ======================================================================================
 
 RESULT_BYTES = 60_000  # of JSON in one result; hosts cut at about 25,000 tokens
@@ -10325,6 +10351,7 @@ PART_BYTES = 56_000
 WHOLE_NUMBER = Pattern(r"-?\d{1,9}(\.0+)?", re.A)
 AGENTS_SHOWN = 200  # by list_agents; the online ones come first
 MOST_CHOICES = 4
+# Of the hub's row of an agent, what tells a model whom it can write to.
 AGENT_KEYS = (
     "name", "groups", "status", "type", "host", "cwd", "last_seen_at", "verified",
 )
@@ -10362,7 +10389,8 @@ class Kind(StrEnum):
 
 
 class Argument(NamedTuple):
-    """One argument of a tool."""
+    """One argument of a tool: what a model is told of it, and how what it sends
+    is read. Both come from these fields, so they cannot differ."""
 
     kind: Kind = Kind.STRING
     description: str = ""
@@ -10372,7 +10400,8 @@ class Argument(NamedTuple):
     words: tuple[str, ...] = ()  # the only strings that it takes
 
     def schema(self) -> JsonObject:
-        """The argument as hosts show it to their models."""
+        """The argument as hosts show it to their models: JSON Schema, with no
+        key that says nothing."""
         schema: JsonObject = {"type": str(self.kind)}
         if self.kind is Kind.STRINGS:
             schema["items"] = {"type": "string"}
@@ -10388,7 +10417,7 @@ class Argument(NamedTuple):
         return schema
 
     def wanted(self) -> str:
-        """What it has to be, in words."""
+        """What it has to be, in words that go behind "must be"."""
         match self.kind:
             case Kind.INTEGER:
                 return f"a whole number from {self.low} to {self.high}"
@@ -10401,8 +10430,12 @@ class Argument(NamedTuple):
         return "a string"
 
     def read(self, value: object) -> object:
-        """The value as the tool wants it, None if it is not one. Models send
-        some of them as text; where that has one meaning, it is understood."""
+        """The value as the tool wants it, None if it is not one.
+
+        Models send some of them as text; where that has one meaning, it is
+        understood. Nothing is guessed: a number out of bounds is not cut to
+        them, or a model would believe that it got what it asked for.
+        """
         match self.kind:
             case Kind.INTEGER:
                 return self._integer(value)
@@ -10417,7 +10450,8 @@ class Argument(NamedTuple):
         return value
 
     def _integer(self, value: object) -> int | None:
-        """5, 5.0, "5" or "5.0" as 5, if it is in bounds."""
+        """5, 5.0, "5" or "5.0" as 5, if it is in bounds. True is no number,
+        though Python counts it as one."""
         if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value.strip()):
             value = float(value)
         if isinstance(value, float) and value.is_integer():
@@ -10450,7 +10484,10 @@ def strings(value: object) -> list[str] | None:
 
 
 class Tool(NamedTuple):
-    """One tool."""
+    """One tool: its words, its arguments, and what a host may know of its effects.
+
+    What it does stands in PLUGIN.
+    """
 
     description: str
     arguments: Mapping[str, Argument]
@@ -10458,9 +10495,12 @@ class Tool(NamedTuple):
     hints: Mapping[str, bool] = {}  # where they differ from MCP's own defaults
 
     def to_json(self, name: str) -> JsonObject:
-        """The tool in an answer to tools/list. Some CLIs hide tools until they
-        are searched for: `_meta` asks those that listen to show ours at
-        once."""
+        """The tool in an answer to tools/list.
+
+        Some CLIs hide tools until they are searched for: `_meta` asks those that
+        listen to show ours at once. A model that does not see check_messages
+        cannot answer the doorbell.
+        """
         schemas = {key: argument.schema() for key, argument in self.arguments.items()}
         return {
             "name": name,
@@ -10559,8 +10599,11 @@ TOOLS: dict[str, Tool] = {
 
 
 def read_arguments(name: str, given: Mapping[str, object]) -> JsonObject:
-    """The arguments of a call as the tool wants them. NotFound or BadRequest
-    with a sentence: hosts show models the schemas, but don't enforce them."""
+    """The arguments of a call as the tool wants them, no more than were given.
+
+    Raises NotFound or BadRequest with a sentence: hosts show models the schemas,
+    but don't enforce them. Nothing has happened yet when one is raised.
+    """
     tool = TOOLS.get(name)
     if tool is None:
         raise NotFound(f"there is no tool {name!r}; there are {', '.join(TOOLS)}")
@@ -10570,10 +10613,8 @@ def read_arguments(name: str, given: Mapping[str, object]) -> JsonObject:
         # an argument that is null is absent
         if value is None:
             continue
-        argument = tool.arguments.get(key)
-        if argument is None:
-            takes = ", ".join(tool.arguments) or "none"
-            raise BadRequest(f"{name} has no argument {key!r}; it takes {takes}")
+        argument = argument_of(name, key)
+        # some models write the word for nothing; a required value may really be it
         if value == "null" and key not in required:
             continue
         values[key] = argument.read(value)
@@ -10587,9 +10628,23 @@ def read_arguments(name: str, given: Mapping[str, object]) -> JsonObject:
     return values
 
 
+def argument_of(name: str, key: str) -> Argument:
+    """The argument of this tool that is called so. BadRequest if it has none: to
+    ignore it would do something else than was asked for."""
+    arguments = TOOLS[name].arguments
+    argument = arguments.get(key)
+    if argument is None:
+        takes = ", ".join(arguments) or "none"
+        raise BadRequest(f"{name} has no argument {key!r}; it takes {takes}")
+    return argument
+
+
 def check_choices(choices: Sequence[str], to: str) -> None:
-    """BadRequest unless these may be offered as answers to whom this is
-    sent."""
+    """BadRequest unless these may be offered as answers to whom this is sent.
+
+    The dashboard shows them as buttons; no agent could press one. The hub checks
+    the same; here the sentence names the tool's own arguments.
+    """
     if to != HUMAN:
         raise BadRequest("choices can only be offered to human; leave them out")
     if len(choices) > MOST_CHOICES:
@@ -10600,7 +10655,12 @@ def check_choices(choices: Sequence[str], to: str) -> None:
 
 
 class ResultPage(NamedTuple):
-    """What one result of check_messages hands over."""
+    """What one result of check_messages hands over.
+
+    Hosts cut results that are too long, in the middle of a message and without
+    telling us. So no result is: what does not fit stays unread at the hub, and
+    the model is told how to get it.
+    """
 
     messages: list[JsonObject]  # as an agent gets them
     whole: list[str]  # ids of those that are in it from beginning to end
@@ -10608,7 +10668,11 @@ class ResultPage(NamedTuple):
     more: str = ""  # a sentence that says how to get the rest
 
     def to_json(self) -> JsonObject:
-        """The result, but for its count of unread messages."""
+        """The result, but for its count of unread messages.
+
+        The note stands before the messages, so that a model has read whose
+        words they are when it reads them.
+        """
         result: JsonObject = {"messages": self.messages}
         if self.messages:
             human = any(message["from"] == HUMAN for message in self.messages)
@@ -10622,8 +10686,12 @@ class ResultPage(NamedTuple):
 
 def page_of(rows: Sequence[MessageJson], unread: int) -> ResultPage:
     """As many of these unread messages as one result holds, oldest first;
-    `unread` is how many there are in all. A first message that is too long
-    alone comes in parts."""
+    `unread` is how many there are in all.
+
+    A first message that is too long alone comes in parts. One further behind
+    ends the page, and is the first of the next: the order is never changed to
+    fill a page.
+    """
     messages: list[JsonObject] = []
     room = RESULT_BYTES
     for row in rows:
@@ -10644,7 +10712,11 @@ def page_of(rows: Sequence[MessageJson], unread: int) -> ResultPage:
 
 
 def part_of(row: MessageJson, number: int, left: int = 0) -> ResultPage:
-    """One part of a long message, from 1. BadRequest if it has fewer."""
+    """One part of a long message, from 1. BadRequest if it has fewer.
+
+    The page names no message as `whole`: a long one counts as seen when all its
+    parts were given, which the plugin keeps count of.
+    """
     parts = parts_of(row["content"])
     if not 1 <= number <= len(parts):
         raise BadRequest(f"part must be a whole number from 1 to {len(parts)}")
@@ -10660,7 +10732,11 @@ def part_of(row: MessageJson, number: int, left: int = 0) -> ResultPage:
 
 def parts_of(content: str) -> list[str]:
     """A text in parts that each fit a result, the same ones each time; at least
-    one."""
+    one.
+
+    Counted in bytes of JSON, where a control character has six, but cut between
+    characters.
+    """
     parts = [""]
     room = PART_BYTES
     for start in range(0, len(content), PIECE_CHARACTERS):
@@ -10676,7 +10752,10 @@ def parts_of(content: str) -> list[str]:
 
 def shown(message: MessageJson) -> JsonObject:
     """A message as an agent gets it: who really sent it stands in fields no
-    text can forge."""
+    text can forge.
+
+    Older hubs leave some keys out; an agent gets all of them always.
+    """
     reply = message.get("in_reply_to") or ""
     group = message.get("group") or ""
     kind = "direct"
@@ -10698,7 +10777,8 @@ def shown(message: MessageJson) -> JsonObject:
 
 
 def fitting(rows: Iterable[Decoded]) -> list[Decoded]:
-    """The first of these rows, as many as one result holds."""
+    """The first of these rows, as many as one result holds. It does not say what
+    it left out; a caller for whom that matters gives the count of all."""
     kept = []
     room = RESULT_BYTES
     for row in rows:
@@ -10710,7 +10790,7 @@ def fitting(rows: Iterable[Decoded]) -> list[Decoded]:
 
 
 def json_bytes(value: object) -> int:
-    """How many bytes of JSON text this is."""
+    """How many bytes of JSON text this is, as the result will have it."""
     return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
@@ -10727,7 +10807,8 @@ def well_formed(text: str) -> str:
 # -- who the host is, and what its agent is called
 
 # A host calls itself `codex-mcp-client` or `grok-shell-agent-chat`; what an
-# agent is called by begins with the one word of it that names the CLI.
+# agent is called by begins with the one word of it that names the CLI. One that
+# is not in this list gets its first word that says something, see kind_of.
 CLIENT_KINDS = {
     "claude", "codex", "gemini", "opencode", "copilot", "cursor", "qwen", "kimi", "grok",
     "pi", "antigravity", "agy", "droid", "kilo", "cline", "kiro", "auggie", "amp", "goose",
@@ -10760,7 +10841,11 @@ SESSION_KEYS = ("threadId", "sessionId", "session_id")
 
 def kind_of(client_name: str) -> str:
     """The kind of agent behind a clientInfo name: `claude-code` is claude,
-    `grok-shell-agent-chat` is grok; "" for a name that says nothing."""
+    `grok-shell-agent-chat` is grok; "" for a name that says nothing.
+
+    A CLI that is known is found anywhere in the name, for hosts put their
+    library, or our own server's name, around it.
+    """
     words: list[str] = re.findall(r"[a-z][a-z0-9]*", client_name.lower())
     for word in words:
         word = CLIENT_ALIASES.get(word, word)
@@ -10773,9 +10858,12 @@ def kind_of(client_name: str) -> str:
 
 
 def project_word(path: str) -> str:
-    """The last part of an agent's name, from its directory. Where letters of
-    another script had to go, a few digits of the path's hash tell two such
-    directories apart."""
+    """The last part of an agent's name, from its directory.
+
+    Where letters of another script had to go, a few digits of the path's hash
+    tell two such directories apart. The same directory gives the same word
+    always, so an agent that comes back asks for the name that it had.
+    """
     import hashlib
 
     name = os.path.basename(path.rstrip("/"))
@@ -10809,7 +10897,7 @@ def foreign(character: str) -> bool:
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
-DEEPEST = 64  # levels of lists and objects in a request
+DEEPEST = 64  # levels of lists and objects in a request; far below Python's own limit
 ACQUAINTED_SECONDS = 2  # a host that has not said more by then will not
 DRAIN_CALLS_SECONDS = 1.5  # for calls that are being answered when stdin ends
 PIPE_BYTES = 1 << 16
@@ -10824,14 +10912,18 @@ ID_VALUE = Pattern(r'\s*:\s*(-?\d{1,18}|"(?:[^"\\]|\\.)*")', re.S)
 
 
 class Refusal(NamedTuple):
-    """The error that answers a request which the SDK would not understand."""
+    """The error that answers a request which the SDK would not understand.
+
+    Its code is JSON-RPC's; the sentence says what is wrong with the request.
+    """
 
     request_id: object
     code: int
     sentence: str
 
     def to_json(self) -> str:
-        """The answer as a line."""
+        """The answer as a line. An id that is no id becomes null, as JSON-RPC
+        wants it where the id could not be read."""
         request_id = self.request_id
         if not isinstance(request_id, str | int | float):
             request_id = None
@@ -10841,7 +10933,11 @@ class Refusal(NamedTuple):
 
 def read_line(line: str) -> list[JsonObject | Refusal]:
     """The messages in a line from a host: mostly one, several in a batch
-    (protocol 2025-03-26), none if nobody waits for an answer."""
+    (protocol 2025-03-26), none if nobody waits for an answer.
+
+    Raises nothing, whatever the line is: one bad line must not cost the agent
+    its plugin.
+    """
     try:
         value = json.loads(line, parse_constant=no_such_number)
     except (ValueError, RecursionError):
@@ -10860,7 +10956,11 @@ def no_such_number(name: str) -> None:
 
 def ids_in(line: str) -> list[object]:
     """The ids of requests in a line that is no JSON as a whole: where objects
-    of the outermost level, or of a list that is, have the key `id`."""
+    of the outermost level, or of a list that is, have the key `id`.
+
+    So a host hears of its broken request, and does not wait for it for ever.
+    Ids further inside belong to the arguments, and are nobody's requests.
+    """
     found: list[object] = []
     depth = 0
     outermost = 1
@@ -10881,10 +10981,13 @@ def ids_in(line: str) -> list[object]:
 
 def checked_message(value: object) -> JsonObject | Refusal | None:
     """One message in a form that the SDK takes, or what to answer, or None for
-    nothing."""
+    nothing.
+
+    A notification with a fault is dropped, as JSON-RPC has it, and so is an
+    answer: we ask the host nothing. Keys that the SDK does not know stay behind.
+    """
     if not isinstance(value, dict):
         return None
-    request_id = value.get("id")
     if "method" not in value and ANSWER_KEYS & value.keys():
         return None
     params: JsonObject = {}
@@ -10895,12 +10998,20 @@ def checked_message(value: object) -> JsonObject | Refusal | None:
         except RecursionError:
             trouble = "the params are nested too deeply"
     if trouble and "id" in value:
-        return Refusal(request_id, INVALID_REQUEST, trouble)
+        return Refusal(value["id"], INVALID_REQUEST, trouble)
     if trouble:
         return None
+    return rebuilt(value, params)
+
+
+def rebuilt(value: Mapping[str, object], params: JsonObject) -> JsonObject:
+    """A request or notification without trouble, made anew with these params.
+
+    Without the key `id` it is a notification, and must not get one.
+    """
     message = {"jsonrpc": "2.0", "method": value["method"], "params": params}
     if "id" in value:
-        message["id"] = request_id
+        message["id"] = value["id"]
     if message["method"] == "tools/call":
         params["arguments"] = as_object(params.get("arguments"))
     return message
@@ -10908,7 +11019,11 @@ def checked_message(value: object) -> JsonObject | Refusal | None:
 
 def trouble_with(message: Mapping[str, object]) -> str:
     """What is wrong with the form of a request or notification, "" if nothing
-    is."""
+    is.
+
+    Only what the SDK would stumble over. Whether there is such a method, and
+    what its params have to be, the SDK says itself.
+    """
     method = message.get("method")
     if message.get("jsonrpc") != "2.0" or not isinstance(method, str):
         return 'a request has "jsonrpc": "2.0" and a method'
@@ -10926,7 +11041,11 @@ def trouble_with(message: Mapping[str, object]) -> str:
 
 def clean(value: Decoded, depth: int = 0) -> Decoded:
     """JSON that every reader takes: no half of a surrogate pair alone, no depth
-    without end (RecursionError)."""
+    without end.
+
+    Raises RecursionError at DEEPEST, so that the SDK's own code, which goes
+    deeper for each level, never has to.
+    """
     if depth > DEEPEST:
         raise RecursionError
     if isinstance(value, str):
@@ -10940,7 +11059,10 @@ def clean(value: Decoded, depth: int = 0) -> Decoded:
 
 
 def as_object(arguments: object) -> object:
-    """Arguments that a model sent as the text of an object, as that object."""
+    """Arguments that a model sent as the text of an object, as that object.
+
+    Anything else stays as it is; read_arguments or the SDK refuses it.
+    """
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -10965,7 +11087,8 @@ def client_name(params: Mapping[str, object]) -> str:
 
 
 class Guest(Protocol):
-    """Who is told what becomes of a host's requests."""
+    """Who is told what becomes of a host's requests: the Plugin. Called in the
+    event loop; a request is named as request_key names it."""
 
     def answered(self, request: str) -> None:
         """The answer to this request is on its way to the host."""
@@ -10979,13 +11102,18 @@ class Guest(Protocol):
 
 
 class Host:
-    """Both pipes to the host. As `stdin` and `stdout` of the SDK's stdio_server
-    it gives lines and takes lines; in between it answers what the SDK could
-    not."""
+    """Both pipes to the host.
+
+    As `stdin` and `stdout` of the SDK's stdio_server it gives lines and takes
+    lines; in between it answers what the SDK could not. One thread reads, one
+    writes, all else happens in the event loop. The process ends here, when
+    stdin does or when nobody reads stdout any more.
+    """
 
     def __init__(self, guest: Guest) -> None:
         """Takes stdin and stdout over: whatever else prints there goes to
-        stderr."""
+        stderr, for one stray line would break the protocol. What is started
+        from here reads nothing, and cannot eat the host's lines."""
         import asyncio
         self.guest = guest
         self.name = ""  # clientInfo
@@ -11002,7 +11130,8 @@ class Host:
         os.dup2(2, 1)
 
     def start(self) -> None:
-        """Begins to read."""
+        """Begins to read. The lines wait in a queue until the SDK fetches
+        them."""
         import threading
         threading.Thread(target=self._read, daemon=True).start()
         self.loop.call_later(ACQUAINTED_SECONDS, self._waited_long_enough)
@@ -11037,7 +11166,12 @@ class Host:
             self.lines.put_nowait(json.dumps(message))
 
     def _note(self, message: JsonObject) -> None:
-        """What we learn of the host from this message."""
+        """What we learn of the host from this message.
+
+        Who it is comes first, but a host that only looks at a server hangs up
+        then: `known`, upon which the plugin registers, waits for the next sign
+        that this one stays, or for ACQUAINTED_SECONDS.
+        """
         params = message["params"]
         self.name = self.name or client_name(params)
         if "id" in message:
@@ -11084,7 +11218,8 @@ class Host:
         return await self.lines.get()
 
     async def write(self, line: str) -> None:
-        """One message of the SDK's, to the host."""
+        """One message of the SDK's, to the host. If it is an answer that the
+        host still waits for, the guest hears that it has left."""
         await self._send(line)
         message = json.loads(line)
         request = request_key(message.get("id"))
@@ -11107,7 +11242,8 @@ class Host:
 
 
 def request_key(request_id: object) -> str:
-    """A name for a request: hosts may repeat a numeric id as a string."""
+    """A name for a request: hosts may repeat a numeric id as a string, such as
+    when they cancel it."""
     return str(request_id)
 
 
