@@ -11323,14 +11323,14 @@ NOT_OURS = (
 
 
 class Ways(Protocol):
-    """The ways to an agent's terminal, as the plugin uses them. All but learn
-    may block."""
+    """The ways to an agent's terminal, as the plugin uses them: Doors, or a
+    stand-in. All but learn and note may block, so they are asked in a thread."""
 
     def ring(self, line: str) -> Outcome:
         """Gets a line to the agent, and says what came of it."""
 
     def learn(self, meta: Mapping[str, Any]) -> None:
-        """Looks at the _meta of a tool call."""
+        """Looks at the _meta of a tool call, which may name the CLI's session."""
 
     def names(self) -> list[str]:
         """The ways that look open."""
@@ -11370,10 +11370,16 @@ class Handover(NamedTuple):
 
 
 class Plugin:
-    """One agent at the hub, and the Guest of its Host."""
+    """One agent at the hub, and the Guest of its Host.
+
+    Two loops run for it: `listen` holds the push channel and keeps the agent
+    registered, `attend` rings when the bell says so. Calls of tools come beside
+    them, several at once. All three change these fields in the event loop alone;
+    what blocks goes through `aside`, and knows only the client and the ways.
+    """
 
     def __init__(self, settings: Settings, ways: Ways) -> None:
-        """Nothing is asked yet. Runs inside the event loop."""
+        """Nothing is asked yet. Has to be made inside the event loop."""
         import asyncio
         self.settings = settings
         self.ways = ways
@@ -11413,7 +11419,8 @@ class Plugin:
         self.ended = False
 
     async def aside(self, work: Callable[..., Decoded], *arguments: object) -> Decoded:
-        """The result of something that blocks, from a thread."""
+        """The result of something that blocks, from a thread. Raises what it
+        raises. Who waits here may be cancelled; the work itself goes on."""
         import asyncio
         return await asyncio.to_thread(work, *arguments)
 
@@ -11421,7 +11428,10 @@ class Plugin:
 
     def introduce(self) -> None:
         """Takes a name from who the host is and where it runs, unless it was
-        set."""
+        set: `claude-my-project`.
+
+        Called before each registration, and changes nothing the second time.
+        """
         kind = kind_of(self.host.name)
         self.kind = self.kind or kind or "agent"
         variable = SESSION_VARIABLES.get(kind or self.kind, "")
@@ -11432,8 +11442,13 @@ class Plugin:
             self.name = self.base
 
     async def enroll(self) -> str:
-        """Registers, again if need be; returns the name. An agent that left
-        comes back by its own will only. Raises ChatError."""
+        """Registers, again if need be; returns the name. Raises ChatError.
+
+        Waits until the host has said who it is, and for an agent that left until
+        it comes back by its own will. With a session the name is asked for as it
+        was; without one, or once that name is another's, the hub may add a
+        number, unless the user set the name.
+        """
         await self.host.known.wait()
         await self.wanted.wait()
         async with self.enrolling:
@@ -11455,7 +11470,8 @@ class Plugin:
         return self.name
 
     async def card(self) -> JsonObject:
-        """What the hub is told of this agent, but for its name."""
+        """What the hub is told of this agent, but for its name. Put together
+        anew each time: a door may have opened since."""
         card: JsonObject = {
             "groups": self.groups,
             "type": self.kind,
@@ -11469,7 +11485,8 @@ class Plugin:
         return card
 
     async def open_doors(self) -> list[str]:
-        """The names of the doors; none if they take too long to say."""
+        """The names of the doors; none if they take too long to say: a tmux that
+        hangs must not keep an agent from its mail."""
         import asyncio
         try:
             async with asyncio.timeout(DOOR_NAMES_SECONDS):
@@ -11478,7 +11495,8 @@ class Plugin:
             return []
 
     def enrolled(self, answer: Mapping[str, Any], name: str) -> None:
-        """The hub has us under this name."""
+        """The hub has us under this name. Takes over what its answer counts, and
+        lets go whoever waited for the agent to come back."""
         self.name = name
         if not self.joined_at:
             self.joined_at = time.monotonic()
@@ -11489,9 +11507,13 @@ class Plugin:
         self.wanted.set()
 
     async def rename(self, name: str, groups: Sequence[str] | None = None) -> JsonObject:
-        """Another name, or other groups. Unread mail of the old name follows,
-        if the hub can; the old name is given up, and `listen` comes back under
-        the new one."""
+        """Another name, or other groups. Raises ChatError, and then nothing has
+        changed.
+
+        Unread mail of the old name follows, if the hub can; the old name is
+        given up, and `listen` comes back under the new one. A name that the
+        agent chose itself is never given a number.
+        """
         await self.host.known.wait()
         async with self.enrolling:
             self.introduce()
@@ -11549,8 +11571,12 @@ class Plugin:
                 await self.came(message)
 
     async def heard(self, frame: Mapping[str, Any]) -> None:
-        """Something was pushed. Unknown frames, and those of other agents, are
-        ignored."""
+        """Something was pushed: mail, that the agent has seen all there is, or a
+        user's wish that it be rung once more.
+
+        Unknown frames, and those of other agents, are ignored. May raise
+        ChatError; `lasting` then begins a new channel.
+        """
         now = time.monotonic()
         match frame:
             case {"type": "new_message", "data": {"id": str()} as message}:
@@ -11570,8 +11596,11 @@ class Plugin:
         return [mail for mail in self.bell.mail if self.known.get(mail, 0) < before]
 
     async def came(self, message: MessageJson) -> None:
-        """Mail, or the repetition of mail whose ring the hub does not know
-        of."""
+        """Mail, or the repetition of mail whose ring the hub does not know of.
+
+        A hub replays on each connection what is not seen. What was rung for here
+        already is told to it once more, and not rung for again.
+        """
         self.used = True
         if message["id"] not in self.known:
             self.known[message["id"]] = time.monotonic()
@@ -11590,7 +11619,11 @@ class Plugin:
 
     async def attend(self) -> None:
         """Rings when the bell says so: looks each second, and whenever
-        something stirred."""
+        something stirred.
+
+        Not while a call waits for mail or hands some over: the agent is about to
+        see it, and a line typed now would be one too many.
+        """
         import asyncio
         while True:
             if not self.waits and not self.handovers:
@@ -11614,8 +11647,8 @@ class Plugin:
             await self.report(ids, outcome)
 
     async def report(self, ids: Sequence[str], outcome: Outcome) -> None:
-        """Tells the hub about a ring. Should it get lost, the hub sends the
-        messages again."""
+        """Tells the hub about a ring. Should that get lost, the hub sends the
+        messages again, and `came` repeats it."""
         from websockets.exceptions import ConnectionClosed
         self.door = outcome.door
         for start in range(0, len(ids), IDS_IN_FRAME):
@@ -11644,7 +11677,14 @@ class Plugin:
         request: str,
     ) -> JsonObject:
         """What answers a call of this tool: never an exception, but for a
-        cancellation."""
+        cancellation.
+
+        Either the tool's result or an `error` that says what to do, and always
+        how many messages are unread: the model learns of mail by each tool it
+        uses. A hub that hangs is an error after TOOL_SECONDS, so that the agent
+        can go on with its work. Messages whose answer became an error were not
+        handed over.
+        """
         import asyncio
         import traceback
         result: JsonObject
@@ -11712,7 +11752,8 @@ class Plugin:
 
     async def settle(self) -> None:
         """Waits until the hub knows what earlier calls have handed over, but
-        not for long."""
+        not for long. Else a call right behind check_messages with mark_read
+        would be given, or count, the same messages again."""
         import asyncio
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_CALLS_SECONDS):
@@ -11733,7 +11774,11 @@ class Plugin:
                 await self.fetch(limit)
 
     async def served(self, tool: str, values: JsonObject, request: str) -> JsonObject:
-        """Uses the tool, registered if it needs that. Raises ChatError."""
+        """Uses the tool, registered if it needs that. Raises ChatError.
+
+        A session that the hub does not take any more is renewed once; the tool
+        has done nothing until then.
+        """
         if tool == "register":
             return await self.rename(**values)
         if not self.wanted.is_set():
@@ -11748,7 +11793,8 @@ class Plugin:
             return await self.use(tool, values, request)
 
     async def use(self, tool: str, values: JsonObject, request: str) -> JsonObject:
-        """Any tool but register. Raises ChatError."""
+        """Any tool but register. Raises ChatError. Those that only post their
+        arguments stand in POSTS."""
         match tool:
             case "check_messages":
                 return await self.check(request, **values)
@@ -11767,8 +11813,8 @@ class Plugin:
         return answer
 
     async def send(self, values: JsonObject) -> JsonObject:
-        """Stores a message. A name that may be one of the host's own is told
-        apart."""
+        """Stores a message. Raises ChatError, with a hint where the name may be
+        one of the host's own: models mix its teammates up with agents here."""
         try:
             send = functools.partial(self.client.send, self.name, **values)
             answer = await self.aside(send)
@@ -11801,7 +11847,8 @@ class Plugin:
         return {"you": self.name, "count": len(rows), "agents": fitting(agents)}
 
     async def left(self) -> None:
-        """We are registered no more."""
+        """We are registered no more. `listen` goes on when the agent registers
+        again; until then no mail comes and nothing is rung for."""
         self.wanted.clear()
         self.bell = Bell()
         self.client.session = ""
@@ -11817,8 +11864,11 @@ class Plugin:
         self, request: str, *, limit: int = 20, wait_seconds: int = 0,
         mark_read: bool = False, message_id: str = "", part: int = 0,
     ) -> JsonObject:
-        """Unread messages, or a part of a long one. Marks nothing: that follows
-        when the answer has left, see `answered`."""
+        """Unread messages, or a part of a long one. Raises ChatError.
+
+        Marks nothing: that follows when the answer has left, see `answered`. An
+        answer that never leaves has taken nothing from the agent.
+        """
         import asyncio
         if message_id:
             page = await self.read_on(message_id, part or 1)
@@ -11837,8 +11887,11 @@ class Plugin:
 
     async def mail(self, limit: int, wait_seconds: float) -> list[MessageJson]:
         """Unread messages; if there are none, those that come while we wait.
+
         Waits without a thread and without a request: for the push channel, and
-        asks now and then."""
+        asks now and then. An agent that waits so is not rung. Raises ChatError;
+        but a hub that goes away meanwhile may come back in time.
+        """
         import asyncio
         end = time.monotonic() + wait_seconds
         self.waits += 1
@@ -11884,7 +11937,11 @@ class Plugin:
         return [message["id"]]
 
     def answered(self, request: str) -> None:
-        """The answer has left for the host: what was in it is seen."""
+        """The answer has left for the host: what was in it is seen.
+
+        It stays among the late ones for a while, because a host that cancels may
+        cross the answer, see `cancelled`.
+        """
         import asyncio
         handover = self.handovers.get(request)
         if handover is None:
@@ -11898,7 +11955,8 @@ class Plugin:
         task.add_done_callback(lambda done: done.exception())
 
     async def settled(self, request: str, handover: Handover) -> None:
-        """Confirms what was handed over, whatever comes of that."""
+        """Confirms what was handed over. Whatever comes of that, who waits in
+        `settle` goes on."""
         try:
             await self.confirm(handover.whole, mark_read=handover.mark_read)
         finally:
@@ -11922,14 +11980,20 @@ class Plugin:
         self.stirred.set()
 
     async def take_back(self, ids: Sequence[str]) -> None:
-        """Marks messages unread again, if the hub can."""
+        """Marks messages unread again, if the hub can. If not, they are rung for
+        all the same, but check_messages would not find them."""
         body = {"agent_name": self.name, "message_ids": [*ids]}
         with contextlib.suppress(ChatError):
             await self.aside(self.client.post, "/api/messages/unread", body)
 
     async def confirm(self, ids: Sequence[str], *, mark_read: bool = False) -> None:
         """Tells the hub that these were seen, with those that it could not be
-        told of before. What fails here is owed, and told with the next."""
+        told of before.
+
+        What fails here is owed, and told with the next or when the push channel
+        is back. Raises nothing: the agent has its messages already. A hub without
+        sessions is told nothing, for it marks what it hands over itself.
+        """
         self.owed.update(dict.fromkeys(ids))
         if not self.owed or not self.client.session:
             self.owed.clear()
@@ -11990,7 +12054,7 @@ class Plugin:
 
 def complain(sentence: str) -> None:
     """A line on stderr, for the host's log; dropped if nobody empties that
-    pipe."""
+    pipe: some hosts never do, and a full one would stop us for good."""
     import select
     text = "\n".join(map(printable, sentence.splitlines()))
     with contextlib.suppress(OSError, ValueError):
@@ -12002,7 +12066,11 @@ SdkObject = Any  # the SDK's own classes, which differ between mcp 1.x and 2.x
 
 
 def mcp_server(plugin: Plugin) -> SdkObject:
-    """The SDK's server with our tools, the same for mcp 1.x and 2.x."""
+    """The SDK's server with our tools, the same for mcp 1.x and 2.x.
+
+    Handlers are registered for whole requests: the SDK's own decorators would
+    hold arguments against the schemas, and refuse what read_arguments takes.
+    """
     from mcp import types as sdk_types
     from mcp.server.lowlevel import Server
     types: SdkObject = sdk_types
@@ -12065,7 +12133,8 @@ def stdio_transport() -> SdkObject:
 
 
 async def lasting(work: Callable[[], Awaitable[None]]) -> None:
-    """A loop that outlives its own mistakes."""
+    """A loop that outlives its own mistakes: an agent whose bell has died
+    silently would miss its mail without anybody's noticing."""
     import asyncio
     import traceback
     while True:
@@ -12086,7 +12155,11 @@ async def watch_parent(parent: int) -> None:
 
 
 async def serve_host(settings: Settings, ways: Ways, transport: SdkObject) -> None:
-    """The plugin, its server and its loops, until the process ends."""
+    """The plugin, its server and its loops, until the process ends.
+
+    It ends in the Host, when stdin does, or in watch_parent: the lines that the
+    SDK reads never end, so this does not return.
+    """
     import asyncio
     import gc
     from concurrent.futures import ThreadPoolExecutor
