@@ -7617,10 +7617,10 @@ def proxy_for(url: str, env: Mapping[str, str]) -> str:
     """The URL of the proxy through which the environment sends requests for
     this hub, "" for none.
 
-    The variables are those of curl, in its order: the one of the scheme before
-    the one for all, lower case before upper. A proxy of a kind that we don't
-    speak is given all the same; proxy_host refuses it with a sentence, for to
-    go around it silently could reach another machine.
+    The variable of the scheme comes before the one for all, lower case before
+    upper. A proxy of a kind that we don't speak is given all the same;
+    proxy_host refuses it with a sentence, for to go around it silently could
+    reach another machine.
     """
     address = HubAddress.read(url)
     if is_this_machine(address.name):
