@@ -764,18 +764,10 @@ NOT_YET: dict[str, dict[str, float]] = {
         "functions over complexity 10": 7, "prose in %": 16.1},
 }
 NOT_YET_TESTS: dict[str, dict[str, float]] = {
-    "LOG": {
-        "syntax nodes per code line": 8.5, "prose in %": 3.4},
     "SCREENS": {
         "prose in %": 1.6},
-    "COMMANDS": {
-        "syntax nodes per code line": 7.0, "prose in %": 2.9},
     "SETUP": {
         "syntax nodes per code line": 8.3, "prose in %": 2.6},
-    "INSTALL": {
-        "syntax nodes per code line": 8.9, "prose in %": 4.0},
-    "README": {
-        "syntax nodes per code line": 7.2},
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -1715,8 +1707,14 @@ def test_every_command_is_in_the_readme() -> None:
 # ======================================================================================
 
 Store, Message, Delivery, Query = (
-    agent_chat.Store, agent_chat.Message, agent_chat.Delivery, agent_chat.Query)
-DAY_ONE = 1_764_000_000_000_000  # in microseconds, the hour of the first message in these tests
+    agent_chat.Store,
+    agent_chat.Message,
+    agent_chat.Delivery,
+    agent_chat.Query,
+)
+# In microseconds, the hour of the first message in these tests.
+DAY_ONE = 1_764_000_000_000_000
+# The tables that only hold ways to find messages.
 TREES = ("sent", "routes", "grouped", "threads")
 
 
@@ -1732,14 +1730,27 @@ class Writer:
         self.path = path
         self.store = Store(str(path))
 
-    def send(self, sender: str, *recipients: str, text: str = "hello", group: str = "",
-             quiet: str = "", **fields: Any) -> agent_chat.Message:
+    def send(
+        self,
+        sender: str,
+        *recipients: str,
+        text: str = "hello",
+        group: str = "",
+        quiet: str = "",
+        **fields: Any,
+    ) -> agent_chat.Message:
         """Append a message, direct unless a group is given; the turn stays open."""
         seq = self.store.last_seq + 1
         message = Message(
-            seq, agent_chat.message_id(seq, random.getrandbits(32)), sender,
-            "" if group else recipients[0], group, text, created_at=clock(seq),
-            verified=True)._replace(**fields)
+            seq,
+            agent_chat.message_id(seq, random.getrandbits(32)),
+            sender,
+            "" if group else recipients[0],
+            group,
+            text,
+            created_at=clock(seq),
+            verified=True,
+        )._replace(**fields)
         self.store.append(message, [Delivery(name, quiet=quiet) for name in recipients])
         return message
 
@@ -1764,7 +1775,10 @@ class Writer:
     def sound(self) -> bool:
         """Whether SQLite finds every page, every index and the words of every message."""
         check = "INSERT INTO words (words, rank) VALUES ('integrity-check', 1)"
-        if self.one("SELECT max(value) FROM facts WHERE key = 'indexed'") == self.store.last_seq:
+        if (
+            self.one("SELECT max(value) FROM facts WHERE key = 'indexed'")
+            == self.store.last_seq
+        ):
             self.store.connection.execute(check)
         return bool(self.one("PRAGMA integrity_check") == "ok")
 
@@ -1777,45 +1791,82 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
     writer.store.close()
 
 
-@pytest.mark.parametrize("text", [
-    "msg-1-00000000", "msg-2147483647-ffffffff", "msg-2147483648-ffffffff", "msg-01-00000000",
-    "msg-0-00000000", "msg-1764000000000-12abcd", "msg-5-DEADBEEF", "anything at all", "ünï", "7"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "msg-1-00000000",
+        "msg-2147483647-ffffffff",
+        "msg-2147483648-ffffffff",
+        "msg-01-00000000",
+        "msg-0-00000000",
+        "msg-1764000000000-12abcd",
+        "msg-5-DEADBEEF",
+        "anything at all",
+        "ünï",
+        "7",
+    ],
+)
 def test_an_id_is_packed_and_comes_back(text: str) -> None:
+    """Ids of our form take few bytes in the file; all others are kept as they are."""
     assert agent_chat.unpacked(agent_chat.packed(text)) == text
     assert agent_chat.packed("") is None and agent_chat.unpacked(None) == ""
 
 
-@pytest.mark.parametrize("text, stored", [
-    ("2026-11-22 14:03:14.51439384+00:00", "2026-11-22T14:03:14.514393Z"),
-    ("2026-11-22 14:03:14.5 +0000 UTC m=+0.01", "2026-11-22T14:03:14.500000Z"),
-    ("2026-11-22T16:03:14+02:00", "2026-11-22T14:03:14.000000Z"),
-    ("2026-11-22", "2026-11-22T00:00:00.000000Z"), ("yesterday", "1970-01-01T00:00:00.000000Z"),
-    ("2026-13-45", "1970-01-01T00:00:00.000000Z")])
+@pytest.mark.parametrize(
+    "text, stored",
+    [
+        ("2026-11-22 14:03:14.51439384+00:00", "2026-11-22T14:03:14.514393Z"),
+        ("2026-11-22 14:03:14.5 +0000 UTC m=+0.01", "2026-11-22T14:03:14.500000Z"),
+        ("2026-11-22T16:03:14+02:00", "2026-11-22T14:03:14.000000Z"),
+        ("2026-11-22", "2026-11-22T00:00:00.000000Z"),
+        ("yesterday", "1970-01-01T00:00:00.000000Z"),
+        ("2026-13-45", "1970-01-01T00:00:00.000000Z"),
+    ],
+)
 def test_times_of_other_programs_become_ours(text: str, stored: str) -> None:
+    """What cannot be read as a time becomes the first of all times, and stops nobody."""
     assert agent_chat.adopted_time(text) == stored
     assert agent_chat.rfc3339(agent_chat.micros(stored)) == stored
 
 
 def test_a_message_comes_back_as_it_was_sent(writer: Writer) -> None:
+    """Before and after the file is opened anew, to the writer and to a reader of its
+    own: messages of every kind, their recipients, threads, client ids and seqs."""
     root = writer.send("alice", "bob", text="first ünï \U0001f600", client_id="mine")
-    sent = [root,
-            writer.send("bob", "alice", in_reply_to=root.id, thread=root.id, depth=1),
-            writer.send("carol", "bob", "alice", group="team", verified=False),
-            writer.send("carol", "human", in_reply_to="an id of nobody", choices=("yes", "no")),
-            writer.send("dora", "dora", text="x" * 300_000, id="msg-1764000000000-abcdef"),
-            writer.send("eve", group="team")]
+    sent = [
+        root,
+        writer.send("bob", "alice", in_reply_to=root.id, thread=root.id, depth=1),
+        writer.send("carol", "bob", "alice", group="team", verified=False),
+        writer.send(
+            "carol", "human", in_reply_to="an id of nobody", choices=("yes", "no")
+        ),
+        writer.send("dora", "dora", text="x" * 300_000, id="msg-1764000000000-abcdef"),
+        writer.send("eve", group="team"),
+    ]
     writer.store.commit()
     for _ in range(2):
         for log in (writer.store, writer.store.reader()):
             for message in sent:
-                assert log.message(message.id) in (message, message._replace(client_id=None))
-            assert log.recipients(sent[2]) == ["bob", "alice"] and log.recipients(sent[5]) == []
-            assert log.thread(root.id, 9)[:2] == [
-                log.message(root.id), sent[1]] and len(log.thread(root.id, 9)) == 2
+                assert log.message(message.id) in (
+                    message,
+                    message._replace(client_id=None),
+                )
+            assert (
+                log.recipients(sent[2]) == ["bob", "alice"]
+                and log.recipients(sent[5]) == []
+            )
+            assert (
+                log.thread(root.id, 9)[:2] == [log.message(root.id), sent[1]]
+                and len(log.thread(root.id, 9)) == 2
+            )
             known = log.by_client("ALICE", "mine")
-            assert known and known.id == root.id and log.by_client("bob", "mine") is None
+            assert (
+                known and known.id == root.id and log.by_client("bob", "mine") is None
+            )
             assert log.seqs_of([sent[4].id, "msg-1-00000000", root.id, ""]) == {
-                5: sent[4].id, 1: root.id}, "the tag of an id is not guessed"
+                5: sent[4].id,
+                1: root.id,
+            }, "the tag of an id is not guessed"
         writer.store.index_words()
         writer.store.commit()
         writer.reopen()
@@ -1823,7 +1874,11 @@ def test_a_message_comes_back_as_it_was_sent(writer: Writer) -> None:
 
 
 def test_a_name_is_one_whatever_its_case(writer: Writer) -> None:
-    writer.store.save_agent(agent_chat.AgentRecord("Bob", groups=("team",), former=("aa", "bb")))
+    """An agent that comes back under another spelling finds its mail, and is shown as
+    it spells itself now."""
+    writer.store.save_agent(
+        agent_chat.AgentRecord("Bob", groups=("team",), former=("aa", "bb"))
+    )
     writer.send("alice", "BOB")
     writer.send("ALICE", "bob", group="Team")
     writer.store.commit()
@@ -1832,27 +1887,42 @@ def test_a_name_is_one_whatever_its_case(writer: Writer) -> None:
     writer.store.delete_agent("BOB")
     writer.store.save_agent(agent_chat.AgentRecord("bob"))
     writer.store.commit()
-    assert writer.store.load_agents() == [(agent_chat.AgentRecord("bob"), 2)], "the mail waited"
-    assert writer.store.messages([1])[0].to_agent == "bob", "spelt as its owner spells it"
+    assert writer.store.load_agents() == [(agent_chat.AgentRecord("bob"), 2)], (
+        "the mail waited"
+    )
+    assert writer.store.messages([1])[0].to_agent == "bob", (
+        "spelt as its owner spells it"
+    )
     assert writer.store.mark_read("BoB", [1, 2], clock(9)) == 2
 
 
 # What is done to one message (seq 1) of bob, and what that leaves: the receipt's times that are
 # set, whether it is unread, and whether it may ring.
 JOURNEYS = [
-    ("", "", True, True), ("pushed", "pushed", True, True),
-    ("given", "pushed rung", True, True), ("rung", "rung", True, True),
-    ("blocked", "", True, True), ("seen", "seen", True, False), ("read", "seen read", False, False),
-    ("rung seen rung", "rung seen", True, False), ("seen unring", "", True, True),
-    ("read unring", "seen read", False, False), ("read rung", "rung seen read", False, False),
-    ("read pushed", "seen read", False, False), ("read unread", "seen", True, False),
-    ("rung unring rung", "rung", True, True), ("read unread read", "seen read", False, False),
-    ("seen seen blocked", "seen", True, False)]
+    ("", "", True, True),
+    ("pushed", "pushed", True, True),
+    ("given", "pushed rung", True, True),
+    ("rung", "rung", True, True),
+    ("blocked", "", True, True),
+    ("seen", "seen", True, False),
+    ("read", "seen read", False, False),
+    ("rung seen rung", "rung seen", True, False),
+    ("seen unring", "", True, True),
+    ("read unring", "seen read", False, False),
+    ("read rung", "rung seen read", False, False),
+    ("read pushed", "seen read", False, False),
+    ("read unread", "seen", True, False),
+    ("rung unring rung", "rung", True, True),
+    ("read unread read", "seen read", False, False),
+    ("seen seen blocked", "seen", True, False),
+]
 
 
 @pytest.mark.parametrize("steps, times, unread, may_ring", JOURNEYS)
 def test_mail_goes_its_way(
-        writer: Writer, steps: str, times: str, unread: bool, may_ring: bool) -> None:
+    writer: Writer, steps: str, times: str, unread: bool, may_ring: bool
+) -> None:
+    """Every step leaves bob's receipt, his unread mail and what may ring in accord."""
     message, store = writer.send("alice", "bob"), writer.store
     writer.send("alice", "carol", "bob", group="others")
     doing: dict[str, Callable[[], object]] = {
@@ -1863,25 +1933,40 @@ def test_mail_goes_its_way(
         "seen": lambda: store.mark_seen("bob", [1], clock(7)),
         "read": lambda: store.mark_read("bob", [1, 77], clock(8)),
         "unread": lambda: store.mark_unread("bob", [1]),
-        "unring": lambda: store.unring("bob", [1])}
+        "unring": lambda: store.unring("bob", [1]),
+    }
     for step in steps.split():
         doing[step]()
     store.commit()
     receipt = store.receipts(message)[0]
-    stamps = {"pushed": receipt.pushed_at, "rung": receipt.rung_at, "seen": receipt.seen_at,
-              "read": receipt.read_at}
-    at = {"pushed": clock(5), "rung": clock(5 if "given" in steps else 6), "seen": clock(7),
-          "read": clock(8)}
+    stamps = {
+        "pushed": receipt.pushed_at,
+        "rung": receipt.rung_at,
+        "seen": receipt.seen_at,
+        "read": receipt.read_at,
+    }
+    at = {
+        "pushed": clock(5),
+        "rung": clock(5 if "given" in steps else 6),
+        "seen": clock(7),
+        "read": clock(8),
+    }
     assert {name for name, stamp in stamps.items() if stamp} == set(times.split())
     assert all(stamp in (None, at[name], clock(8)) for name, stamp in stamps.items())
-    assert (1 in store.waiting_unread("bob")) == unread == (store.count_unread("bob") == 2)
+    assert (
+        (1 in store.waiting_unread("bob")) == unread == (store.count_unread("bob") == 2)
+    )
     assert [m.seq for m in store.unread("bob", 9)[0]] == ([1, 2] if unread else [2])
     assert (1 in store.waiting_unseen("bob")) == may_ring
-    assert (1 in [m.seq for m in store.unrung("bob", 0, 9)]) == (may_ring and not stamps["rung"])
+    assert (1 in [m.seq for m in store.unrung("bob", 0, 9)]) == (
+        may_ring and not stamps["rung"]
+    )
     assert store.count_unread("carol") == 1, "nobody else's row moved"
 
 
 def test_marks_say_what_was_news(writer: Writer) -> None:
+    """A mark counts the rows that it changed: not those that are set already, not those
+    of others."""
     for _ in range(4):
         writer.send("alice", "bob")
     store = writer.store
@@ -1896,6 +1981,7 @@ def test_marks_say_what_was_news(writer: Writer) -> None:
 
 
 def test_a_page_ends_by_bytes_and_has_at_least_one(writer: Writer) -> None:
+    """A message that is longer than a page would otherwise stop all mail behind it."""
     for _ in range(5):
         writer.send("alice", "bob", text="x" * 5000)
     assert len(writer.store.unread("bob", 9, 1)[0]) == 1
@@ -1939,30 +2025,58 @@ def fits(sent: Sent, wanted: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_asked_the_log_finds_what_plain_lists_find(writer: Writer, seed: int) -> None:
+def test_whatever_is_asked_the_log_finds_what_plain_lists_find(
+    writer: Writer, seed: int
+) -> None:
+    """Random mail and random queries, against `fits` over a list: both directions, with
+    a range of seqs, a limit, and words that stand partly in the index and partly not
+    yet."""
     dice, model = random.Random(seed), []
-    names, groups, words = ["a", "b", "c", "d"], ["red", "blue"], ["über", "alpha", "alps", "beta"]
+    names, groups, words = (
+        ["a", "b", "c", "d"],
+        ["red", "blue"],
+        ["über", "alpha", "alps", "beta"],
+    )
     for number in range(160):
         sender, group = dice.choice(names), dice.choice(["", "", *groups])
         others = [name for name in names if name != sender]
-        recipients = dice.sample(others, dice.randint(1, 3)) if group else [dice.choice(others)]
+        recipients = (
+            dice.sample(others, dice.randint(1, 3)) if group else [dice.choice(others)]
+        )
         text = dice.choices(words, k=2)
         message = writer.send(sender, *recipients, group=group, text=" ".join(text))
-        model.append(Sent(message.seq, sender, message.to_agent, recipients, group, text))
-        writer.store.mark_read(recipients[0], dice.sample(range(1, 160), 5), clock(1000))
+        model.append(
+            Sent(message.seq, sender, message.to_agent, recipients, group, text)
+        )
+        writer.store.mark_read(
+            recipients[0], dice.sample(range(1, 160), 5), clock(1000)
+        )
         if number == 90:
             writer.store.index_words()
     writer.store.commit()
     for _ in range(60):
         wanted: dict[str, Any] = {}
-        for key, values in (("sender", names), ("recipient", names), ("group", groups),
-                            ("agent", names), ("text", [*words, "alp*", "bet*"])):
+        for key, values in (
+            ("sender", names),
+            ("recipient", names),
+            ("group", groups),
+            ("agent", names),
+            ("text", [*words, "alp*", "bet*"]),
+        ):
             if dice.random() < 0.35:
                 wanted[key] = dice.choice(values)
-        if "agent" in wanted and dice.random() < 0.5 and not wanted.keys() & {"group", "text"}:
-            wanted["other"] = dice.choice([name for name in names if name != wanted["agent"]])
+        if (
+            "agent" in wanted
+            and dice.random() < 0.5
+            and not wanted.keys() & {"group", "text"}
+        ):
+            wanted["other"] = dice.choice(
+                [name for name in names if name != wanted["agent"]]
+            )
         low, high = sorted(dice.sample(range(170), 2))
-        expected = [sent.seq for sent in model if fits(sent, wanted) and low <= sent.seq < high]
+        expected = [
+            sent.seq for sent in model if fits(sent, wanted) and low <= sent.seq < high
+        ]
         found = writer.found(low=low, high=high, newest=False, **wanted)
         assert found == expected, wanted
         assert writer.found(low=low, high=high, **wanted) == expected[::-1]
@@ -1971,31 +2085,62 @@ def test_whatever_is_asked_the_log_finds_what_plain_lists_find(writer: Writer, s
 
 
 def test_words_are_found_at_once_and_by_the_same_rules_later(writer: Writer) -> None:
+    """A fresh message is indexed in memory for one search, later in the file: accents,
+    case, signs and what looks like an operator mean the same in both."""
     writer.send("a", "b", text="Straße, naïve café: C++ and foo_bar; Привет МИР")
     writer.store.commit()
-    asked = ["naive", "CAFE", "foo", "bar", "привет мир", "стра*", "stra*", "straße", "c", "xyz",
-             '"and', "AND", "NEAR(", "* * *", "-", "ca*"]
+    asked = [
+        "naive",
+        "CAFE",
+        "foo",
+        "bar",
+        "привет мир",
+        "стра*",
+        "stra*",
+        "straße",
+        "c",
+        "xyz",
+        '"and',
+        "AND",
+        "NEAR(",
+        "* * *",
+        "-",
+        "ca*",
+    ]
     at_once = [writer.found(text=text) for text in asked]
     assert at_once[:5] == [[1]] * 5 and at_once[6] == [1] and at_once[9] == []
     writer.store.index_words()
     writer.store.commit()
     assert [writer.found(text=text) for text in asked] == at_once
+    # A word of the tail is found before the index on disk has it.
     syncs = writer.one("PRAGMA data_version")
     writer.send("a", "b", text="a word of the tail")
     writer.store.commit()
-    assert writer.found(text="tail") == [2] and writer.one("PRAGMA data_version") == syncs
+    assert (
+        writer.found(text="tail") == [2] and writer.one("PRAGMA data_version") == syncs
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_undo_takes_one_request_back_and_leaves_the_rest(writer: Writer, seed: int) -> None:
+def test_undo_takes_one_request_back_and_leaves_the_rest(
+    writer: Writer, seed: int
+) -> None:
+    """A turn holds many requests: one that fails must not take its neighbours with it,
+    and a rollback takes the whole turn."""
     dice, store, kept, turn = random.Random(seed), writer.store, [], []
     for number in range(120):
         mark, before = len(store.statements), store.last_seq
-        message = writer.send(dice.choice("abc"), dice.choice("xyz"), text=f"number {number}",
-                              client_id=f"{number}")
+        message = writer.send(
+            dice.choice("abc"),
+            dice.choice("xyz"),
+            text=f"number {number}",
+            client_id=f"{number}",
+        )
         store.save_fact("number", number)
         if dice.random() < 0.4:
-            assert store.undo(mark) and store.last_seq == before and not store.undo(mark)
+            assert (
+                store.undo(mark) and store.last_seq == before and not store.undo(mark)
+            )
             assert store.message(message.id) is None
             assert store.by_client(message.from_agent, f"{number}") is None
         else:
@@ -2009,14 +2154,16 @@ def test_undo_takes_one_request_back_and_leaves_the_rest(writer: Writer, seed: i
             turn = []
     store.rollback()
     writer.reopen()
-    assert [(m.id, int(m.content[7:])) for m in writer.store.find(
-        Query(999, newest=False))] == kept
+    assert [
+        (m.id, int(m.content[7:])) for m in writer.store.find(Query(999, newest=False))
+    ] == kept
     assert writer.store.fact("number") == kept[-1][1]
     assert sum(writer.store.count_unread(name) for name in "xyz") == len(kept)
     assert writer.sound()
 
 
 def test_a_repeat_of_a_send_to_eighty_is_answered_as_the_first(writer: Writer) -> None:
+    """In the order of the first answer, from the file; receipts are cut at fifty."""
     names = [f"agent-{number}" for number in random.sample(range(80), 80)]
     writer.send("alice", *names, group="all-of-us", client_id="once")
     writer.store.commit()
@@ -2027,10 +2174,18 @@ def test_a_repeat_of_a_send_to_eighty_is_answered_as_the_first(writer: Writer) -
 
 
 def test_quiet_mail_waits_until_its_pair_is_resumed(writer: Writer) -> None:
+    """A long chain is resumed in pieces, so that no turn is long; each piece says how
+    much is left."""
     root, store = writer.send("alice", "bob"), writer.store
     for number in range(1200):
-        writer.send("bob", "alice", quiet=agent_chat.LOOPING, thread=root.id, in_reply_to=root.id,
-                    depth=13 + number)
+        writer.send(
+            "bob",
+            "alice",
+            quiet=agent_chat.LOOPING,
+            thread=root.id,
+            in_reply_to=root.id,
+            depth=13 + number,
+        )
     writer.send("carol", "alice", quiet=agent_chat.MUTED)
     store.commit()
     since = store.messages([2])[0].created_at
@@ -2047,30 +2202,40 @@ def test_quiet_mail_waits_until_its_pair_is_resumed(writer: Writer) -> None:
     assert left == [700, 200, 0] and store.quiet_pairs() == []
     store.commit()
     ringing = store.waiting_unseen("alice", 5000)
-    assert list(ringing) == list(range(4, 1202)), "not what was seen or read, nor what is muted"
+    assert list(ringing) == list(range(4, 1202)), (
+        "not what was seen or read, nor what is muted"
+    )
     assert {message.depth for message in store.thread(root.id, 5000)} == {0}
     later = writer.send("bob", "alice", thread=root.id, in_reply_to=root.id, depth=1)
     store.commit()
+    # From the file, not from what is kept in memory.
     store.lately.clear()
     assert store.message(later.id).depth == 1, "the chain counts on from here"  # type: ignore
 
 
 def test_questions_wait_until_they_are_answered_or_dismissed(writer: Writer) -> None:
+    """The newest stand first; an agent has a hundred at most, and its oldest make room."""
     store = writer.store
     asked = [writer.send(name, "human") for name in ("a", "b", "a", "c")]
     for message in asked:
         store.ask_human(message)
     store.commit()
     assert [m.seq for m in store.open_questions(3)] == [4, 3, 2]
-    assert store.answered("A") == [asked[0].id, asked[2].id] and store.answered("a") == []
+    assert (
+        store.answered("A") == [asked[0].id, asked[2].id] and store.answered("a") == []
+    )
     assert store.dismiss([2, 3, 77]) == [asked[1].id]
     for _ in range(150):
         store.ask_human(writer.send("c", "human"))
     store.commit()
-    assert len(store.open_questions(999)) == 100 and store.open_questions(1)[0].seq == 154
+    assert (
+        len(store.open_questions(999)) == 100 and store.open_questions(1)[0].seq == 154
+    )
 
 
 def test_mail_follows_to_another_name(writer: Writer) -> None:
+    """What is unread moves, and only that: a message that both names got is not
+    doubled, and what was read stays in the history of the old name."""
     store = writer.store
     group = writer.send("x", "old", "new", "y", group="team")
     writer.send("x", "old")
@@ -2078,7 +2243,9 @@ def test_mail_follows_to_another_name(writer: Writer) -> None:
     writer.send("x", "old")
     store.mark_read("new", [1], clock(50))
     store.mark_read("old", [3], clock(50))
-    assert store.move_mail("old", "NEW") == 1, "one was read, the other is there already"
+    assert store.move_mail("old", "NEW") == 1, (
+        "one was read, the other is there already"
+    )
     store.index_words()
     store.commit()
     assert (store.count_unread("old"), store.count_unread("new")) == (0, 1)
@@ -2089,11 +2256,15 @@ def test_mail_follows_to_another_name(writer: Writer) -> None:
 
 
 def test_retention_goes_by_bytes_and_spares_what_is_open(writer: Writer) -> None:
+    """Unread mail and open questions stay, however old they are; what goes, goes from
+    the trees and from the words, too."""
     store = writer.store
     for _ in range(10):
         writer.send("alice", "bob", text="word " * 1000)
-    ids = [writer.send("alice", "bob", "carol", group="g", text="group").id,
-           writer.send("alice", "human", text="may I?").id]
+    ids = [
+        writer.send("alice", "bob", "carol", group="g", text="group").id,
+        writer.send("alice", "human", text="may I?").id,
+    ]
     store.mark_read("bob", [*range(1, 10), 11], clock(99))
     store.mark_read("human", [12], clock(99))
     store.ask_human(store.messages([12])[0])
@@ -2105,11 +2276,18 @@ def test_retention_goes_by_bytes_and_spares_what_is_open(writer: Writer) -> None
     store.commit()
     assert steps == 4 and writer.found() == [13, 12, 11, 10]
     assert writer.found(text="word") == [10] and writer.found(text="group") == [11]
-    assert [writer.one(f"SELECT count(*) FROM {tree}") for tree in TREES] == [4, 4, 1, 0]
+    assert [writer.one(f"SELECT count(*) FROM {tree}") for tree in TREES] == [
+        4,
+        4,
+        1,
+        0,
+    ]
     assert store.seqs_of(ids) == {11: ids[0], 12: ids[1]} and writer.sound()
 
 
 def test_what_nobody_needs_is_forgotten_in_pieces(writer: Writer) -> None:
+    """Client ids of the day before and names without mail or agent, five hundred at a
+    time."""
     store = writer.store
     for number in range(1200):
         writer.send(f"script-{number}", "bob", client_id=f"{number}")
@@ -2126,7 +2304,10 @@ def test_what_nobody_needs_is_forgotten_in_pieces(writer: Writer) -> None:
     while store.forget_names():
         store.commit()
     assert {row[0] for row in look(writer.path, "SELECT name FROM names")} == {
-        "alice", "bob", "idle"}
+        "alice",
+        "bob",
+        "idle",
+    }
     again = writer.send("script-7", "bob")
     store.commit()
     assert writer.found(sender="script-7") == [again.seq], "a number is not given again"
@@ -2134,6 +2315,8 @@ def test_what_nobody_needs_is_forgotten_in_pieces(writer: Writer) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_traffic_is_what_a_count_says(writer: Writer, seed: int) -> None:
+    """Counted by plain Python over random mail, a part of which is not indexed yet when
+    more of it comes; and mail to a group counts as to the group."""
     dice, store, routes = random.Random(seed), writer.store, []
     for number in range(300):
         sender, target = dice.sample("abcdef", 2)
@@ -2148,18 +2331,26 @@ def test_traffic_is_what_a_count_says(writer: Writer, seed: int) -> None:
     store.commit()
     for low, high in ((1, 301), (50, 120), (299, 301), (301, 400)):
         traffic = store.traffic(low, high)
-        counted = collections.Counter(routes[low - 1:high - 1])
+        counted = collections.Counter(routes[low - 1 : high - 1])
         assert {(p.sender, p.target): p.number for p in traffic.pairs} == counted
-        assert [p.number for p in traffic.pairs] == sorted(counted.values(), reverse=True)
+        assert [p.number for p in traffic.pairs] == sorted(
+            counted.values(), reverse=True
+        )
     assert store.seq_at(clock(7)) == 7 and store.seq_at(clock(7), after=True) == 8
     assert (store.seq_at(clock(-9)), store.seq_at(clock(1e9))) == (1, 301)
-    seen = [row[0] / 1e6 for row in look(
-        writer.path, "SELECT seen FROM inbox JOIN messages USING (seq) "
-                     "WHERE seen IS NOT NULL AND grp IS NULL ORDER BY seen")]
+    seen = [
+        row[0] / 1e6
+        for row in look(
+            writer.path,
+            "SELECT seen FROM inbox JOIN messages USING (seq) "
+            "WHERE seen IS NOT NULL AND grp IS NULL ORDER BY seen",
+        )
+    ]
     assert store.traffic(1, 301).seen == seen
 
 
 def test_unseen_mail_is_told_by_sender_and_agent(writer: Writer) -> None:
+    """How much, and the newest id of each pair; what the hub itself wrote does not count."""
     store = writer.store
     writer.send("a", "b")
     writer.send("a", "b", "c", group="g")
@@ -2178,13 +2369,18 @@ def bytes_written() -> int:
     return int(fields[fields.index("wchar:") + 1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="the kernel counts on Linux"
+)
 def test_a_send_costs_few_bytes_of_disk(writer: Writer) -> None:
+    """At most 350 bytes a message in the file, and 16 KiB written for a send and its
+    commit."""
     dice, store = random.Random(1), writer.store
     words = ["".join(dice.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
     names = [f"agent-{number}" for number in range(20)]
 
     def send(client_id: str | None = None) -> None:
+        """Two agents that talk in twenty words."""
         sender, recipient = dice.sample(names, 2)
         text = " ".join(dice.choices(words, k=20))
         writer.send(sender, recipient, text=text, client_id=client_id)
@@ -2208,6 +2404,7 @@ def test_a_send_costs_few_bytes_of_disk(writer: Writer) -> None:
 
 # -- older files
 
+# Word for word what the last version created; never to be changed.
 SCHEMA_1 = """
     CREATE TABLE agents (
         name TEXT PRIMARY KEY COLLATE NOCASE, status TEXT, registered_at TEXT, last_seen_at TEXT,
@@ -2246,69 +2443,180 @@ def schema_1(path: Path, count: int) -> Path:
         group, reply = "team" if seq % 5 == 0 else "", seq % 3 == 0
         sender, to = ("alice", "bob") if seq % 2 else ("Bob", "alice")
         before = ids[seq - 1] if reply else ""
-        messages.append((
-            seq, ids[seq], sender, "" if group else to, group, f"number {seq}", before,
-            clock(seq), 1, before, int(reply), f"client-{seq}" if seq % 4 == 0 else None))
+        messages.append(
+            (
+                seq,
+                ids[seq],
+                sender,
+                "" if group else to,
+                group,
+                f"number {seq}",
+                before,
+                clock(seq),
+                1,
+                before,
+                int(reply),
+                f"client-{seq}" if seq % 4 == 0 else None,
+            )
+        )
         for name in ("carol", "dora") if group else (to,):
-            read, quiet = clock(seq + 3.5) if seq % 7 else None, "loop" if seq % 14 == 0 else ""
-            inbox.append((seq, name, clock(seq), clock(seq + 0.25) if seq % 2 else None,
-                          read, read, "tmux", "rung", quiet))
-    sqlite_file(path, SCHEMA_1, messages=messages, inbox=inbox, agents=[
-        ("Bob", "idle", clock(0), clock(9), "hash", 1, "codex", "h", "/w", "team ops", "tmux",
-         "x", "")],
-        facts=[("indexed", count - 10), ("unseen", 5)])
+            read, quiet = (
+                clock(seq + 3.5) if seq % 7 else None,
+                "loop" if seq % 14 == 0 else "",
+            )
+            inbox.append(
+                (
+                    seq,
+                    name,
+                    clock(seq),
+                    clock(seq + 0.25) if seq % 2 else None,
+                    read,
+                    read,
+                    "tmux",
+                    "rung",
+                    quiet,
+                )
+            )
+    sqlite_file(
+        path,
+        SCHEMA_1,
+        messages=messages,
+        inbox=inbox,
+        agents=[
+            (
+                "Bob",
+                "idle",
+                clock(0),
+                clock(9),
+                "hash",
+                1,
+                "codex",
+                "h",
+                "/w",
+                "team ops",
+                "tmux",
+                "x",
+                "",
+            )
+        ],
+        facts=[("indexed", count - 10), ("unseen", 5)],
+    )
     with contextlib.closing(sqlite3.connect(path)) as file, file:
-        file.execute("INSERT INTO words (rowid, content) SELECT seq, content FROM messages "
-                     "WHERE seq <= ?", [count - 10])
+        file.execute(
+            "INSERT INTO words (rowid, content) SELECT seq, content FROM messages "
+            "WHERE seq <= ?",
+            [count - 10],
+        )
     return path
 
 
 def test_a_database_of_the_last_version_opens_with_everything(tmp_path: Path) -> None:
+    """Each column is compared with what stood in the old file: messages, receipts,
+    agents, quiet pairs, threads, words; then it goes on with the next seq."""
     path = schema_1(tmp_path / "a.db", 400)
-    old = look(path, "SELECT seq, id, from_agent, to_agent, grp, content, in_reply_to, created_at, "
-                     "thread FROM messages ORDER BY seq")
-    receipts = look(path, "SELECT seq, agent, pushed_at, rung_at, seen_at, read_at, quiet "
-                          "FROM inbox ORDER BY rowid")
+    old = look(
+        path,
+        "SELECT seq, id, from_agent, to_agent, grp, content, in_reply_to, created_at, "
+        "thread FROM messages ORDER BY seq",
+    )
+    receipts = look(
+        path,
+        "SELECT seq, agent, pushed_at, rung_at, seen_at, read_at, quiet "
+        "FROM inbox ORDER BY rowid",
+    )
     writer = Writer(path)
     store, found = writer.store, writer.store.find(Query(999, newest=False))
-    assert [(m.seq, m.id, m.from_agent, m.to_agent, m.group, m.content, m.in_reply_to,
-             m.created_at, m.thread) for m in found] == [
-        tuple("Bob" if value == "bob" else value for value in row) for row in old]
-    assert [(m.seq, r.agent, r.pushed_at, r.rung_at, r.seen_at, r.read_at, r.quiet)
-            for m in found for r in store.receipts(m)] == [
-        tuple("Bob" if value == "bob" else value for value in row) for row in receipts]
+    assert [
+        (
+            m.seq,
+            m.id,
+            m.from_agent,
+            m.to_agent,
+            m.group,
+            m.content,
+            m.in_reply_to,
+            m.created_at,
+            m.thread,
+        )
+        for m in found
+    ] == [tuple("Bob" if value == "bob" else value for value in row) for row in old]
+    assert [
+        (m.seq, r.agent, r.pushed_at, r.rung_at, r.seen_at, r.read_at, r.quiet)
+        for m in found
+        for r in store.receipts(m)
+    ] == [
+        tuple("Bob" if value == "bob" else value for value in row) for row in receipts
+    ]
     for name in ("alice", "bob", "carol"):
         unread = [row[0] for row in receipts if row[1] == name and row[5] is None]
         assert [m.seq for m in store.unread(name, 999)[0]] == unread
     assert store.load_agents()[0][0] == agent_chat.AgentRecord(
-        "Bob", "idle", clock(0), clock(9), "hash", True, "codex", "h", "/w", ("team", "ops"),
-        ("tmux",), ("x",))
+        "Bob",
+        "idle",
+        clock(0),
+        clock(9),
+        "hash",
+        True,
+        "codex",
+        "h",
+        "/w",
+        ("team", "ops"),
+        ("tmux",),
+        ("x",),
+    )
     assert {(pair.sender, pair.agent) for pair in store.quiet_pairs()} == {
-        ("Bob", "alice"), ("Bob", "carol"), ("Bob", "dora")}
+        ("Bob", "alice"),
+        ("Bob", "carol"),
+        ("Bob", "dora"),
+    }
     assert [m.id for m in store.thread(old[4][1], 9)] == [old[4][1], old[5][1]]
     assert store.by_client("bob", "client-400") and store.fact("unseen") == 5
     assert writer.found(text="395") == [395] and writer.found(text="7") == [7]
-    assert [len(writer.found(**wanted)) for wanted in (
-        {"group": "team"}, {"sender": "bob"}, {"agent": "ALICE", "other": "Bob"})] == [80, 200, 320]
+    assert [
+        len(writer.found(**wanted))
+        for wanted in (
+            {"group": "team"},
+            {"sender": "bob"},
+            {"agent": "ALICE", "other": "Bob"},
+        )
+    ] == [80, 200, 320]
     assert writer.send("alice", "bob", in_reply_to=old[0][1]).seq == 401
     store.commit()
     assert writer.sound() and not look(
-        path, "SELECT name FROM sqlite_master WHERE name LIKE 'old%' OR name LIKE 'go%'")
+        path, "SELECT name FROM sqlite_master WHERE name LIKE 'old%' OR name LIKE 'go%'"
+    )
     store.close()
 
 
 def test_a_database_of_the_go_program_is_adopted(tmp_path: Path) -> None:
+    """Messages come in the order of time; names and groups that we refuse stay behind."""
     path = sqlite_file(
-        tmp_path / "a.db", GO_SCHEMA, agents=[("alice", "", "", GO_TIME), ("a b", "", "", GO_TIME)],
+        tmp_path / "a.db",
+        GO_SCHEMA,
+        agents=[("alice", "", "", GO_TIME), ("a b", "", "", GO_TIME)],
         agent_groups=[("alice", "team"), ("bob", "team"), ("alice", "a,b")],
-        messages=[("msg-2", "alice", "", "team", "two", "", "2026-11-22 14:03:15+00:00"),
-                  ("msg-1", "alice", "bob", "", "one", "", GO_TIME),
-                  ("msg-3", "bob", "alice", "", "three", "msg-1", "2026-11-22 14:03:16+00:00")],
-        message_reads=[("msg-1", "bob", GO_TIME), ("msg-2", "carol", GO_TIME)])
+        messages=[
+            ("msg-2", "alice", "", "team", "two", "", "2026-11-22 14:03:15+00:00"),
+            ("msg-1", "alice", "bob", "", "one", "", GO_TIME),
+            (
+                "msg-3",
+                "bob",
+                "alice",
+                "",
+                "three",
+                "msg-1",
+                "2026-11-22 14:03:16+00:00",
+            ),
+        ],
+        message_reads=[("msg-1", "bob", GO_TIME), ("msg-2", "carol", GO_TIME)],
+    )
     writer = Writer(path)
     found = writer.store.find(Query(9, newest=False))
     assert [m.id for m in found] == ["msg-1", "msg-2", "msg-3"]
-    assert found[0].created_at == "2026-11-22T14:03:14.514393Z" and found[2].thread == "msg-1"
+    assert (
+        found[0].created_at == "2026-11-22T14:03:14.514393Z"
+        and found[2].thread == "msg-1"
+    )
     assert writer.store.recipients(found[1]) == ["bob", "carol"]
     assert [m.id for m in writer.store.unread("bob", 9)[0]] == ["msg-2"]
     assert writer.store.load_agents()[0][0].groups == ("team",)
@@ -2318,6 +2626,7 @@ def test_a_database_of_the_go_program_is_adopted(tmp_path: Path) -> None:
 
 
 # -- a Store in a process of its own, that can be killed and whose disk can be made to fail
+
 
 def serve_store(path: str) -> None:
     """Open a Store, then obey the lines of stdin; each is answered by one line of JSON."""
@@ -2422,9 +2731,21 @@ class StoreProcess:
     def failing(self, call: str, how: str) -> Iterator[None]:
         """Within it, a system call of this process fails."""
         spy = subprocess.Popen(
-            ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e",
-             f"inject={call}:{how}", "-p", str(self.process.pid)],
-            stderr=subprocess.PIPE, text=True)
+            [
+                "strace",
+                "-f",
+                "-o",
+                "/dev/null",
+                "-e",
+                f"trace={call}",
+                "-e",
+                f"inject={call}:{how}",
+                "-p",
+                str(self.process.pid),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert spy.stderr
         if "attached" not in spy.stderr.readline():
             pytest.skip("no right to trace a process")
@@ -2448,21 +2769,37 @@ def process(tmp_path: Path) -> Iterator[StoreProcess]:
     process.kill()
 
 
+# System calls of the writer and how they fail: always, once, from some call on. See strace.
 FAULTS = [
-    ("pwrite64", "error=EIO"), ("pwrite64", "error=ENOSPC"), ("pwrite64", "error=EIO:when=1"),
-    ("pwrite64", "error=EIO:when=3"), ("pwrite64", "error=EIO:when=6+"), ("fdatasync", "error=EIO"),
-    ("fdatasync", "error=EIO:when=1"), ("fdatasync", "error=EIO:when=2"),
-    ("fdatasync", "error=ENOSPC:when=1..3"), ("pread64", "error=EIO"),
-    ("pread64", "error=EIO:when=2"), ("fcntl", "error=ENOLCK"), ("fcntl", "error=EIO"),
-    ("ftruncate", "error=EIO"), ("newfstatat", "error=EIO"),
-    ("openat", "error=EMFILE"), ("fdatasync,openat", "error=EIO"),
-    ("pwrite64,pread64,fdatasync", "error=EIO")]
+    ("pwrite64", "error=EIO"),
+    ("pwrite64", "error=ENOSPC"),
+    ("pwrite64", "error=EIO:when=1"),
+    ("pwrite64", "error=EIO:when=3"),
+    ("pwrite64", "error=EIO:when=6+"),
+    ("fdatasync", "error=EIO"),
+    ("fdatasync", "error=EIO:when=1"),
+    ("fdatasync", "error=EIO:when=2"),
+    ("fdatasync", "error=ENOSPC:when=1..3"),
+    ("pread64", "error=EIO"),
+    ("pread64", "error=EIO:when=2"),
+    ("fcntl", "error=ENOLCK"),
+    ("fcntl", "error=EIO"),
+    ("ftruncate", "error=EIO"),
+    ("newfstatat", "error=EIO"),
+    ("openat", "error=EMFILE"),
+    ("fdatasync,openat", "error=EIO"),
+    ("pwrite64,pread64,fdatasync", "error=EIO"),
+]
 
 
 @needs("strace")
 @pytest.mark.parametrize("call, how", FAULTS)
 def test_what_a_failing_disk_refused_is_gone_and_what_it_took_is_there(
-        process: StoreProcess, tmp_path: Path, call: str, how: str) -> None:
+    process: StoreProcess, tmp_path: Path, call: str, how: str
+) -> None:
+    """A system call fails in a process that goes on: it says so with one of our own
+    errors, heals when the disk does, and what it acknowledged is what a fresh process
+    finds."""
     with process.failing(call, how):
         outcomes = [process.send() for _ in range(6)]
         looks = [process.do("look 50")[0], process.do("read")[0], process.do("tick")[0]]
@@ -2482,12 +2819,17 @@ def test_what_a_failing_disk_refused_is_gone_and_what_it_took_is_there(
 
 @needs("strace")
 def test_after_a_failed_sync_nothing_is_committed_before_all_of_it_is_on_disk(
-        process: StoreProcess, tmp_path: Path) -> None:
+    process: StoreProcess, tmp_path: Path
+) -> None:
+    """The kernel forgets what it could not write: a second sync that succeeds proves
+    nothing."""
     log = tmp_path / "db" / "a.db-wal"
     assert log.stat().st_size > 0
     with process.failing("fdatasync", "error=EIO:when=1"):
         assert process.send() == "StoreBusy"
-        assert log.stat().st_size == 0, "what was committed is in the database, and synced"
+        assert log.stat().st_size == 0, (
+            "what was committed is in the database, and synced"
+        )
         assert process.send() == "ok"
     with process.failing("fdatasync", "error=EIO"):
         assert [process.send() for _ in range(3)] == ["StoreBusy"] * 3
@@ -2496,7 +2838,9 @@ def test_after_a_failed_sync_nothing_is_committed_before_all_of_it_is_on_disk(
 
 
 def test_damaged_pages_are_told_and_what_needs_them_not_goes_on(
-        process: StoreProcess, tmp_path: Path) -> None:
+    process: StoreProcess, tmp_path: Path
+) -> None:
+    """The sentence names the file and the command that saves what can be saved."""
     path = tmp_path / "db" / "a.db"
     process.kill()
     again = StoreProcess(path)
@@ -2506,12 +2850,17 @@ def test_damaged_pages_are_told_and_what_needs_them_not_goes_on(
         file.write(b"\xa5" * (path.stat().st_size // 2))
     kind, sentence = again.do("look 3000")
     assert kind == "Damaged" and str(path) in sentence and ".recover" in sentence
-    assert [again.send() for _ in range(3)] == ["ok"] * 3 and len(again.do("read")[1]) == 6
+    assert [again.send() for _ in range(3)] == ["ok"] * 3 and len(
+        again.do("read")[1]
+    ) == 6
     again.kill()
 
 
 def test_a_file_that_stays_unreadable_is_given_up(
-        process: StoreProcess, tmp_path: Path) -> None:
+    process: StoreProcess, tmp_path: Path
+) -> None:
+    """After some seconds, not at once: a supervisor's new start would find the same
+    disk."""
     path = tmp_path / "db" / "a.db"
     with open(path, "r+b") as file:
         file.write(b"\xa5" * path.stat().st_size)
@@ -2522,12 +2871,15 @@ def test_a_file_that_stays_unreadable_is_given_up(
         kind = process.send()
         assert kind in {"Damaged", "Unservable"} and time.monotonic() - start < 20
         time.sleep(0.2)
+    # A disk that hangs for a moment must not end the hub.
     assert time.monotonic() - start > 3, "it had its time"
 
 
 @needs("strace")
 @pytest.mark.slow
 def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -> None:
+    """The writes are counted in a run that ends; then copies are killed at writes all
+    along."""
     old, versions = schema_1(tmp_path / "old.db", 2000), collections.Counter[int]()
 
     def migrate(name: str, *inject: str) -> Path:
@@ -2536,9 +2888,20 @@ def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -
         path.parent.mkdir()
         shutil.copy(old, path)
         subprocess.run(
-            ["strace", "-f", "-o", str(path) + ".trace", "-e", "trace=pwrite64,fdatasync,unlink",
-             *inject, *store_command(path)],
-            capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+            [
+                "strace",
+                "-f",
+                "-o",
+                str(path) + ".trace",
+                "-e",
+                "trace=pwrite64,fdatasync,unlink",
+                *inject,
+                *store_command(path),
+            ],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
         return path
 
     trace = Path(f"{migrate('whole')}.trace").read_text()
@@ -2561,9 +2924,13 @@ def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -
 
 # -- the lock
 
+
 @pytest.mark.parametrize("kind", ["same", "symlink", "hard link", "link of the folder"])
 def test_a_second_store_is_kept_off_whatever_the_file_is_called(
-        process: StoreProcess, tmp_path: Path, kind: str) -> None:
+    process: StoreProcess, tmp_path: Path, kind: str
+) -> None:
+    """The lock is of the file and not of its name, and dies with the process that had
+    it."""
     path, other = tmp_path / "db" / "a.db", tmp_path / "elsewhere" / "b.db"
     other.parent.mkdir()
     if kind == "symlink":
@@ -2583,7 +2950,8 @@ def test_a_second_store_is_kept_off_whatever_the_file_is_called(
     assert process.send() == "ok", "the first one goes on"
     process.kill()
     third = StoreProcess(other)
-    if kind == "hard link":  # its write-ahead log has the other name
+    # The write-ahead log of a hard link has the other name.
+    if kind == "hard link":
         assert "second name" in third.answer()[1]
         third = StoreProcess(path)
     assert third.answer() == ["open", 3004], "the lock died with its owner"
@@ -2592,8 +2960,12 @@ def test_a_second_store_is_kept_off_whatever_the_file_is_called(
 
 @pytest.mark.parametrize("call", ["flock", "fcntl"])
 def test_a_file_system_that_refuses_locks_is_told_in_a_sentence(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """As some network file systems do."""
+
     def refuse(*arguments: object) -> None:
+        """As the kernel does where there are no locks."""
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, call, refuse)
@@ -2603,7 +2975,9 @@ def test_a_file_system_that_refuses_locks_is_told_in_a_sentence(
 
 @pytest.mark.parametrize("part", ["", "-wal", "-shm"])
 def test_a_file_that_was_moved_away_is_not_written_to(
-        process: StoreProcess, tmp_path: Path, part: str) -> None:
+    process: StoreProcess, tmp_path: Path, part: str
+) -> None:
+    """What is sent then would be lost without a word; reading goes on."""
     path = tmp_path / "db" / ("a.db" + part)
     away = path.rename(tmp_path / "away")
     assert process.send() == "StoreBusy"
@@ -13782,6 +14156,7 @@ def test_an_option_means_the_same_everywhere() -> None:
 
 
 def test_bare_and_asked_the_program_shows_what_it_can_do(shell: Shell) -> None:
+    """Three examples to type first, then every command with what it does."""
     shown = shell.run()
     for words in (["help"], ["--help"], ["-h"]):
         assert shell.run(*words) == shown
@@ -13796,43 +14171,48 @@ def test_bare_and_asked_the_program_shows_what_it_can_do(shell: Shell) -> None:
 
 @pytest.mark.parametrize("name", ["send", "start"])
 def test_help_explains_a_command(shell: Shell, name: str) -> None:
+    """Whichever way it is asked for, and without colours in a pipe."""
     explained = shell.run("help", name)
     assert explained == shell.run(name, "--help")
     assert explained.startswith("usage: agent-chat ")
     assert "\x1b" not in explained
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["dance"], "there is no command 'dance'"),
-    (["serv"], "did you mean serve"),
-    (["inbx"], "did you mean inbox"),
-    (["SEND"], "did you mean send"),
-    ([""], "no command ''"),
-    (["--json", "agents"], "options come after"),
-    (["help", "dance"], "no command 'dance'"),
-    (["inbox", "--limti", "3"], "did you mean --limit"),
-    (["inbox", "-x"], "no option -x"),
-    (["inbox", "--limit", "x"], "--limit: a whole number is wanted"),
-    (["inbox", "--limit", "0"], "from 1 up"),
-    (["inbox", "--wait", "-1"], "--wait"),
-    (["inbox", "bob", "eve"], "'eve' is one word too many"),
-    (["inbox", "--limit"], "--limit"),
-    (["send"], "whom to send to"),
-    (["send", "bob"], "the text is missing"),
-    (["send", "--group", "dev"], "the text is missing"),
-    (["send", "bob,", "x"], "names nobody"),
-    (["send", "bob", "-x"], "may follow behind --"),
-    (["export", "--since", "soon"], "1h, 3d"),
-    (["export", "--format", "pdf"], "jsonl"),
-    (["completion", "tcsh"], "bash"),
-    (["completion"], "SHELL"),
-    (["init", "cluade", "--yes"], "did you mean claude"),
-    (["serve", "--port", "x"], "--port"),
-    (["hook", "opencode"], "claude"),
-    (["search"], "WORD"),
-])
-def test_a_mistyped_line_is_told_what_was_meant(capsys: Any, words: list[str],
-                                                told: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dance"], "there is no command 'dance'"),
+        (["serv"], "did you mean serve"),
+        (["inbx"], "did you mean inbox"),
+        (["SEND"], "did you mean send"),
+        ([""], "no command ''"),
+        (["--json", "agents"], "options come after"),
+        (["help", "dance"], "no command 'dance'"),
+        (["inbox", "--limti", "3"], "did you mean --limit"),
+        (["inbox", "-x"], "no option -x"),
+        (["inbox", "--limit", "x"], "--limit: a whole number is wanted"),
+        (["inbox", "--limit", "0"], "from 1 up"),
+        (["inbox", "--wait", "-1"], "--wait"),
+        (["inbox", "bob", "eve"], "'eve' is one word too many"),
+        (["inbox", "--limit"], "--limit"),
+        (["send"], "whom to send to"),
+        (["send", "bob"], "the text is missing"),
+        (["send", "--group", "dev"], "the text is missing"),
+        (["send", "bob,", "x"], "names nobody"),
+        (["send", "bob", "-x"], "may follow behind --"),
+        (["export", "--since", "soon"], "1h, 3d"),
+        (["export", "--format", "pdf"], "jsonl"),
+        (["completion", "tcsh"], "bash"),
+        (["completion"], "SHELL"),
+        (["init", "cluade", "--yes"], "did you mean claude"),
+        (["serve", "--port", "x"], "--port"),
+        (["hook", "opencode"], "claude"),
+        (["search"], "WORD"),
+    ],
+)
+def test_a_mistyped_line_is_told_what_was_meant(
+    capsys: Any, words: list[str], told: str
+) -> None:
     """One sentence, and below it how the command is typed."""
     assert agent_chat.main(words) == 2
     said = capsys.readouterr()
@@ -13844,6 +14224,7 @@ def test_a_mistyped_line_is_told_what_was_meant(capsys: Any, words: list[str],
 
 
 def test_a_mistyped_line_ends_with_its_exit_code(shell: Shell) -> None:
+    """The process itself, where the table above asks the function alone."""
     shell.run("dance", code=2)
     assert shell.errors.count("\n") == 2
 
@@ -13852,6 +14233,7 @@ def test_a_mistyped_line_ends_with_its_exit_code(shell: Shell) -> None:
 
 
 def test_send_tells_how_each_recipient_is(caller: Shell, hub: Hub) -> None:
+    """So that a script knows whom its words reach now, and whom later."""
     hub.register("bob", ("dev",))
     hub.register("eve", ("dev",))
     said = caller.run("send", "bob", "hello")
@@ -13859,13 +14241,14 @@ def test_send_tells_how_each_recipient_is(caller: Shell, hub: Hub) -> None:
     piped = "from a pipe\nline 2\n"
     answer = caller.json("send", "--group", "dev", "--from", "bob", "-", text=piped)
     assert [row["agent"] for row in answer["recipients"]] == ["eve"]
-    assert [m["content"] for m in hub.unread("eve")] == ["from a pipe\nline 2"]
+    assert contents(hub.unread("eve")) == ["from a pipe\nline 2"]
     caller.run("send", "bob", "again", "--reply-to", answer["id"])
     assert [m["from_agent"] for m in hub.unread("bob")] == ["human", "human"]
     assert hub.unread("bob")[1]["in_reply_to"] == answer["id"]
 
 
 def test_errors_are_one_line_and_an_exit_code(caller: Shell) -> None:
+    """1 for what went wrong, 2 for a line that was mistyped; nothing is said on stdout."""
     caller.run("send", "bbo", "hello", code=1)
     assert caller.errors.startswith("agent-chat: ")
     assert caller.errors.count("\n") == 1
@@ -13879,15 +14262,19 @@ def test_errors_are_one_line_and_an_exit_code(caller: Shell) -> None:
     assert "bad.yaml:2" in caller.errors
 
 
-def test_a_text_may_begin_with_a_dash_and_stand_anywhere(caller: Shell, hub: Hub) -> None:
+def test_a_text_may_begin_with_a_dash_and_stand_anywhere(
+    caller: Shell, hub: Hub
+) -> None:
+    """Options stand before, behind or between the words; -- ends them."""
     hub.register("bob")
     caller.run("send", "bob", "--", "-x is", "wrong")
     caller.run("send", "--json", "bob", "two", "words")
     caller.run("send", "bob", "one", "--from", "eve", "more")
-    texts = [message["content"] for message in hub.unread("bob")]
+    texts = contents(hub.unread("bob"))
     assert texts == ["-x is wrong", "two words", "one more"]
 
 
+# A locale of plain ASCII, and a Python that does not help itself out of it.
 PLAIN_LOCALE = {
     "LC_ALL": "C",
     "PYTHONUTF8": "0",
@@ -13896,7 +14283,9 @@ PLAIN_LOCALE = {
 
 
 @pytest.mark.parametrize("text", ["emoji 🎉", "äöü", "项目"])
-def test_words_are_the_bytes_that_were_typed(caller: Shell, hub: Hub, text: str) -> None:
+def test_words_are_the_bytes_that_were_typed(
+    caller: Shell, hub: Hub, text: str
+) -> None:
     """In a locale that knows ASCII alone."""
     hub.register("bob")
     caller.run("send", "bob", text, **PLAIN_LOCALE)
@@ -13906,6 +14295,7 @@ def test_words_are_the_bytes_that_were_typed(caller: Shell, hub: Hub, text: str)
 
 
 def test_bytes_that_are_no_text_are_marked_as_such(caller: Shell, hub: Hub) -> None:
+    """A file name in an old encoding must not stop a script half way."""
     hub.register("bob")
     words = [*map(os.fsencode, COMMAND), b"send", b"bob", b"latin \xe9"]
     env = {**caller.env, **PLAIN_LOCALE}
@@ -13933,9 +14323,14 @@ def test_who_writes_from_a_script(caller: Shell, hub: Hub) -> None:
     assert last_sender(hub, "human") == "bob"
 
 
-def test_a_shell_of_a_connected_agent_is_not_that_agent(caller: Shell, hub: Hub) -> None:
+def test_a_shell_of_a_connected_agent_is_not_that_agent(
+    caller: Shell, hub: Hub
+) -> None:
+    """AGENT_NAME is inherited by all that an agent starts; only its plugin has its
+    session."""
     hub.register("bob")
     session = hub.register("ada")["session"]
+    # As long as this is open, ada is somebody else than a shell that has her name.
     plugin = hub.socket("ada", session)
     assert plugin.status == 101
     caller.run("send", "human", "x", AGENT_NAME="ada")
@@ -13952,6 +14347,7 @@ def unread_counts(hub: Hub) -> list[int]:
 
 
 def test_one_text_goes_to_several_targets(caller: Shell, hub: Hub) -> None:
+    """Names and groups in one list, and a group by itself with or without its sign."""
     hub.register("bob")
     hub.register("eve", ("dev",))
     hub.register("kim", ("dev",))
@@ -13965,13 +14361,17 @@ def test_one_text_goes_to_several_targets(caller: Shell, hub: Hub) -> None:
     assert '"agent": "eve"' in lines[1]
 
 
-@pytest.mark.parametrize(("targets", "told"), [
-    ("bob,evee", "did you mean eve"),
-    ("bob,#dve", "did you mean dev"),
-    ("bob,nobody", "no agent 'nobody'"),
-])
-def test_a_list_of_targets_is_sent_whole_or_not_at_all(caller: Shell, hub: Hub, targets: str,
-                                                       told: str) -> None:
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("bob,evee", "did you mean eve"),
+        ("bob,#dve", "did you mean dev"),
+        ("bob,nobody", "no agent 'nobody'"),
+    ],
+)
+def test_a_list_of_targets_is_sent_whole_or_not_at_all(
+    caller: Shell, hub: Hub, targets: str, told: str
+) -> None:
     """As far as that can be known before the first is sent."""
     hub.register("bob")
     hub.register("eve", ("dev",))
@@ -13982,6 +14382,7 @@ def test_a_list_of_targets_is_sent_whole_or_not_at_all(caller: Shell, hub: Hub, 
 
 
 def test_a_blank_text_is_not_sent(caller: Shell, hub: Hub) -> None:
+    """It is what a script sends whose own command failed."""
     hub.register("bob")
     caller.run("send", "bob", " \n", code=1)
     assert "nothing was sent" in caller.errors
@@ -13989,6 +14390,7 @@ def test_a_blank_text_is_not_sent(caller: Shell, hub: Hub) -> None:
 
 
 def test_a_reply_is_to_a_message_that_exists(caller: Shell, hub: Hub) -> None:
+    """An id is a word of a path on its way to the hub: none of these may lead elsewhere."""
     hub.register("bob")
     first = caller.json("send", "bob", "one")["id"]
     caller.run("send", "bob", "two", "--reply-to", first)
@@ -13996,11 +14398,11 @@ def test_a_reply_is_to_a_message_that_exists(caller: Shell, hub: Hub) -> None:
         caller.run("send", "bob", "three", "--reply-to", wrong, code=1)
         assert "no message" in caller.errors
         assert "nothing was sent" in caller.errors
-    texts = [message["content"] for message in hub.unread("bob")]
-    assert texts == ["one", "two"]
+    assert contents(hub.unread("bob")) == ["one", "two"]
 
 
 def test_inbox_shows_and_marks_only_when_told(caller: Shell, hub: Hub) -> None:
+    """A look by somebody else must not take an agent's mail from it."""
     hub.register("bob")
     hub.send("human", "bob", "first")
     hub.send("human", "bob", "second")
@@ -14008,7 +14410,7 @@ def test_inbox_shows_and_marks_only_when_told(caller: Shell, hub: Hub) -> None:
     assert shown.index("first") < shown.index("second")
     assert "2 unread" in shown
     limited = caller.json("inbox", "bob", "--limit", 1)
-    assert [m["content"] for m in limited] == ["first"]
+    assert contents(limited) == ["first"]
     first = hub.unread("bob")[0]["id"]
     assert hub.receipts(first)["bob"]["seen_at"] is None
     caller.run("inbox", "bob", "--read")
@@ -14016,9 +14418,12 @@ def test_inbox_shows_and_marks_only_when_told(caller: Shell, hub: Hub) -> None:
 
 
 def test_inbox_waits_for_a_message(caller: Shell, hub: Hub) -> None:
+    """A script blocks until there is something, and gets it."""
     hub.register("bob")
     words = [*COMMAND, "inbox", "--wait", "30", "--json"]
-    with subprocess.Popen(words, env=caller.env, stdout=subprocess.PIPE, text=True) as waiting:
+    with subprocess.Popen(
+        words, env=caller.env, stdout=subprocess.PIPE, text=True
+    ) as waiting:
         hub.send("bob", "human", "are you there")
         assert waiting.stdout
         printed = json.loads(waiting.stdout.read())
@@ -14026,16 +14431,21 @@ def test_inbox_waits_for_a_message(caller: Shell, hub: Hub) -> None:
 
 
 def test_the_inbox_of_nobody_is_an_error(caller: Shell, hub: Hub) -> None:
+    """With --wait it would otherwise wait for ever for a name that was mistyped."""
     hub.register("bob")
     for options in ([], ["--wait", "30"], ["--json"]):
         assert caller.run("inbox", "bbo", *options, code=1) == ""
-        assert caller.errors == "agent-chat: there is no agent 'bbo'; did you mean bob?\n"
+        assert (
+            caller.errors
+            == "agent-chat: there is no agent 'bbo'; did you mean bob?\n"
+        )
     caller.run("inbox", "nobody", code=1)
     assert "`agent-chat agents`" in caller.errors
     assert caller.run("inbox", "BOB") == ""
 
 
 def test_what_is_empty_says_so_to_people_alone(caller: Shell, hub: Hub) -> None:
+    """The sentence goes to stderr, so that a pipe gets nothing, and JSON an empty list."""
     for words, told in (
         (["agents"], "no agents yet"),
         (["groups"], "no groups yet"),
@@ -14055,10 +14465,13 @@ def test_what_is_empty_says_so_to_people_alone(caller: Shell, hub: Hub) -> None:
 
 
 def test_since_and_until_choose_what_is_shown(caller: Shell, hub: Hub) -> None:
+    """In the words that people use for times, in each command that shows messages."""
     hub.register("bob")
     hub.send("human", "bob", "just now")
     assert "just now" in caller.run("export", "--since", "1h")
-    assert "just now" in caller.run("export", "--since", "yesterday", "--until", "now")
+    assert "just now" in caller.run(
+        "export", "--since", "yesterday", "--until", "now"
+    )
     assert caller.run("export", "--until", "1h") == ""
     eventually(lambda: "just now" in caller.run("search", "just", "--since", "10m"))
     assert caller.run("search", "just", "--until", "1d") == ""
@@ -14086,8 +14499,10 @@ def test_status_is_one_screen(caller: Shell, hub: Hub) -> None:
     assert "no hub answers" in caller.errors
 
 
-def test_status_names_open_questions_and_quiet_bells(caller: Shell,
-                                                     make_hub: Callable[..., Hub]) -> None:
+def test_status_names_open_questions_and_quiet_bells(
+    caller: Shell, make_hub: Callable[..., Hub]
+) -> None:
+    """What waits for the human is what they have to know first."""
     hub = make_hub(config="chain_limit: 1\n")
     caller.env["AGENT_CHAT_SERVER"] = hub.url
     for name in ("ann", "bob"):
@@ -14101,17 +14516,23 @@ def test_status_names_open_questions_and_quiet_bells(caller: Shell,
     assert re.search(r"^quiet     ann and bob, since \d+ s ago", shown, re.M)
 
 
-def test_tail_follows_filters_and_survives_a_restart(caller: Shell, hub: Hub,
-                                                     tmp_path: Path) -> None:
+def test_tail_follows_filters_and_survives_a_restart(
+    caller: Shell, hub: Hub, tmp_path: Path
+) -> None:
+    """What came while the hub was away is shown, nothing twice, and Ctrl-C ends it as
+    it should."""
     for name in ("bob", "eve"):
         hub.register(name, ("dev",))
     hub.send("human", "bob", "old news")
     out = tmp_path / "tail"
     words = [*COMMAND, "tail", "--agent", "eve", "--json"]
     with open(out, "w") as file:
-        tail = subprocess.Popen(words, env=caller.env, stdout=file, stderr=subprocess.PIPE)
+        tail = subprocess.Popen(
+            words, env=caller.env, stdout=file, stderr=subprocess.PIPE
+        )
     hub.send("human", "eve", "one")
     eventually(lambda: "one" in out.read_text())
+    # The socket is gone; tail finds its way back by the last message that it saw.
     hub.restart()
     hub.send("human", "bob", "not for eve")
     hub.send("bob", content="to the group", group="dev")
@@ -14120,15 +14541,19 @@ def test_tail_follows_filters_and_survives_a_restart(caller: Shell, hub: Hub,
     assert tail.wait(5) == 130
     assert tail.stderr
     assert b"Traceback" not in tail.stderr.read()
-    shown = [json.loads(line)["content"] for line in out.read_text().splitlines()]
-    assert shown == ["one", "to the group"]
+    printed = out.read_text().splitlines()
+    shown = [json.loads(line) for line in printed]
+    assert contents(shown) == ["one", "to the group"]
 
 
-STEERING = set("\x1b\x9b\x07\u202e\r")  # what moves a caret, rings, turns text around
+# What moves a caret, rings, turns text around.
+STEERING = set("\x1b\x9b\x07\u202e\r")
 HOSTILE = "\x1b[2J\x9b31m\x07\u202egnp\r\n11-22 10:00:00  human -> all  x"
 
 
 def test_what_others_wrote_cannot_steer_a_terminal(caller: Shell, hub: Hub) -> None:
+    """No control character, no turned text, no line that looks like the head of another
+    message."""
     hub.register("bob", ("dev",))
     hub.send("human", "bob", HOSTILE, in_reply_to="\x1b[31m")
     for words in (
@@ -14150,6 +14575,7 @@ def test_what_others_wrote_cannot_steer_a_terminal(caller: Shell, hub: Hub) -> N
 
 
 def test_tables_and_lists(caller: Shell, hub: Hub) -> None:
+    """What each command of a hub shows, for people and as JSON."""
     hub.register("bob", ("dev", "ops"), host="vm", cwd="/src/x")
     hub.send("human", "bob", "find the needle")
     title, row = caller.run("agents").splitlines()
@@ -14163,15 +14589,19 @@ def test_tables_and_lists(caller: Shell, hub: Hub) -> None:
     eventually(lambda: "needle" in caller.run("search", "needle"))
     assert not caller.run("search", "hay")
     exported = [json.loads(line) for line in caller.run("export").splitlines()]
-    assert [message["content"] for message in exported] == ["find the needle"]
+    assert contents(exported) == ["find the needle"]
     assert not caller.run("export", "--agent", "eve", code=None)
 
 
-TECHNICAL = r"\b(GET|POST|HTTP|header|JSON|Errno|body|status|40\d|41\d|50\d)\b|Traceback|X-"
+# Words that mean something to programmers alone.
+TECHNICAL = (
+    r"\b(GET|POST|HTTP|header|JSON|Errno|body|status|40\d|41\d|50\d)\b|Traceback|X-"
+)
 
 
-def test_no_word_of_a_protocol_reaches_a_person(caller: Shell, hub: Hub,
-                                                make_hub: Callable[..., Hub]) -> None:
+def test_no_word_of_a_protocol_reaches_a_person(
+    caller: Shell, hub: Hub, make_hub: Callable[..., Hub]
+) -> None:
     """Whatever goes wrong is told in one line, in the words of who types."""
     session = hub.register("bob", ("dev",))["session"]
     plugin = hub.socket("bob", session)
@@ -14201,13 +14631,22 @@ def test_no_word_of_a_protocol_reaches_a_person(caller: Shell, hub: Hub,
     plugin.close()
 
 
+# A pane's command; the pane stays until it was looked at.
+SHOW_AGENTS = f"{PYTHON} {PROGRAM} agents; sleep 60"
+
+
 @NEEDS_TMUX
 @pytest.mark.tmux
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux,
-                                            width: int) -> None:
+def test_a_table_is_as_wide_as_the_terminal(
+    caller: Shell, hub: Hub, tmux: Tmux, width: int
+) -> None:
+    """A row is cut to one line there, wide characters counted as two; a pipe gets all
+    of it."""
     place = "/home/somebody/src/a/very/long/way/down/项目/x"
-    hub.register("backend-development", ("dev", "operations"), host="machine", cwd=place)
+    hub.register(
+        "backend-development", ("dev", "operations"), host="machine", cwd=place
+    )
     piped = caller.run("agents").splitlines()[1]
     assert piped.endswith("machine:" + place)
     env = {
@@ -14215,7 +14654,7 @@ def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux,
         "HOME": str(caller.home),
         "NO_COLOR": "1",
     }
-    pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", width=width, env=env)
+    pane = tmux.pane(SHOW_AGENTS, width=width, env=env)
     eventually(lambda: "backend" in tmux.screen(pane))
     shown = tmux.screen(pane).strip()
     assert len(shown.splitlines()) == 2, shown
@@ -14223,9 +14662,13 @@ def test_a_table_is_as_wide_as_the_terminal(caller: Shell, hub: Hub, tmux: Tmux,
 
 @NEEDS_TMUX
 @pytest.mark.tmux
-@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_colour_is_for_terminals_only(caller: Shell, hub: Hub, tmux: Tmux,
-                                      variables: dict[str, str], coloured: bool) -> None:
+@pytest.mark.parametrize(
+    ("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)]
+)
+def test_colour_is_for_terminals_only(
+    caller: Shell, hub: Hub, tmux: Tmux, variables: dict[str, str], coloured: bool
+) -> None:
+    """And only where NO_COLOR does not forbid it."""
     hub.register("bob")
     del caller.env["NO_COLOR"]
     assert "\x1b" not in caller.run("agents")
@@ -14235,7 +14678,7 @@ def test_colour_is_for_terminals_only(caller: Shell, hub: Hub, tmux: Tmux,
         "TERM": "screen",
         **variables,
     }
-    pane = tmux.pane(f"{PYTHON} {PROGRAM} agents; sleep 60", env=env)
+    pane = tmux.pane(SHOW_AGENTS, env=env)
 
     def shown() -> str:
         """The pane with its colours."""
@@ -14246,22 +14689,31 @@ def test_colour_is_for_terminals_only(caller: Shell, hub: Hub, tmux: Tmux,
 
 
 def test_a_reader_that_goes_away_is_no_error(caller: Shell, hub: Hub) -> None:
+    """As `head` does: no traceback, and the exit code of a program that SIGPIPE ended."""
     hub.register("bob")
     for _ in range(30):
         hub.send("human", "bob", "x" * 20_000)
     line = f"{PYTHON} {PROGRAM} export | head -c 100; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], env=caller.env, capture_output=True,
-                          text=True, timeout=30)
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env=caller.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.stdout.endswith("141\n")
     assert not done.stderr
 
 
 def test_version_names_the_file(shell: Shell) -> None:
+    """With the fingerprint by which a hub and a plugin tell whether they are the same
+    program."""
     expected = f"agent-chat {agent_chat.__version__} ({agent_chat.fingerprint()})\n"
     for words in (["version"], ["--version"], ["-V"]):
         assert shell.run(*words) == expected
 
 
+# What a command that only talks to a hub has no use for.
 HEAVY = {
     "asyncio",
     "compileall",
@@ -14277,16 +14729,29 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("words", [
-    ["--help"],
-    ["agents", "--server", "http://127.0.0.1:9"],
-    ["send", "bob", "hi", "--server", "http://127.0.0.1:9"],
-    ["hook", "claude"],
-])
-def test_client_commands_start_without_heavy_modules(shell: Shell, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["agents", "--server", "http://127.0.0.1:9"],
+        ["send", "bob", "hi", "--server", "http://127.0.0.1:9"],
+        ["hook", "claude"],
+    ],
+)
+def test_client_commands_start_without_heavy_modules(
+    shell: Shell, words: list[str]
+) -> None:
+    """Agents call them often, and each module takes milliseconds."""
     probe = f"import sys, agent_chat; agent_chat.main({words}); print('LOADED', *sys.modules)"
-    done = subprocess.run([PYTHON, "-c", probe], cwd=HERE, env=shell.env, text=True,
-                          timeout=30, capture_output=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [PYTHON, "-c", probe],
+        cwd=HERE,
+        env=shell.env,
+        text=True,
+        timeout=30,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert "agent_chat" in loaded
     assert not loaded & HEAVY
@@ -14307,33 +14772,46 @@ class Completer:
 
     def offered(self, *words: str) -> list[str]:
         """What is offered for the last of these words."""
-        ask = "\n".join([
-            self.script,
-            f"COMP_WORDS=({shlex.join(words)})",
-            f"COMP_CWORD={len(words) - 1}",
-            "_agent_chat",
-            'printf "%s\\n" "${COMPREPLY[@]}"',
-        ])
-        done = subprocess.run(["bash", "--norc", "-c", ask], env=self.env,
-                              capture_output=True, text=True, timeout=30)
+        ask = "\n".join(
+            [
+                self.script,
+                f"COMP_WORDS=({shlex.join(words)})",
+                f"COMP_CWORD={len(words) - 1}",
+                "_agent_chat",
+                'printf "%s\\n" "${COMPREPLY[@]}"',
+            ]
+        )
+        done = subprocess.run(
+            ["bash", "--norc", "-c", ask],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
         assert not done.stderr
         return done.stdout.split()
 
 
 def test_bash_completes_commands_options_and_names(caller: Shell, hub: Hub) -> None:
+    """By the real script in a real bash."""
     hub.register("bob", ("dev",))
     bash = Completer(caller)
     assert bash.offered("agent-chat", "se") == ["send", "search", "serve"]
     assert bash.offered("agent-chat", "help", "comp") == ["completion"]
     assert bash.offered("agent-chat", "start", "--po") == ["--port"]
     assert bash.offered("agent-chat", "send", "b") == ["bob"]
-    assert bash.offered("agent-chat", "send", "bob", "x", "--from", "hu") == ["human"]
+    assert bash.offered("agent-chat", "send", "bob", "x", "--from", "hu") == [
+        "human"
+    ]
     assert bash.offered("agent-chat", "export", "--format", "") == ["jsonl", "md"]
     assert "codex" in bash.offered("agent-chat", "init", "co")
     assert bash.offered("agent-chat", "serve", "--db", "") == []
 
 
-def test_names_are_completed_where_a_hub_tells_them(caller: Shell, hub: Hub) -> None:
+def test_names_are_completed_where_a_hub_tells_them(
+    caller: Shell, hub: Hub
+) -> None:
+    """Without a hub there are none, and no error in the middle of a line."""
     hub.register("bob", ("dev",))
     assert caller.run("completion", "names").split() == ["human", "bob", "#dev"]
     assert caller.run("completion", "names", "--server", "http://127.0.0.1:9") == ""
@@ -14342,6 +14820,7 @@ def test_names_are_completed_where_a_hub_tells_them(caller: Shell, hub: Hub) -> 
 
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
 def test_every_shell_reads_its_script(capsys: Any, name: str) -> None:
+    """All commands and options stand in it; where the shell is installed, it parses it."""
     assert agent_chat.main(["completion", name]) == 0
     script = capsys.readouterr().out
     for command in agent_chat.COMMANDS.values():
@@ -14350,7 +14829,9 @@ def test_every_shell_reads_its_script(capsys: Any, name: str) -> None:
             if not option.is_word:
                 assert option.flags.split()[-1].lstrip("-") in script
     if shutil.which(name):
-        checked = subprocess.run([name, "-n"], input=script, capture_output=True, text=True)
+        checked = subprocess.run(
+            [name, "-n"], input=script, capture_output=True, text=True
+        )
         assert checked.returncode == 0
         assert checked.stderr == ""
 
@@ -14384,17 +14865,24 @@ args = ["a"] # keep
 [mcp_servers.agent-chat.tools.send_message]
 approval_mode = "approve"
 # the end"""
-FOREIGN = {".claude.json": CLAUDE, ".claude/settings.json": HOOKS, ".codex/config.toml": CODEX,
-           ".gemini/settings.json": '{"theme":"dark","mcpServers":{}}\n',
-           ".config/opencode/opencode.json": "{}"}
+FOREIGN = {
+    ".claude.json": CLAUDE,
+    ".claude/settings.json": HOOKS,
+    ".codex/config.toml": CODEX,
+    ".gemini/settings.json": '{"theme":"dark","mcpServers":{}}\n',
+    ".config/opencode/opencode.json": "{}",
+}
 CLIS = agent_chat.AGENT_CLIS
 WRITTEN = [name for name, cli in CLIS.items() if cli.written]
 PRINTED_ONLY = [name for name, cli in CLIS.items() if not cli.written]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # -- text edits
@@ -14414,7 +14902,7 @@ JSON_LAYOUTS = {
     "a comma, then a comment": '{"mcpServers": {"o": 1 /* c */ , /* d */ }}',
     "addresses are no comments": '{"u": "http://x/*y", "mcpServers": {"o": "//"}}',
     "comments everywhere": '/* a */{/* b */"a"/* c */:/* d */1/* e */,/* f */"mcpServers"'
-                           ':{"o":/* g */1}}/* h */ // i\n',
+    ':{"o":/* g */1}}/* h */ // i\n',
 }
 
 
@@ -14434,18 +14922,32 @@ def test_what_is_put_into_json_and_taken_out_leaves_no_trace(layout: str) -> Non
     assert document.text == text
 
 
-@pytest.mark.parametrize(("text", "why"), [
-    ('{"a": 1, "a": 2}', 'line 1: the key "a" stands there a second time'),
-    ('{"a": {\n"b": 1,\n"b": 1}}', 'line 3: the key "b" stands there a second time'),
-    ('{"a": 1,}', "line 1: a comma too many"), ('{"a": 1', "a comma is expected"),
-    ('{"a" 1}', "a colon is expected"), ("{a: 1}", "a key is expected"),
-    ('{"a": \'b\'}', "a value is expected"), ('{"a": 01}', "a value is expected"),
-    ('{"a": NaN}', "a value is expected"), ('{"a": "\t"}', "a value is expected"),
-    ("{} {}", "something follows its end"), ("[]", "it is no JSON object"),
-    ("", "a value is expected"), ("\ufeff{}", "a value is expected"),
-    ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "it is nested deeper than 200"),
-    ('{"a": 1} // x', "it has comments"), ("{/* x */}", "it has comments"),
-    ("{/* x }", "a key is expected")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": 1, "a": 2}', 'line 1: the key "a" stands there a second time'),
+        (
+            '{"a": {\n"b": 1,\n"b": 1}}',
+            'line 3: the key "b" stands there a second time',
+        ),
+        ('{"a": 1,}', "line 1: a comma too many"),
+        ('{"a": 1', "a comma is expected"),
+        ('{"a" 1}', "a colon is expected"),
+        ("{a: 1}", "a key is expected"),
+        ("{\"a\": 'b'}", "a value is expected"),
+        ('{"a": 01}', "a value is expected"),
+        ('{"a": NaN}', "a value is expected"),
+        ('{"a": "\t"}', "a value is expected"),
+        ("{} {}", "something follows its end"),
+        ("[]", "it is no JSON object"),
+        ("", "a value is expected"),
+        ("\ufeff{}", "a value is expected"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "it is nested deeper than 200"),
+        ('{"a": 1} // x', "it has comments"),
+        ("{/* x */}", "it has comments"),
+        ("{/* x }", "a key is expected"),
+    ],
+)
 def test_json_that_is_not_clear_is_refused_in_words(text: str, why: str) -> None:
     with pytest.raises(agent_chat.FileTrouble, match=re.escape(why)):
         agent_chat.JsonText(text)
@@ -14453,7 +14955,9 @@ def test_json_that_is_not_clear_is_refused_in_words(text: str, why: str) -> None
 
 def test_an_item_that_a_line_comment_would_swallow_is_left_alone() -> None:
     document = agent_chat.JsonText('{"a": 1, // c\n "ours": 2, "b": 3}', comments=True)
-    with pytest.raises(agent_chat.FileTrouble, match="a comment stands in the way of ours"):
+    with pytest.raises(
+        agent_chat.FileTrouble, match="a comment stands in the way of ours"
+    ):
         document.remove(("ours",))
 
 
@@ -14472,7 +14976,9 @@ class JsonMaker:
         """Any value, no deeper than that."""
         kind = self.chance.randrange(7 if depth else 4)
         if kind < 4:
-            return [self.chance.randrange(99), 'ä "q" \\ {[,:]} // /*', None, True][kind]
+            return [self.chance.randrange(99), 'ä "q" \\ {[,:]} // /*', None, True][
+                kind
+            ]
         size = range(self.chance.randrange(4))
         if kind < 6:
             return {f"k{n} ,:{{": self.value(depth - 1) for n in size}
@@ -14493,7 +14999,9 @@ class JsonMaker:
         end = self.newline + line if break_lines else self.blank()
         brackets = "[]" if isinstance(value, list) else "{}"
         comma = "," if self.comments and self.chance.random() < 0.3 else ""
-        return brackets[0] + ",".join(pieces) + comma + self.comment() + end + brackets[1]
+        return (
+            brackets[0] + ",".join(pieces) + comma + self.comment() + end + brackets[1]
+        )
 
     def blank(self) -> str:
         return self.chance.choice(["", " "])
@@ -14512,21 +15020,31 @@ def test_json_is_edited_in_place_whatever_its_form(seed: int) -> None:
     of the rest; taking it out again gives the text back, byte for byte."""
     maker = JsonMaker(seed)
     data = {f"key {n}": maker.value(3) for n in range(maker.chance.randrange(5))}
-    data["mcpServers"] = {f"s{n}": maker.value(2) for n in range(maker.chance.randrange(1, 4))}
-    data["hooks"] = {"Stop": [{"matcher": "*", "hooks": []}, {"hooks": [{"command": "x"}]}]}
+    data["mcpServers"] = {
+        f"s{n}": maker.value(2) for n in range(maker.chance.randrange(1, 4))
+    }
+    data["hooks"] = {
+        "Stop": [{"matcher": "*", "hooks": []}, {"hooks": [{"command": "x"}]}]
+    }
     text = maker.text(data) + maker.chance.choice(["", "\n", " \n\n"])
     assert agent_chat.JsonText(text, comments=True).root.data == data
     row = CLIS["gemini"].hooks
     assert row
-    changes = [agent_chat.JsonServer("gemini", ("mcpServers",),
-                                     {"command": "agent-chat", "args": ["mcp"], "env": {}}),
-               agent_chat.JsonHooks("gemini", row, ("hooks",), "agent-chat hook gemini")]
+    changes = [
+        agent_chat.JsonServer(
+            "gemini",
+            ("mcpServers",),
+            {"command": "agent-chat", "args": ["mcp"], "env": {}},
+        ),
+        agent_chat.JsonHooks("gemini", row, ("hooks",), "agent-chat hook gemini"),
+    ]
     added = agent_chat.with_all(changes, text)
     found = agent_chat.JsonText(added, comments=True).root.data
     assert found["mcpServers"].pop("agent-chat")["command"] == "agent-chat"
     for event in row.events.values():
         assert found["hooks"].pop(event) == [
-            {"hooks": [{"type": "command", "command": "agent-chat hook gemini"}]}]
+            {"hooks": [{"type": "command", "command": "agent-chat hook gemini"}]}
+        ]
     assert found == data
     assert agent_chat.with_all(changes, added) == added
     assert agent_chat.without_all(changes, added) == text
@@ -14534,10 +15052,14 @@ def test_json_is_edited_in_place_whatever_its_form(seed: int) -> None:
 
 
 TOML_LAYOUTS = {
-    "nothing": "", "a comment": "# mine\n", "no line end": 'a = "b"', "CRLF": 'a = 1\r\n[t]\r\nb = 2\r\n',
-    "separators inside": 'a = "x\u2028[y]" # \u2028\n', "arrays": "[[x]]\na = 1\n\n[[x]]\na = 2\n",
+    "nothing": "",
+    "a comment": "# mine\n",
+    "no line end": 'a = "b"',
+    "CRLF": "a = 1\r\n[t]\r\nb = 2\r\n",
+    "separators inside": 'a = "x\u2028[y]" # \u2028\n',
+    "arrays": "[[x]]\na = 1\n\n[[x]]\na = 2\n",
     "brackets in a string": 'a = """\n[mcp_servers.other]\n"""\n',
-    "others below": "[mcp_servers.other]\nargs = [\n  \"a\",\n]\n\n[z]\n",
+    "others below": '[mcp_servers.other]\nargs = [\n  "a",\n]\n\n[z]\n',
 }
 
 
@@ -14547,32 +15069,44 @@ def test_what_is_put_into_toml_and_taken_out_leaves_no_trace(layout: str) -> Non
     kimi = CLIS["kimi"].hooks
     assert kimi
     entry = {"command": "agent-chat", "args": ["mcp"], "env": {"A B": "c"}}
-    for change in (agent_chat.TomlServer("codex", ("mcp_servers",), entry),
-                   agent_chat.TomlHooks(kimi, ("hooks",), "agent-chat hook kimi")):
+    for change in (
+        agent_chat.TomlServer("codex", ("mcp_servers",), entry),
+        agent_chat.TomlHooks(kimi, ("hooks",), "agent-chat hook kimi"),
+    ):
         added = change.put(text)
         found, before = tomllib.loads(added), tomllib.loads(text)
         assert added.startswith(text) and change.put(added) == added
-        assert ("\r\n" in text) == ("\r\n" in added) and "\n" not in added.replace("\r\n", "") * ("\r\n" in text)
+        assert ("\r\n" in text) == ("\r\n" in added) and "\n" not in added.replace(
+            "\r\n", ""
+        ) * ("\r\n" in text)
         if isinstance(change, agent_chat.TomlServer):
             assert found["mcp_servers"].pop("agent-chat") == entry
         else:
-            assert [hook["event"] for hook in found["hooks"]] == ["UserPromptSubmit", "Stop"]
+            assert [hook["event"] for hook in found["hooks"]] == [
+                "UserPromptSubmit",
+                "Stop",
+            ]
         assert {key: found[key] for key in before} == before
         assert change.remove(added).rstrip("\r\n") == text.rstrip("\r\n")
         assert change.remove(text) == text
 
 
 def test_an_older_table_of_ours_in_toml_is_brought_up_to_date() -> None:
-    text = ('[mcp_servers.agent-chat]\ncommand = "/old/agent-chat"\nargs = ["mcp"]\n# a note\n'
-            'startup_timeout_sec = 20\n[mcp_servers.agent-chat.env]\nAGENT_NAME = "ada"\n'
-            '[mcp_servers.agent-chat.tools.x]\ny = 1\n[z]\n')
+    text = (
+        '[mcp_servers.agent-chat]\ncommand = "/old/agent-chat"\nargs = ["mcp"]\n# a note\n'
+        'startup_timeout_sec = 20\n[mcp_servers.agent-chat.env]\nAGENT_NAME = "ada"\n'
+        "[mcp_servers.agent-chat.tools.x]\ny = 1\n[z]\n"
+    )
     entry = {"command": "agent-chat", "args": ["mcp"], "env": {"A": "b"}}
     change = agent_chat.TomlServer("codex", ("mcp_servers",), entry)
     edited = change.put(text)
     found = tomllib.loads(edited)
     assert found["mcp_servers"]["agent-chat"] == {
-        **entry, "env": {"AGENT_NAME": "ada", "A": "b"}, "startup_timeout_sec": 20,
-        "tools": {"x": {"y": 1}}}
+        **entry,
+        "env": {"AGENT_NAME": "ada", "A": "b"},
+        "startup_timeout_sec": 20,
+        "tools": {"x": {"y": 1}},
+    }
     assert "# a note\n" in edited and found["z"] == {}
     assert tomllib.loads(change.remove(edited)) == {"z": {}}
 
@@ -14587,18 +15121,28 @@ def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
     texts = {name: (shell.home / name).read_bytes().decode() for name in FOREIGN}
     claude = json.loads(texts[".claude.json"])
     assert claude["mcpServers"]["agent-chat"]["args"][-1] == "mcp"
-    assert claude["mcpServers"]["agent-chat"]["env"] == {"AGENT_CHAT_SERVER": "http://hub:1"}
+    assert claude["mcpServers"]["agent-chat"]["env"] == {
+        "AGENT_CHAT_SERVER": "http://hub:1"
+    }
     for text in (*CLAUDE.splitlines()[:4], '"name": "\\u00e4b"\n}'):
         assert text in texts[".claude.json"]
     hooks = json.loads(texts[".claude/settings.json"])["hooks"]
     assert hooks["Stop"][1]["hooks"][0]["command"].endswith("hook claude")
     assert set(hooks) == {"UserPromptSubmit", "PostToolUse", "Stop"}
-    assert '\t\t\t{"hooks": [{"command":"say done"}]},\r\n' in texts[".claude/settings.json"]
+    assert (
+        '\t\t\t{"hooks": [{"command":"say done"}]},\r\n'
+        in texts[".claude/settings.json"]
+    )
     assert "\n" not in texts[".claude/settings.json"].replace("\r\n", "")
     codex = tomllib.loads(texts[".codex/config.toml"])["mcp_servers"]["agent-chat"]
     assert texts[".codex/config.toml"].startswith(CODEX)
-    assert {"TMUX", "TMUX_PANE"} <= set(codex["env_vars"]) and codex["tool_timeout_sec"] >= 60
-    assert codex["default_tools_approval_mode"] == "approve" and "send_message" in codex["tools"]
+    assert {"TMUX", "TMUX_PANE"} <= set(codex["env_vars"]) and codex[
+        "tool_timeout_sec"
+    ] >= 60
+    assert (
+        codex["default_tools_approval_mode"] == "approve"
+        and "send_message" in codex["tools"]
+    )
     gemini = json.loads(texts[".gemini/settings.json"])
     assert set(gemini["hooks"]) == {"BeforeAgent", "AfterTool", "AfterAgent"}
     assert texts[".gemini/settings.json"].startswith('{"theme":"dark","mcpServers":{')
@@ -14607,8 +15151,9 @@ def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("hooks", [[], ["--hooks"]])
-def test_init_twice_changes_nothing_and_undo_restores_every_byte(shell: Shell,
-                                                                 hooks: list[str]) -> None:
+def test_init_twice_changes_nothing_and_undo_restores_every_byte(
+    shell: Shell, hooks: list[str]
+) -> None:
     for name, text in FOREIGN.items():
         shell.file(name, text)
     before = snapshot(shell.home)
@@ -14619,11 +15164,14 @@ def test_init_twice_changes_nothing_and_undo_restores_every_byte(shell: Shell,
     shell.run("init", *hooks, "--yes", "--server", "http://hub:1")
     shell.run("init", "--undo", "--yes")
     assert snapshot(shell.home) == before
-    assert "nothing to change" in shell.run("init", "--undo", "--yes", "claude", "gemini")
+    assert "nothing to change" in shell.run(
+        "init", "--undo", "--yes", "claude", "gemini"
+    )
 
 
-def test_init_and_undo_for_every_cli_in_its_own_place(shell: Shell,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_and_undo_for_every_cli_in_its_own_place(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All rows at once: every file is new, has our entry in its table, and goes again."""
     monkeypatch.setenv("HOME", str(shell.home))
     shell.run("init", *WRITTEN, "--hooks", "--yes")
@@ -14645,25 +15193,40 @@ def test_init_and_undo_for_every_cli_in_its_own_place(shell: Shell,
     assert snapshot(shell.home) == {}
 
 
-@pytest.mark.parametrize(("cli", "variable", "file"), [
-    ("claude", "CLAUDE_CONFIG_DIR", ".claude.json"), ("codex", "CODEX_HOME", "config.toml"),
-    ("gemini", "GEMINI_CLI_HOME", ".gemini/settings.json"),
-    ("opencode", "XDG_CONFIG_HOME", "opencode/opencode.json"),
-    ("opencode", "OPENCODE_CONFIG", ""), ("copilot", "COPILOT_HOME", "mcp-config.json"),
-    ("qwen", "QWEN_HOME", "settings.json"), ("kimi", "KIMI_CODE_HOME", "mcp.json"),
-    ("grok", "GROK_HOME", "config.toml"), ("pi", "PI_CODING_AGENT_DIR", "mcp.json"),
-    ("droid", "FACTORY_HOME_OVERRIDE", ".factory/mcp.json"),
-    ("kilo", "XDG_CONFIG_HOME", "kilo/kilo.json"), ("amp", "XDG_CONFIG_HOME", "amp/settings.json"),
-    ("cline", "CLINE_DIR", "data/settings/cline_mcp_settings.json")])
+@pytest.mark.parametrize(
+    ("cli", "variable", "file"),
+    [
+        ("claude", "CLAUDE_CONFIG_DIR", ".claude.json"),
+        ("codex", "CODEX_HOME", "config.toml"),
+        ("gemini", "GEMINI_CLI_HOME", ".gemini/settings.json"),
+        ("opencode", "XDG_CONFIG_HOME", "opencode/opencode.json"),
+        ("opencode", "OPENCODE_CONFIG", ""),
+        ("copilot", "COPILOT_HOME", "mcp-config.json"),
+        ("qwen", "QWEN_HOME", "settings.json"),
+        ("kimi", "KIMI_CODE_HOME", "mcp.json"),
+        ("grok", "GROK_HOME", "config.toml"),
+        ("pi", "PI_CODING_AGENT_DIR", "mcp.json"),
+        ("droid", "FACTORY_HOME_OVERRIDE", ".factory/mcp.json"),
+        ("kilo", "XDG_CONFIG_HOME", "kilo/kilo.json"),
+        ("amp", "XDG_CONFIG_HOME", "amp/settings.json"),
+        ("cline", "CLINE_DIR", "data/settings/cline_mcp_settings.json"),
+    ],
+)
 def test_a_clis_own_variable_moves_what_init_and_doctor_look_at(
-        shell: Shell, tmp_path: Path, cli: str, variable: str, file: str) -> None:
+    shell: Shell, tmp_path: Path, cli: str, variable: str, file: str
+) -> None:
     goal = tmp_path / "elsewhere" / file if file else tmp_path / "elsewhere.json"
     moved = {variable: str(tmp_path / ("elsewhere" if file else "elsewhere.json"))}
     shell.run("init", cli, "--yes", **moved)
     assert b"agent-chat" in goal.read_bytes() and snapshot(shell.home) == {}
     told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **moved)
-    assert [check for check in told if check["name"] == "agents" and str(goal) in check["detail"]
-            and cli in check["detail"]]
+    assert [
+        check
+        for check in told
+        if check["name"] == "agents"
+        and str(goal) in check["detail"]
+        and cli in check["detail"]
+    ]
     shell.run("init", cli, "--undo", "--yes", **moved)
     assert not goal.exists()
 
@@ -14711,20 +15274,43 @@ def test_a_hook_group_of_a_person_stays_and_so_does_their_file(shell: Shell) -> 
     assert json.loads(path.read_text()) == json.loads(text)
 
 
-def test_our_hook_in_a_persons_group_leaves_without_its_neighbours(shell: Shell) -> None:
-    path = shell.file(".claude/settings.json", json.dumps({"hooks": {"Stop": [{"hooks": [
-        {"type": "command", "command": "say done"},
-        {"type": "command", "command": "/old/agent-chat hook claude", "timeout": 9}]}]}}))
+def test_our_hook_in_a_persons_group_leaves_without_its_neighbours(
+    shell: Shell,
+) -> None:
+    path = shell.file(
+        ".claude/settings.json",
+        json.dumps(
+            {
+                "hooks": {
+                    "Stop": [
+                        {
+                            "hooks": [
+                                {"type": "command", "command": "say done"},
+                                {
+                                    "type": "command",
+                                    "command": "/old/agent-chat hook claude",
+                                    "timeout": 9,
+                                },
+                            ]
+                        }
+                    ]
+                }
+            }
+        ),
+    )
     shell.run("init", "claude", "--hooks", "--yes")
     stop = json.loads(path.read_text())["hooks"]["Stop"]
     assert len(stop) == 1 and stop[0]["hooks"][1]["timeout"] == 9
     assert not stop[0]["hooks"][1]["command"].startswith("/old/")
     shell.run("init", "claude", "--undo", "--yes")
-    assert json.loads(path.read_text()) == {"hooks": {"Stop": [{"hooks": [
-        {"type": "command", "command": "say done"}]}]}}
+    assert json.loads(path.read_text()) == {
+        "hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say done"}]}]}
+    }
 
 
-def test_undo_never_deletes_a_file_that_a_person_wrote(shell: Shell, tmp_path: Path) -> None:
+def test_undo_never_deletes_a_file_that_a_person_wrote(
+    shell: Shell, tmp_path: Path
+) -> None:
     by_hand = {"mcpServers": {"agent-chat": {"command": "agent-chat", "args": ["mcp"]}}}
     path = tmp_path / ".mcp.json"
     path.write_text(json.dumps(by_hand, indent=2) + "\n")
@@ -14735,17 +15321,24 @@ def test_undo_never_deletes_a_file_that_a_person_wrote(shell: Shell, tmp_path: P
 def test_init_keeps_what_a_person_added_to_our_entry(shell: Shell) -> None:
     shell.run("init", "--yes", "claude", "codex")
     path = shell.home / ".claude.json"
-    path.write_text(path.read_text().replace('"AGENT_CHAT', '"AGENT_NAME": "ada", "AGENT_CHAT'))
+    path.write_text(
+        path.read_text().replace('"AGENT_CHAT', '"AGENT_NAME": "ada", "AGENT_CHAT')
+    )
     codex = shell.home / ".codex/config.toml"
     codex.write_text(codex.read_text() + "startup_timeout_sec = 20\n")
     shell.run("init", "--yes", "claude", "codex", "--server", "http://hub:1")
     env = json.loads(path.read_text())["mcpServers"]["agent-chat"]["env"]
     assert (env["AGENT_NAME"], env["AGENT_CHAT_SERVER"]) == ("ada", "http://hub:1")
     entry = tomllib.loads(codex.read_text())["mcp_servers"]["agent-chat"]
-    assert (entry["startup_timeout_sec"], entry["env"]["AGENT_CHAT_SERVER"]) == (20, "http://hub:1")
+    assert (entry["startup_timeout_sec"], entry["env"]["AGENT_CHAT_SERVER"]) == (
+        20,
+        "http://hub:1",
+    )
 
 
-def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(shell: Shell) -> None:
+def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(
+    shell: Shell,
+) -> None:
     old = {"command": "agent-chat", "args": ["mcp"], "env": {"AGENT_TYPE": "claude"}}
     path = shell.file(".claude.json", json.dumps({"mcpServers": {"agent-chat": old}}))
     shell.run("init", "claude", "--yes")
@@ -14757,7 +15350,9 @@ def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(shell: Shell)
     assert '"reviewer"' in path.read_text()
 
 
-def test_two_clis_that_read_one_file_get_one_entry(shell: Shell, tmp_path: Path) -> None:
+def test_two_clis_that_read_one_file_get_one_entry(
+    shell: Shell, tmp_path: Path
+) -> None:
     words = ["init", "claude", "copilot", "--project", tmp_path, "--yes"]
     shell.run(*words)
     assert set(snapshot(tmp_path)) - set(snapshot(shell.home)) >= {".mcp.json"}
@@ -14767,19 +15362,34 @@ def test_two_clis_that_read_one_file_get_one_entry(shell: Shell, tmp_path: Path)
     assert not (tmp_path / ".mcp.json").exists()
 
 
-@pytest.mark.parametrize(("name", "text", "cli"), [
-    (".claude.json", '{ // a comment\n "a": 1}', "claude"), (".claude.json", '{"a": 1', "claude"),
-    (".claude.json", '{"mcpServers": []}', "claude"), (".claude.json", "\ufeff{}", "claude"),
-    (".claude.json", '{"a": 1, "a": 2}', "claude"),
-    (".claude.json", '{"mcpServers": {"agent-chat": {"command": "x"}}}', "claude"),
-    (".codex/config.toml", "[broken", "codex"),
-    (".codex/config.toml", 'mcp_servers = { agent-chat = { command = "x" } }', "codex"),
-    (".codex/config.toml", 'mcp_servers = { other = { command = "x" } }', "codex"),
-    (".codex/config.toml", 'a = """\n[mcp_servers.agent-chat]\n"""\n[mcp_servers]\n'
-                           'agent-chat = {command = "agent-chat", args = ["mcp"]}\n', "codex"),
-    (".config/opencode/opencode.jsonc", '{"mcp": /* open', "opencode")])
-def test_a_file_that_is_not_understood_is_left_alone(shell: Shell, name: str, text: str,
-                                                     cli: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "cli"),
+    [
+        (".claude.json", '{ // a comment\n "a": 1}', "claude"),
+        (".claude.json", '{"a": 1', "claude"),
+        (".claude.json", '{"mcpServers": []}', "claude"),
+        (".claude.json", "\ufeff{}", "claude"),
+        (".claude.json", '{"a": 1, "a": 2}', "claude"),
+        (".claude.json", '{"mcpServers": {"agent-chat": {"command": "x"}}}', "claude"),
+        (".codex/config.toml", "[broken", "codex"),
+        (
+            ".codex/config.toml",
+            'mcp_servers = { agent-chat = { command = "x" } }',
+            "codex",
+        ),
+        (".codex/config.toml", 'mcp_servers = { other = { command = "x" } }', "codex"),
+        (
+            ".codex/config.toml",
+            'a = """\n[mcp_servers.agent-chat]\n"""\n[mcp_servers]\n'
+            'agent-chat = {command = "agent-chat", args = ["mcp"]}\n',
+            "codex",
+        ),
+        (".config/opencode/opencode.jsonc", '{"mcp": /* open', "opencode"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_left_alone(
+    shell: Shell, name: str, text: str, cli: str
+) -> None:
     shell.file(name, text)
     before = snapshot(shell.home)
     said = shell.run("init", "--yes", cli, code=1)
@@ -14790,12 +15400,16 @@ def test_a_file_that_is_not_understood_is_left_alone(shell: Shell, name: str, te
 
 
 @pytest.mark.parametrize("file", ["opencode.jsonc", "opencode.json"])
-def test_comments_are_edited_around_where_the_cli_reads_them(shell: Shell, file: str) -> None:
+def test_comments_are_edited_around_where_the_cli_reads_them(
+    shell: Shell, file: str
+) -> None:
     text = '{\n  // my model\n  "model": "x", /* y */\n  "mcp": {\n    // servers\n  },\n}\n'
     path = shell.file(f".config/opencode/{file}", text)
     shell.run("init", "opencode", "--yes")
-    assert set(snapshot(shell.home)) == {f".config/opencode/{file}",
-                                         f".config/opencode/{file}.agent-chat-backup"}
+    assert set(snapshot(shell.home)) == {
+        f".config/opencode/{file}",
+        f".config/opencode/{file}.agent-chat-backup",
+    }
     for line in text.splitlines():
         assert line in path.read_text()
     assert '"agent-chat"' in path.read_text()
@@ -14805,7 +15419,9 @@ def test_comments_are_edited_around_where_the_cli_reads_them(shell: Shell, file:
 
 
 def test_a_newer_opencode_keeps_its_servers_one_table_deeper(shell: Shell) -> None:
-    path = shell.file(".config/opencode/opencode.json", '{"mcp": {"servers": {"o": {}}}}')
+    path = shell.file(
+        ".config/opencode/opencode.json", '{"mcp": {"servers": {"o": {}}}}'
+    )
     shell.run("init", "opencode", "--yes")
     assert set(json.loads(path.read_text())["mcp"]["servers"]) == {"o", "agent-chat"}
     shell.run("init", "opencode", "--undo", "--yes")
@@ -14824,7 +15440,9 @@ def test_init_asks_and_a_dry_run_does_not_write(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("cli", CLIS)
-def test_init_prints_the_block_of_every_cli_and_writes_nothing(shell: Shell, cli: str) -> None:
+def test_init_prints_the_block_of_every_cli_and_writes_nothing(
+    shell: Shell, cli: str
+) -> None:
     block = shell.run("init", "--print", cli)
     assert snapshot(shell.home) == {}
     assert agent_chat.ENTRY_NAME in block and "AGENT_CHAT_SERVER" in block
@@ -14840,16 +15458,33 @@ def test_init_prints_the_block_of_every_cli_and_writes_nothing(shell: Shell, cli
         assert f"init --print {cli}" in shell.errors
 
 
-def test_init_in_a_project_writes_there_and_never_a_key(shell: Shell, tmp_path: Path) -> None:
+def test_init_in_a_project_writes_there_and_never_a_key(
+    shell: Shell, tmp_path: Path
+) -> None:
     project = tmp_path / "mein Projekt & co"
     project.mkdir()
     before = snapshot(shell.home)
-    everywhere = ["init", "claude", "codex", "gemini", "opencode", "--project", project, "--yes"]
+    everywhere = [
+        "init",
+        "claude",
+        "codex",
+        "gemini",
+        "opencode",
+        "--project",
+        project,
+        "--yes",
+    ]
     shell.run(*everywhere, "--hooks", AGENT_CHAT_API_KEY="s3cret")
     assert snapshot(shell.home) == before
     written = snapshot(project)
-    assert set(written) == {".mcp.json", ".claude/settings.json", ".codex/config.toml",
-                            ".codex/hooks.json", ".gemini/settings.json", "opencode.json"}
+    assert set(written) == {
+        ".mcp.json",
+        ".claude/settings.json",
+        ".codex/config.toml",
+        ".codex/hooks.json",
+        ".gemini/settings.json",
+        "opencode.json",
+    }
     assert not any(b"s3cret" in content for content in written.values())
     shell.run(*everywhere, "--undo")
     assert snapshot(project) == {}
@@ -14860,7 +15495,9 @@ def test_init_follows_a_link_and_keeps_the_mode(shell: Shell) -> None:
     real.chmod(0o640)
     (shell.home / ".claude.json").symlink_to(real)
     shell.run("init", "claude", "--yes")
-    assert (shell.home / ".claude.json").is_symlink() and b"agent-chat" in real.read_bytes()
+    assert (
+        shell.home / ".claude.json"
+    ).is_symlink() and b"agent-chat" in real.read_bytes()
     assert real.stat().st_mode & 0o777 == 0o640
     backup = real.with_name("claude.json.agent-chat-backup")
     assert backup.read_text() == CLAUDE and backup.stat().st_mode & 0o777 == 0o600
@@ -14872,8 +15509,10 @@ def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
     path = shell.file(".claude.json", CLAUDE)
     os.chown(path, 4713, 4714)
     shell.run("init", "claude", "codex", "--hooks", "--yes")
-    owners = {str(file.relative_to(shell.home)): (file.stat().st_uid, file.stat().st_gid)
-              for file in shell.home.rglob("*")}
+    owners = {
+        str(file.relative_to(shell.home)): (file.stat().st_uid, file.stat().st_gid)
+        for file in shell.home.rglob("*")
+    }
     assert owners.pop(".claude.json") == (4713, 4714)
     assert set(owners.values()) == {(4711, 4712)} and ".codex/config.toml" in owners
 
@@ -14887,46 +15526,88 @@ def test_a_file_that_cannot_be_replaced_leaves_no_draft(shell: Shell) -> None:
     assert [path.name for path in shell.home.iterdir()] == [".claude.json"]
 
 
-def test_a_projects_python_variables_do_not_kill_the_entry(shell: Shell, tmp_path: Path) -> None:
+def test_a_projects_python_variables_do_not_kill_the_entry(
+    shell: Shell, tmp_path: Path
+) -> None:
     """The command that init writes, started as a CLI would in a project that has modules of its
     own: it answers initialize."""
     for name in ("json.py", "mcp.py", "sitecustomize.py"):
         (tmp_path / name).write_text("raise SystemExit('not this one')\n")
-    entry = agent_chat.plugin_entry("claude", agent_chat.Settings(server="http://127.0.0.1:9"),
-                                    portable=False)
-    hello = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-        "protocolVersion": "2025-06-18", "capabilities": {},
-        "clientInfo": {"name": "claude-code", "version": "2"}}}
-    env = clean_environment(shell.home, PYTHONPATH=str(tmp_path), PYTHONHOME=str(tmp_path),
-                            PYTHONSTARTUP=str(tmp_path / "json.py"), **entry["env"])
-    with subprocess.Popen([entry["command"], *entry["args"]], env=env, cwd=tmp_path, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as plugin:
+    entry = agent_chat.plugin_entry(
+        "claude", agent_chat.Settings(server="http://127.0.0.1:9"), portable=False
+    )
+    hello = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "claude-code", "version": "2"},
+        },
+    }
+    env = clean_environment(
+        shell.home,
+        PYTHONPATH=str(tmp_path),
+        PYTHONHOME=str(tmp_path),
+        PYTHONSTARTUP=str(tmp_path / "json.py"),
+        **entry["env"],
+    )
+    with subprocess.Popen(
+        [entry["command"], *entry["args"]],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as plugin:
         assert plugin.stdin and plugin.stdout
         plugin.stdin.write(json.dumps(hello) + "\n")
         plugin.stdin.flush()
-        assert json.loads(plugin.stdout.readline())["result"]["serverInfo"]["name"] == "agent-chat"
+        assert (
+            json.loads(plugin.stdout.readline())["result"]["serverInfo"]["name"]
+            == "agent-chat"
+        )
         plugin.stdin.close()
 
 
 REAL_PROGRAMS = {  # what each says of our entry, without an account
-    "claude": ["claude", "mcp", "list"], "codex": ["codex", "mcp", "list"],
-    "gemini": ["gemini", "mcp", "list"], "opencode": ["opencode", "mcp", "list"],
-    "copilot": ["copilot", "mcp", "list"], "qwen": ["qwen", "mcp", "list"],
-    "kilo": ["kilo", "mcp", "list"], "droid": ["droid", "mcp", "list"],
-    "cline": ["cline", "config", "mcp", "--json"], "grok": ["grok", "mcp", "list"],
-    "pi": ["pi", "mcp", "list"], "auggie": ["auggie", "mcp", "list"]}
+    "claude": ["claude", "mcp", "list"],
+    "codex": ["codex", "mcp", "list"],
+    "gemini": ["gemini", "mcp", "list"],
+    "opencode": ["opencode", "mcp", "list"],
+    "copilot": ["copilot", "mcp", "list"],
+    "qwen": ["qwen", "mcp", "list"],
+    "kilo": ["kilo", "mcp", "list"],
+    "droid": ["droid", "mcp", "list"],
+    "cline": ["cline", "config", "mcp", "--json"],
+    "grok": ["grok", "mcp", "list"],
+    "pi": ["pi", "mcp", "list"],
+    "auggie": ["auggie", "mcp", "list"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cli", REAL_PROGRAMS)
-def test_the_real_program_reads_our_file(caller: Shell, cli: str, tmp_path: Path) -> None:
+def test_the_real_program_reads_our_file(
+    caller: Shell, cli: str, tmp_path: Path
+) -> None:
     """For each agent CLI that this machine happens to have."""
     if not shutil.which(cli):
         pytest.skip(f"{cli} is not here")
     caller.run("init", cli, "--yes")
-    env = {key: value for key, value in caller.env.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(REAL_PROGRAMS[cli], env=env, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=100, stdin=subprocess.DEVNULL)
+    env = {
+        key: value for key, value in caller.env.items() if not key.startswith("PYTHON")
+    }
+    done = subprocess.run(
+        REAL_PROGRAMS[cli],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+    )
     assert "agent-chat" in done.stdout, done
 
 
@@ -14936,8 +15617,10 @@ def test_the_real_program_reads_our_file(caller: Shell, cli: str, tmp_path: Path
 def hook_event(shell: Shell, cli: str, **event: Any) -> Any:
     """The answer of `hook`, by the function behind the command; one test runs the command."""
     settings = agent_chat.Settings(
-        home=str(shell.home / ".agent-chat"), server=shell.env["AGENT_CHAT_SERVER"],
-        agent_name=shell.env.get("AGENT_NAME", ""))
+        home=str(shell.home / ".agent-chat"),
+        server=shell.env["AGENT_CHAT_SERVER"],
+        agent_name=shell.env.get("AGENT_NAME", ""),
+    )
     return agent_chat.hook_answer(cli, {"cwd": str(shell.home), **event}, settings)
 
 
@@ -14949,23 +15632,36 @@ def hook_command(shell: Shell, cli: str, **event: Any) -> Any:
 
 def live_agent(hub: Hub, shell: Shell, name: str, **more: Any) -> Socket:
     """Registered from this shell's directory, and connected: as its plugin does it."""
-    here = {"host": socket.gethostname(), "cwd": os.path.realpath(shell.home), "type": "claude"}
+    here = {
+        "host": socket.gethostname(),
+        "cwd": os.path.realpath(shell.home),
+        "type": "claude",
+    }
     session = hub.register(name, **{**here, **more})["session"]
     return hub.socket(name, session)
 
 
 CONTEXT = ["hookSpecificOutput", "additionalContext"]
 HOOK_SHAPES = [
-    ("claude", "UserPromptSubmit", CONTEXT), ("claude", "PostToolUse", CONTEXT),
-    ("claude", "Stop", ["reason"]), ("codex", "Stop", ["reason"]),
-    ("codex", "UserPromptSubmit", CONTEXT), ("gemini", "BeforeAgent", CONTEXT),
-    ("gemini", "AfterTool", CONTEXT), ("gemini", "AfterAgent", ["reason"]),
-    ("qwen", "UserPromptSubmit", CONTEXT), ("qwen", "Stop", ["reason"]),
-    ("droid", "PostToolUse", CONTEXT), ("droid", "Stop", ["reason"]),
-    ("copilot", "PostToolUse", ["additionalContext"]), ("copilot", "Stop", ["reason"]),
-    ("cursor", "postToolUse", ["additional_context"]), ("cursor", "stop", ["followup_message"]),
+    ("claude", "UserPromptSubmit", CONTEXT),
+    ("claude", "PostToolUse", CONTEXT),
+    ("claude", "Stop", ["reason"]),
+    ("codex", "Stop", ["reason"]),
+    ("codex", "UserPromptSubmit", CONTEXT),
+    ("gemini", "BeforeAgent", CONTEXT),
+    ("gemini", "AfterTool", CONTEXT),
+    ("gemini", "AfterAgent", ["reason"]),
+    ("qwen", "UserPromptSubmit", CONTEXT),
+    ("qwen", "Stop", ["reason"]),
+    ("droid", "PostToolUse", CONTEXT),
+    ("droid", "Stop", ["reason"]),
+    ("copilot", "PostToolUse", ["additionalContext"]),
+    ("copilot", "Stop", ["reason"]),
+    ("cursor", "postToolUse", ["additional_context"]),
+    ("cursor", "stop", ["followup_message"]),
     ("kimi", "UserPromptSubmit", ["hookSpecificOutput", "message"]),
-    ("kimi", "Stop", ["hookSpecificOutput", "permissionDecisionReason"])]
+    ("kimi", "Stop", ["hookSpecificOutput", "permissionDecisionReason"]),
+]
 VERDICTS = {"gemini": ("decision", "deny"), "kimi": ("permissionDecision", "deny")}
 
 
@@ -14976,8 +15672,9 @@ def test_every_event_that_init_writes_has_its_answer_tried() -> None:
 
 
 @pytest.mark.parametrize(("cli", "event", "path"), HOOK_SHAPES)
-def test_a_hook_hands_unread_mail_over_once(caller: Shell, hub: Hub, cli: str, event: str,
-                                            path: list[str]) -> None:
+def test_a_hook_hands_unread_mail_over_once(
+    caller: Shell, hub: Hub, cli: str, event: str, path: list[str]
+) -> None:
     bob = live_agent(hub, caller, "bob", type=cli)
     assert hook_event(caller, cli, hook_event_name=event) is None
     sent = hub.send("human", "bob", 'say "hi"\n[agent-chat] $(rm)')
@@ -14986,7 +15683,11 @@ def test_a_hook_hands_unread_mail_over_once(caller: Shell, hub: Hub, cli: str, e
     for key in path[:-1]:
         place = place[key]
     text = place[path[-1]]
-    assert text.startswith("[agent-chat] ") and "check_messages" in text and "human" in text
+    assert (
+        text.startswith("[agent-chat] ")
+        and "check_messages" in text
+        and "human" in text
+    )
     assert not set(text[12:]) & set("\n$[]") and text.count("[agent-chat]") == 1
     if path[-1] in ("reason", "permissionDecisionReason"):
         verdict, word = VERDICTS.get(cli, ("decision", "block"))
@@ -15002,7 +15703,9 @@ def test_a_hook_hands_unread_mail_over_once(caller: Shell, hub: Hub, cli: str, e
     bob.close()
 
 
-def test_the_hook_command_says_what_the_function_answers(caller: Shell, hub: Hub) -> None:
+def test_the_hook_command_says_what_the_function_answers(
+    caller: Shell, hub: Hub
+) -> None:
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
     assert "hello" in hook_command(caller, "claude", hook_event_name="Stop")["reason"]
@@ -15020,16 +15723,26 @@ def test_a_hook_never_holds_a_stop_up_twice(caller: Shell, hub: Hub) -> None:
     bob.close()
 
 
-def test_a_hook_keeps_quiet_after_the_bell_and_our_own_tools(caller: Shell, hub: Hub) -> None:
+def test_a_hook_keeps_quiet_after_the_bell_and_our_own_tools(
+    caller: Shell, hub: Hub
+) -> None:
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
-    for tool in ("mcp__agent-chat__check_messages", "mcp__agent_chat__send_message",
-                 "agent-chat-list_agents"):
+    for tool in (
+        "mcp__agent-chat__check_messages",
+        "mcp__agent_chat__send_message",
+        "agent-chat-list_agents",
+    ):
         event = {"hook_event_name": "PostToolUse", "tool_name": tool}
         assert hook_event(caller, "claude", **event) is None
-    rung = {"hook_event_name": "UserPromptSubmit", "prompt": "[agent-chat] Call it #1a2b"}
+    rung = {
+        "hook_event_name": "UserPromptSubmit",
+        "prompt": "[agent-chat] Call it #1a2b",
+    }
     assert hook_event(caller, "claude", **rung) is None
-    assert hook_event(caller, "claude", hook_event_name="Stop") is None  # told by the bell
+    assert (
+        hook_event(caller, "claude", hook_event_name="Stop") is None
+    )  # told by the bell
     bob.close()
 
 
@@ -15038,11 +15751,16 @@ def test_a_turn_that_was_broken_off_is_not_prolonged(caller: Shell, hub: Hub) ->
     hub.send("human", "bob", "hello")
     stop = {"hook_event_name": "stop", "workspace_roots": [str(caller.home)], "cwd": ""}
     assert hook_event(caller, "cursor", **stop, status="aborted") is None
-    assert "hello" in hook_event(caller, "cursor", **stop, status="completed")["followup_message"]
+    assert (
+        "hello"
+        in hook_event(caller, "cursor", **stop, status="completed")["followup_message"]
+    )
     bob.close()
 
 
-def test_a_hook_does_not_speak_for_another_agent(caller: Shell, hub: Hub, tmp_path: Path) -> None:
+def test_a_hook_does_not_speak_for_another_agent(
+    caller: Shell, hub: Hub, tmp_path: Path
+) -> None:
     one = live_agent(hub, caller, "claude-home", type="claude")
     two = live_agent(hub, caller, "claude-home-2", type="claude")
     hub.send("human", "claude-home", "for one")
@@ -15056,18 +15774,34 @@ def test_a_hook_does_not_speak_for_another_agent(caller: Shell, hub: Hub, tmp_pa
     two.close()
 
 
-@pytest.mark.parametrize(("program", "speaks"), [("claude", True), ("copilot", False), ("grok", False),
-                                                 ("cursor-agent", False), ("make", True)])
-def test_a_hook_that_another_cli_runs_is_silent(caller: Shell, hub: Hub, program: str,
-                                                speaks: bool) -> None:
+@pytest.mark.parametrize(
+    ("program", "speaks"),
+    [
+        ("claude", True),
+        ("copilot", False),
+        ("grok", False),
+        ("cursor-agent", False),
+        ("make", True),
+    ],
+)
+def test_a_hook_that_another_cli_runs_is_silent(
+    caller: Shell, hub: Hub, program: str, speaks: bool
+) -> None:
     """Copilot, Cursor and Grok read Claude's hooks, too. The nearest CLI above decides."""
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
     command = shlex.join([*COMMAND, "hook", "claude"])
-    path = caller.file(f"bin/{program}", f"#!/bin/sh\nsh -c {shlex.quote(command)}; exit 0\n")
+    path = caller.file(
+        f"bin/{program}", f"#!/bin/sh\nsh -c {shlex.quote(command)}; exit 0\n"
+    )
     path.chmod(0o700)
-    done = subprocess.run([path], env=caller.env, input=json.dumps(
-        {"hook_event_name": "Stop", "cwd": str(caller.home)}), capture_output=True, text=True)
+    done = subprocess.run(
+        [path],
+        env=caller.env,
+        input=json.dumps({"hook_event_name": "Stop", "cwd": str(caller.home)}),
+        capture_output=True,
+        text=True,
+    )
     assert bool(done.stdout) is speaks and not done.stderr
     bob.close()
 
@@ -15085,11 +15819,16 @@ def test_a_hook_leaves_muted_and_quiet_mail_alone(caller: Shell, hub: Hub) -> No
     bob.close()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hook_event_name": 5, "cwd": []}', "\0",
-                                  "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"hook_event_name": 5, "cwd": []}', "\0", "[" * 100_000],
+)
 def test_a_hook_is_silent_when_something_is_wrong(caller: Shell, text: str) -> None:
     assert caller.run("hook", "claude", text=text) == "" == caller.errors
-    assert caller.run("hook", "gemini", text="{}", AGENT_CHAT_SERVER="http://127.0.0.1:9") == ""
+    assert (
+        caller.run("hook", "gemini", text="{}", AGENT_CHAT_SERVER="http://127.0.0.1:9")
+        == ""
+    )
     assert caller.errors == ""
 
 
@@ -15108,16 +15847,30 @@ def test_a_hook_ends_in_time_whatever_its_hub_does(shell: Shell, drip: bytes) ->
 
         threading.Thread(target=trickle, daemon=True).start()
         began = time.monotonic()
-        assert shell.run("hook", "claude", text='{"hook_event_name": "Stop"}',
-                         AGENT_CHAT_SERVER=f"http://127.0.0.1:{server.getsockname()[1]}") == ""
-        assert time.monotonic() - began < agent_chat.HOOK_SECONDS + 4  # its start, on a slow machine
+        assert (
+            shell.run(
+                "hook",
+                "claude",
+                text='{"hook_event_name": "Stop"}',
+                AGENT_CHAT_SERVER=f"http://127.0.0.1:{server.getsockname()[1]}",
+            )
+            == ""
+        )
+        assert (
+            time.monotonic() - began < agent_chat.HOOK_SECONDS + 4
+        )  # its start, on a slow machine
         assert shell.errors == ""
         done.set()
 
 
 def test_a_hook_whose_event_never_ends_ends(shell: Shell) -> None:
-    with subprocess.Popen([*COMMAND, "hook", "claude"], env=shell.env, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as hook:
+    with subprocess.Popen(
+        [*COMMAND, "hook", "claude"],
+        env=shell.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as hook:
         assert hook.stdin and hook.stdout and hook.stderr
         hook.stdin.write(b'{"hook_event_name": ')
         hook.stdin.flush()
@@ -15130,12 +15883,19 @@ def test_a_hook_whose_event_never_ends_ends(shell: Shell) -> None:
 
 @NEEDS_TMUX
 @pytest.mark.tmux
-def test_doctor_proves_the_chain_and_leaves_nothing_behind(caller: Shell, hub: Hub) -> None:
+def test_doctor_proves_the_chain_and_leaves_nothing_behind(
+    caller: Shell, hub: Hub
+) -> None:
     checks = caller.json("doctor", code=None)
     assert [check for check in checks if check["state"] == "fail"] == []
     chain = [check["detail"] for check in checks if check["name"] == "chain"]
-    assert chain == ["pane opened", "agent registered", "message stored", "line submitted",
-                     "message read"]
+    assert chain == [
+        "pane opened",
+        "agent registered",
+        "message stored",
+        "line submitted",
+        "message read",
+    ]
     assert all(check["ms"] > 0 for check in checks if check["name"] == "chain")
     assert hub.get("/api/agents") == [] and hub.get("/api/messages/recent") == []
     assert snapshot(caller.home) == {}
@@ -15156,18 +15916,45 @@ def test_doctor_says_what_to_do(shell: Shell, make_hub: Callable[..., Hub]) -> N
     assert f"chmod 600 {config}" in shown and "s3cret" not in shown
 
 
-def test_doctor_names_each_cli_its_version_and_what_its_model_sees(shell: Shell) -> None:
-    package = shell.file("lib/node_modules/pi/package.json", '{"name": "pi", "version": "1.2.3"}')
-    for path, text in ((package.parent / "bin/pi", "exit 1"), (shell.home / "bin/codex", "echo codex-cli 0.1.2"),
-                       (shell.home / "bin/kilo", "sleep 60")):
-        shell.file(str(path.relative_to(shell.home)), f"#!/bin/sh\n{text}\n").chmod(0o700)
+def test_doctor_names_each_cli_its_version_and_what_its_model_sees(
+    shell: Shell,
+) -> None:
+    package = shell.file(
+        "lib/node_modules/pi/package.json", '{"name": "pi", "version": "1.2.3"}'
+    )
+    for path, text in (
+        (package.parent / "bin/pi", "exit 1"),
+        (shell.home / "bin/codex", "echo codex-cli 0.1.2"),
+        (shell.home / "bin/kilo", "sleep 60"),
+    ):
+        shell.file(str(path.relative_to(shell.home)), f"#!/bin/sh\n{text}\n").chmod(
+            0o700
+        )
     (shell.home / "bin/pi").symlink_to(package.parent / "bin/pi")
     paths = {"PATH": f"{shell.home}/bin{os.pathsep}/usr/bin{os.pathsep}/bin"}
     shell.run("init", "codex", "copilot", "pi", "--yes", **paths)
-    shell.file(".copilot/mcp-config.json", json.dumps({"mcpServers": {"agent-chat": {
-        "command": "agent-chat", "args": ["mcp"], "env": {}, "type": "local", "tools": ["*"]}}}))
+    shell.file(
+        ".copilot/mcp-config.json",
+        json.dumps(
+            {
+                "mcpServers": {
+                    "agent-chat": {
+                        "command": "agent-chat",
+                        "args": ["mcp"],
+                        "env": {},
+                        "type": "local",
+                        "tools": ["*"],
+                    }
+                }
+            }
+        ),
+    )
     checks = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
-    said = {check["detail"].split()[0]: check for check in checks if check["name"] == "agents"}
+    said = {
+        check["detail"].split()[0]: check
+        for check in checks
+        if check["name"] == "agents"
+    }
     assert said["pi"]["detail"].startswith("pi 1.2.3 knows agent-chat (")
     assert said["pi"]["detail"].endswith("because the entry asks for it")
     assert "0.1.2" in said["codex"]["detail"] and "deferred" in said["codex"]["detail"]
@@ -15183,53 +15970,89 @@ def test_doctor_names_each_cli_its_version_and_what_its_model_sees(shell: Shell)
 INSTALLER = HERE / "install.sh"
 
 
-def sh(*words: object, home: Path, text: str | None = None, cwd: Path = HERE,
-       **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sh", *map(str, words)], input=text, env=clean_environment(home, **env),
-                          capture_output=True, text=True, timeout=300, cwd=cwd)
+def sh(
+    *words: object, home: Path, text: str | None = None, cwd: Path = HERE, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """A run of the installer with a home of its own; a text goes to its stdin, as from
+    curl."""
+    return subprocess.run(
+        ["sh", *map(str, words)],
+        input=text,
+        env=clean_environment(home, **env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+    )
 
 
 @pytest.mark.slow
 def test_a_truncated_installer_does_nothing(tmp_path: Path) -> None:
+    """A download that broke off is a script that ends somewhere: cut at every fifty
+    bytes, and at each of the last."""
     script = INSTALLER.read_text()
     home, cwd = tmp_path / "home", tmp_path / "cwd"
     home.mkdir()
     cwd.mkdir()
-    for cut in [*range(0, len(script) - 2, 50), *range(len(script) - 16, len(script) - 2)]:
+    for cut in [
+        *range(0, len(script) - 2, 50),
+        *range(len(script) - 16, len(script) - 2),
+    ]:
         sh("-s", "install", "http://127.0.0.1:9", home=home, cwd=cwd, text=script[:cut])
         assert not list(home.iterdir()) and not list(cwd.iterdir()), cut
 
 
 def test_the_installer_names_what_is_missing(tmp_path: Path) -> None:
+    """An address, a command that it knows, a hub at that address."""
     done = sh("-s", home=tmp_path, cwd=tmp_path, text=INSTALLER.read_text())
     assert done.returncode == 1 and "address of a hub" in done.stderr
     assert not list(tmp_path.glob(".local/bin/*"))
     done = sh(INSTALLER, "dance", home=tmp_path)
     assert done.returncode == 1 and "use: " in done.stderr
-    done = sh("-s", "install", "http://127.0.0.1:9", home=tmp_path, text=INSTALLER.read_text())
+    done = sh(
+        "-s", "install", "http://127.0.0.1:9", home=tmp_path, text=INSTALLER.read_text()
+    )
     assert done.returncode == 1 and "no hub answers" in done.stderr
 
 
-def test_an_installer_refuses_a_source_that_is_not_what_the_hub_says(tmp_path: Path) -> None:
+def test_an_installer_refuses_a_source_that_is_not_what_the_hub_says(
+    tmp_path: Path,
+) -> None:
+    """The fingerprint of the hub's health is that of the file, or nothing is installed."""
     import http.server
 
     class Liar(http.server.BaseHTTPRequestHandler):
+        """A hub that names one fingerprint and serves another file."""
+
         def do_GET(self) -> None:  # noqa: N802
+            """Health, or a program of its own."""
             self.send_response(200)
             self.end_headers()
             health = b'{"status":"ok","version":"1.0.0","fingerprint":"0123456789ab"}'
             self.wfile.write(health if self.path == "/health" else b"print('gotcha')\n")
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Silent."""
 
-    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    proxies = dict.fromkeys(
+        ("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Liar) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for host in ("127.0.0.1", "localhost"):  # never through a proxy
+        # Never through a proxy: at the address above nobody answers.
+        for host in ("127.0.0.1", "localhost"):
             url = f"http://{host}:{server.server_port}"
-            done = sh("-s", "install", url, home=tmp_path, text=INSTALLER.read_text(), **proxies)
-            assert done.returncode == 1 and "nothing was installed" in done.stderr, done.stderr
+            done = sh(
+                "-s",
+                "install",
+                url,
+                home=tmp_path,
+                text=INSTALLER.read_text(),
+                **proxies,
+            )
+            assert done.returncode == 1 and "nothing was installed" in done.stderr, (
+                done.stderr
+            )
         server.shutdown()
     assert not list(tmp_path.rglob("agent_chat*"))
 
@@ -15245,7 +16068,9 @@ def forwarded(port: int, listening: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("tool", ["curl", "wget"])
-def test_a_hub_that_refuses_is_not_called_absent(tmp_path: Path, hub: Hub, tool: str) -> None:
+def test_a_hub_that_refuses_is_not_called_absent(
+    tmp_path: Path, hub: Hub, tool: str
+) -> None:
     """A forward from another local port: the hub is there, and does not answer to that name."""
     if not shutil.which(tool):
         pytest.skip(f"{tool} not installed")
@@ -15255,17 +16080,29 @@ def test_a_hub_that_refuses_is_not_called_absent(tmp_path: Path, hub: Hub, tool:
         (tools / name).symlink_to(shutil.which(name) or name)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         for _ in range(2):  # wget asks twice
-            threading.Thread(target=forwarded, args=(hub.port, listening), daemon=True).start()
+            threading.Thread(
+                target=forwarded, args=(hub.port, listening), daemon=True
+            ).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        done = sh("-s", "install", url, home=tmp_path, text=INSTALLER.read_text(),
-                  PATH=str(tools))
+        done = sh(
+            "-s",
+            "install",
+            url,
+            home=tmp_path,
+            text=INSTALLER.read_text(),
+            PATH=str(tools),
+        )
     assert done.returncode == 1 and "no hub answers" not in done.stderr
     assert "does not answer to the name" in done.stderr and "both ends" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # packages are fetched and compiled
+# Packages are fetched and compiled.
+@pytest.mark.timeout(300)
 def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> None:
+    """All of its life: installed from a hub, proof against modules of the current
+    directory, upgraded, used by init, and gone without a trace but for the person's own
+    files."""
     served = hub.call("GET", "/install.sh")[1]
     done = sh("-s", home=tmp_path, cwd=tmp_path, text=served)
     if "could not be installed" in done.stderr and not CI:
@@ -15275,11 +16112,19 @@ def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> N
     version = f"agent-chat {agent_chat.__version__} ({agent_chat.fingerprint()})\n"
 
     def installed(*words: str) -> str:
-        return subprocess.check_output([launcher, *words], env=clean_environment(tmp_path),
-                                       text=True, timeout=60, cwd=tmp_path)
+        """What the installed program prints."""
+        return subprocess.check_output(
+            [launcher, *words],
+            env=clean_environment(tmp_path),
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+        )
 
     assert installed("version") == version
-    (tmp_path / "json.py").write_text("raise SystemExit('a stranger in the current directory')")
+    (tmp_path / "json.py").write_text(
+        "raise SystemExit('a stranger in the current directory')"
+    )
     assert installed("version") == version
     modules = next(tmp_path.glob(".local/share/agent-chat/venv/lib/*/site-packages"))
     assert list(modules.glob("__pycache__/agent_chat.*"))
@@ -15287,12 +16132,19 @@ def test_install_from_a_hub_upgrade_and_uninstall(tmp_path: Path, hub: Hub) -> N
     assert stored.read_text() == INSTALLER.read_text()
     again = sh(INSTALLER, home=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert re.findall(r"agent-chat: (\d/4)", again.stdout) == ["1/4", "2/4", "3/4", "4/4"]
+    assert re.findall(r"agent-chat: (\d/4)", again.stdout) == [
+        "1/4",
+        "2/4",
+        "3/4",
+        "4/4",
+    ]
     kept = '{"theme": "dark"}\n'
     (tmp_path / ".gemini").mkdir()
     (tmp_path / ".gemini/settings.json").write_text(kept)
     installed("init", "claude", "gemini", "--yes")
-    entry = json.loads((tmp_path / ".claude.json").read_text())["mcpServers"]["agent-chat"]
+    entry = json.loads((tmp_path / ".claude.json").read_text())["mcpServers"][
+        "agent-chat"
+    ]
     assert entry["command"] == str(launcher) and entry["args"] == ["mcp"]
     assert (tmp_path / ".local/share/agent-chat").stat().st_mode & 0o077 == 0
     gone = sh(INSTALLER, "uninstall", home=tmp_path)
@@ -17257,7 +18109,9 @@ def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
 @NEEDS_TMUX
 @pytest.mark.tmux
 @pytest.mark.timeout(300)  # a dozen starts, and doctor
-def test_the_readmes_commands_work_in_their_order(tmp_path: Path, reader: dict[str, str]) -> None:
+def test_the_readmes_commands_work_in_their_order(
+    tmp_path: Path, reader: dict[str, str]
+) -> None:
     """A shell reads all blocks that a person would, and stops at the first that fails."""
     assert len(blocks("sh")) >= 3
     script = "set -e\n" + "\n".join(blocks("sh"))
@@ -17312,6 +18166,13 @@ def test_curl_never_sends_the_own_machine_to_a_proxy() -> None:
         assert "curl --noproxy '*' " in call
 
 
+# Whose block that is, where the name of its table tells.
+OWNER_OF_TABLE = {
+    "mcpServers": "claude",
+    "mcp_servers": "codex",
+}
+
+
 def test_the_readmes_configuration_is_what_init_writes() -> None:
     settings = agent_chat.Settings(server="http://127.0.0.1:9420")
     shown: list[dict[str, Any]] = []
@@ -17319,7 +18180,7 @@ def test_the_readmes_configuration_is_what_init_writes() -> None:
     shown += map(tomllib.loads, blocks("toml"))
     for data in shown:
         ((table, servers),) = data.items()
-        name = {"mcpServers": "claude", "mcp_servers": "codex"}.get(table, "")
+        name = OWNER_OF_TABLE.get(table, "")
         # Where one CLI alone reads the file, its type stands in it.
         kind = re.search(r"'AGENT_TYPE': '(\w+)'", str(data))
         if kind:
@@ -17347,7 +18208,11 @@ def test_the_readmes_settings_and_variables_are_those_of_the_program() -> None:
 
 def test_the_readmes_defaults_are_those_of_the_program() -> None:
     values = agent_chat.load_settings({}, {})._asdict()
-    rows = re.findall(r"^\| `([a-z_]+)` \| (\S*) \|", chapter("Configuration"), re.M)
+    rows = re.findall(
+        r"^\| `([a-z_]+)` \| (\S*) \|",
+        chapter("Configuration"),
+        re.M,
+    )
     for key, default in rows:
         value = values[key] or ""
         if isinstance(value, float):
@@ -17382,7 +18247,11 @@ def test_the_readmes_sentences_are_the_programs() -> None:
         if isinstance(node, ast.Constant):
             texts.append(str(node.value))
     source = "\n".join(texts)
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", chapter("Troubleshooting"), re.M)[1:]
+    _, *rows = re.findall(
+        r"^\| ([^|]+) \| [^|]+ \|$",
+        chapter("Troubleshooting"),
+        re.M,
+    )
     assert len(rows) > 10
     for row in rows:
         for piece in row.split("…"):
@@ -17392,11 +18261,17 @@ def test_the_readmes_sentences_are_the_programs() -> None:
 def test_the_readmes_doorbell_is_the_programs() -> None:
     outcomes = {str(word) for word in agent_chat.Ring} - {"unavailable"}
     assert first_cells("The doorbell") == outcomes
-    mail = {"from_agent": "backend-dev", "content": "API spec ready"}
-    assert agent_chat.doorbell_line([mail]) in blocks("text")[0]
+    mail = {
+        "from_agent": "backend-dev",
+        "content": "API spec ready",
+    }
+    line = agent_chat.doorbell_line([mail])
+    assert line in blocks("text")[0]
 
 
-def test_the_readmes_door_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_door_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = dict(vars(agent_chat))
     exec(blocks("python")[0], place)
     assert len(place["DOORS"]) == len(agent_chat.DOORS) + 1
@@ -17438,11 +18313,23 @@ def test_the_first_screen_is_for_half_a_minute() -> None:
         assert needed in first_screen
 
 
+FIRST_CHAPTERS = {
+    "Your agents",
+    "How it works",
+    "Promises",
+}
+REFERENCE_CHAPTERS = {
+    "Tools",
+    "Configuration",
+    "REST and WebSocket",
+}
+
+
 def test_the_reference_stands_behind_what_a_reader_wants_first() -> None:
     titles = re.findall(r"^## (.*)$", MANUAL, re.M)
     first = titles.index("Command line")
-    assert {"Your agents", "How it works", "Promises"} <= set(titles[:first])
-    assert {"Tools", "Configuration", "REST and WebSocket"} <= set(titles[first:])
+    assert set(titles[:first]) >= FIRST_CHAPTERS
+    assert set(titles[first:]) >= REFERENCE_CHAPTERS
 
 
 def test_the_film_moves_and_is_light() -> None:
@@ -17450,7 +18337,8 @@ def test_the_film_moves_and_is_light() -> None:
     film = (HERE / ".github" / "film.gif").read_bytes()
     assert film.startswith(b"GIF89a")
     assert b"NETSCAPE2.0" in film
-    assert film.count(b"\x21\xf9\x04") > 15
+    frames = film.count(b"\x21\xf9\x04")
+    assert frames > 15
     assert len(film) < 1_000_000
 
 
@@ -17458,7 +18346,11 @@ def test_the_readmes_measurements_have_a_place_of_their_own() -> None:
     begin, end = "<!-- bench -->", "<!-- /bench -->"
     assert README.count(begin) == README.count(end) == 1
     bench = str(HERE / ".ci" / "bench.py")
-    asked = subprocess.run([PYTHON, bench, "--help"], capture_output=True, text=True)
+    asked = subprocess.run(
+        [PYTHON, bench, "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert asked.returncode == 0
     assert "--readme" in asked.stdout
 
