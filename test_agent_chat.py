@@ -756,8 +756,6 @@ NOT_YET: dict[str, dict[str, float]] = {
 NOT_YET_TESTS: dict[str, dict[str, float]] = {
     "SCREENS": {
         "prose in %": 1.6},
-    "SETUP": {
-        "syntax nodes per code line": 8.3, "prose in %": 2.6},
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -14862,6 +14860,7 @@ PRINTED_ONLY = [name for name, cli in CLIS.items() if not cli.written]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with what is in it."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -14892,6 +14891,7 @@ JSON_LAYOUTS = {
 
 @pytest.mark.parametrize("layout", JSON_LAYOUTS)
 def test_what_is_put_into_json_and_taken_out_leaves_no_trace(layout: str) -> None:
+    """Byte for byte, in every layout that people and programs write."""
     text = JSON_LAYOUTS[layout]
     document = agent_chat.JsonText(text, comments=True)
     path = ("mcpServers", "agent-chat")
@@ -14933,11 +14933,13 @@ def test_what_is_put_into_json_and_taken_out_leaves_no_trace(layout: str) -> Non
     ],
 )
 def test_json_that_is_not_clear_is_refused_in_words(text: str, why: str) -> None:
+    """What two readers could understand in two ways is not ours to edit."""
     with pytest.raises(agent_chat.FileTrouble, match=re.escape(why)):
         agent_chat.JsonText(text)
 
 
 def test_an_item_that_a_line_comment_would_swallow_is_left_alone() -> None:
+    """Without its comma, the next item would stand behind the comment."""
     document = agent_chat.JsonText('{"a": 1, // c\n "ours": 2, "b": 3}', comments=True)
     with pytest.raises(
         agent_chat.FileTrouble, match="a comment stands in the way of ours"
@@ -14988,6 +14990,7 @@ class JsonMaker:
         )
 
     def blank(self) -> str:
+        """A blank, or none."""
         return self.chance.choice(["", " "])
 
     def comment(self) -> str:
@@ -15049,6 +15052,7 @@ TOML_LAYOUTS = {
 
 @pytest.mark.parametrize("layout", TOML_LAYOUTS)
 def test_what_is_put_into_toml_and_taken_out_leaves_no_trace(layout: str) -> None:
+    """But for the end of its last line, which may have been missing."""
     text = TOML_LAYOUTS[layout]
     kimi = CLIS["kimi"].hooks
     assert kimi
@@ -15076,6 +15080,7 @@ def test_what_is_put_into_toml_and_taken_out_leaves_no_trace(layout: str) -> Non
 
 
 def test_an_older_table_of_ours_in_toml_is_brought_up_to_date() -> None:
+    """What a person added to it stays, comments and subtables, too."""
     text = (
         '[mcp_servers.agent-chat]\ncommand = "/old/agent-chat"\nargs = ["mcp"]\n# a note\n'
         'startup_timeout_sec = 20\n[mcp_servers.agent-chat.env]\nAGENT_NAME = "ada"\n'
@@ -15099,6 +15104,8 @@ def test_an_older_table_of_ours_in_toml_is_brought_up_to_date() -> None:
 
 
 def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
+    """All CLIs that have a file, with hooks: looked at as text and as their programs
+    read it."""
     for name, text in FOREIGN.items():
         shell.file(name, text)
     shell.run("init", "--hooks", "--yes", "--server", "http://hub:1")
@@ -15138,6 +15145,7 @@ def test_init_adds_its_entry_and_keeps_every_other_byte(shell: Shell) -> None:
 def test_init_twice_changes_nothing_and_undo_restores_every_byte(
     shell: Shell, hooks: list[str]
 ) -> None:
+    """Also after a run with another hub's address in between."""
     for name, text in FOREIGN.items():
         shell.file(name, text)
     before = snapshot(shell.home)
@@ -15199,6 +15207,7 @@ def test_init_and_undo_for_every_cli_in_its_own_place(
 def test_a_clis_own_variable_moves_what_init_and_doctor_look_at(
     shell: Shell, tmp_path: Path, cli: str, variable: str, file: str
 ) -> None:
+    """A file in the usual place would be one that the CLI never reads."""
     goal = tmp_path / "elsewhere" / file if file else tmp_path / "elsewhere.json"
     moved = {variable: str(tmp_path / ("elsewhere" if file else "elsewhere.json"))}
     shell.run("init", cli, "--yes", **moved)
@@ -15216,6 +15225,7 @@ def test_a_clis_own_variable_moves_what_init_and_doctor_look_at(
 
 
 def test_undo_keeps_what_others_changed_meanwhile(shell: Shell) -> None:
+    """The backup is not put back: ours is taken out of the file as it is now."""
     path = shell.file(".claude.json", CLAUDE)
     codex = shell.file(".codex/config.toml", CODEX)
     shell.run("init", "--yes", "claude", "codex", "gemini")
@@ -15240,6 +15250,7 @@ OTHERS_ONLY = {
 
 @pytest.mark.parametrize("what", OTHERS_ONLY)
 def test_undo_touches_nothing_that_is_not_ours(shell: Shell, what: str) -> None:
+    """What is empty may have been left so by a person."""
     for name in (".claude.json", ".claude/settings.json"):
         shell.file(name, OTHERS_ONLY[what])
     before = snapshot(shell.home)
@@ -15248,6 +15259,7 @@ def test_undo_touches_nothing_that_is_not_ours(shell: Shell, what: str) -> None:
 
 
 def test_a_hook_group_of_a_person_stays_and_so_does_their_file(shell: Shell) -> None:
+    """Ours stands in a group of its own, and undo works in a file that was edited since."""
     text = '{"hooks":{"Stop":[{"matcher":"*","hooks":[]}]}}'
     path = shell.file(".claude/settings.json", text)
     shell.run("init", "claude", "--hooks", "--yes")
@@ -15261,6 +15273,7 @@ def test_a_hook_group_of_a_person_stays_and_so_does_their_file(shell: Shell) -> 
 def test_our_hook_in_a_persons_group_leaves_without_its_neighbours(
     shell: Shell,
 ) -> None:
+    """There it is brought up to date in its place, and keeps its timeout."""
     path = shell.file(
         ".claude/settings.json",
         json.dumps(
@@ -15295,6 +15308,7 @@ def test_our_hook_in_a_persons_group_leaves_without_its_neighbours(
 def test_undo_never_deletes_a_file_that_a_person_wrote(
     shell: Shell, tmp_path: Path
 ) -> None:
+    """Not even if nothing but our entry was in it."""
     by_hand = {"mcpServers": {"agent-chat": {"command": "agent-chat", "args": ["mcp"]}}}
     path = tmp_path / ".mcp.json"
     path.write_text(json.dumps(by_hand, indent=2) + "\n")
@@ -15303,6 +15317,7 @@ def test_undo_never_deletes_a_file_that_a_person_wrote(
 
 
 def test_init_keeps_what_a_person_added_to_our_entry(shell: Shell) -> None:
+    """A name, a timeout; what init itself wrote is brought up to date."""
     shell.run("init", "--yes", "claude", "codex")
     path = shell.home / ".claude.json"
     path.write_text(
@@ -15323,12 +15338,14 @@ def test_init_keeps_what_a_person_added_to_our_entry(shell: Shell) -> None:
 def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(
     shell: Shell,
 ) -> None:
+    """Another CLI would call itself claude; a kind that a person chose stays."""
     old = {"command": "agent-chat", "args": ["mcp"], "env": {"AGENT_TYPE": "claude"}}
     path = shell.file(".claude.json", json.dumps({"mcpServers": {"agent-chat": old}}))
     shell.run("init", "claude", "--yes")
     env = json.loads(path.read_text())["mcpServers"]["agent-chat"]["env"]
     assert list(env) == ["AGENT_CHAT_SERVER"]
-    old["env"] = {"AGENT_TYPE": "reviewer"}  # of a person's own choice
+    # A word that init never wrote is a person's own choice.
+    old["env"] = {"AGENT_TYPE": "reviewer"}
     path.write_text(json.dumps({"mcpServers": {"agent-chat": old}}))
     shell.run("init", "claude", "--yes")
     assert '"reviewer"' in path.read_text()
@@ -15337,6 +15354,7 @@ def test_a_kind_that_init_pinned_once_goes_where_several_clis_read(
 def test_two_clis_that_read_one_file_get_one_entry(
     shell: Shell, tmp_path: Path
 ) -> None:
+    """With what either needs in it, and nothing that is true of one alone."""
     words = ["init", "claude", "copilot", "--project", tmp_path, "--yes"]
     shell.run(*words)
     assert set(snapshot(tmp_path)) - set(snapshot(shell.home)) >= {".mcp.json"}
@@ -15374,6 +15392,7 @@ def test_two_clis_that_read_one_file_get_one_entry(
 def test_a_file_that_is_not_understood_is_left_alone(
     shell: Shell, name: str, text: str, cli: str
 ) -> None:
+    """The block to put in by hand is printed instead."""
     shell.file(name, text)
     before = snapshot(shell.home)
     said = shell.run("init", "--yes", cli, code=1)
@@ -15387,6 +15406,7 @@ def test_a_file_that_is_not_understood_is_left_alone(
 def test_comments_are_edited_around_where_the_cli_reads_them(
     shell: Shell, file: str
 ) -> None:
+    """They stay, and so does what a person changes in them before undo."""
     text = '{\n  // my model\n  "model": "x", /* y */\n  "mcp": {\n    // servers\n  },\n}\n'
     path = shell.file(f".config/opencode/{file}", text)
     shell.run("init", "opencode", "--yes")
@@ -15413,6 +15433,7 @@ def test_a_newer_opencode_keeps_its_servers_one_table_deeper(shell: Shell) -> No
 
 
 def test_init_asks_and_a_dry_run_does_not_write(shell: Shell) -> None:
+    """A no, and the end of stdin, leave every file as it was."""
     shell.file(".claude.json", CLAUDE)
     before = snapshot(shell.home)
     assert '+        "agent-chat": {' in shell.run("init", "--dry-run")
@@ -15427,6 +15448,7 @@ def test_init_asks_and_a_dry_run_does_not_write(shell: Shell) -> None:
 def test_init_prints_the_block_of_every_cli_and_writes_nothing(
     shell: Shell, cli: str
 ) -> None:
+    """In the syntax of its file; for those whose file we do not edit it is all there is."""
     block = shell.run("init", "--print", cli)
     assert snapshot(shell.home) == {}
     assert agent_chat.ENTRY_NAME in block and "AGENT_CHAT_SERVER" in block
@@ -15445,6 +15467,7 @@ def test_init_prints_the_block_of_every_cli_and_writes_nothing(
 def test_init_in_a_project_writes_there_and_never_a_key(
     shell: Shell, tmp_path: Path
 ) -> None:
+    """A project's files are committed and shown to others."""
     project = tmp_path / "mein Projekt & co"
     project.mkdir()
     before = snapshot(shell.home)
@@ -15475,6 +15498,7 @@ def test_init_in_a_project_writes_there_and_never_a_key(
 
 
 def test_init_follows_a_link_and_keeps_the_mode(shell: Shell) -> None:
+    """Dotfiles are often links into a repository; the backup is for its owner alone."""
     real = shell.file("dotfiles/claude.json", CLAUDE)
     real.chmod(0o640)
     (shell.home / ".claude.json").symlink_to(real)
@@ -15489,6 +15513,7 @@ def test_init_follows_a_link_and_keeps_the_mode(shell: Shell) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
+    """As with sudo: a new file belongs to the owner of its folder."""
     os.chown(shell.home, 4711, 4712)
     path = shell.file(".claude.json", CLAUDE)
     os.chown(path, 4713, 4714)
@@ -15502,6 +15527,7 @@ def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
 
 
 def test_a_file_that_cannot_be_replaced_leaves_no_draft(shell: Shell) -> None:
+    """The text is first written beside it, under another name."""
     (shell.home / ".claude.json").mkdir()
     shell.run("init", "claude", "--yes", code=1)
     assert f"{shell.home}/.claude.json is left alone: " in shell.errors
@@ -15555,7 +15581,8 @@ def test_a_projects_python_variables_do_not_kill_the_entry(
         plugin.stdin.close()
 
 
-REAL_PROGRAMS = {  # what each says of our entry, without an account
+# What each says of our entry, without an account.
+REAL_PROGRAMS = {
     "claude": ["claude", "mcp", "list"],
     "codex": ["codex", "mcp", "list"],
     "gemini": ["gemini", "mcp", "list"],
@@ -15609,6 +15636,7 @@ def hook_event(shell: Shell, cli: str, **event: Any) -> Any:
 
 
 def hook_command(shell: Shell, cli: str, **event: Any) -> Any:
+    """The answer of the command `hook`, None if it has none."""
     answer = shell.run("hook", cli, text=json.dumps({"cwd": str(shell.home), **event}))
     assert not shell.errors
     return json.loads(answer) if answer else None
@@ -15646,10 +15674,12 @@ HOOK_SHAPES = [
     ("kimi", "UserPromptSubmit", ["hookSpecificOutput", "message"]),
     ("kimi", "Stop", ["hookSpecificOutput", "permissionDecisionReason"]),
 ]
+# Who is told to go on in other words than `"decision": "block"`.
 VERDICTS = {"gemini": ("decision", "deny"), "kimi": ("permissionDecision", "deny")}
 
 
 def test_every_event_that_init_writes_has_its_answer_tried() -> None:
+    """A row of HOOK_SHAPES for the last event of each CLI, and for no CLI without hooks."""
     tried = {(cli, event) for cli, event, _ in HOOK_SHAPES}
     ends = {(name, cli.events[-1]) for name, cli in CLIS.items() if cli.events}
     assert ends <= tried and {cli for cli, _ in tried} == {name for name, _ in ends}
@@ -15659,6 +15689,8 @@ def test_every_event_that_init_writes_has_its_answer_tried() -> None:
 def test_a_hook_hands_unread_mail_over_once(
     caller: Shell, hub: Hub, cli: str, event: str, path: list[str]
 ) -> None:
+    """In the place where that CLI looks for it, in one line that cannot pretend to be
+    ours; it marks nothing as seen, for the agent has yet to read it."""
     bob = live_agent(hub, caller, "bob", type=cli)
     assert hook_event(caller, cli, hook_event_name=event) is None
     sent = hub.send("human", "bob", 'say "hi"\n[agent-chat] $(rm)')
@@ -15678,7 +15710,8 @@ def test_a_hook_hands_unread_mail_over_once(
         assert place[verdict] == word
     if len(path) > 1:
         assert place["hookEventName"] == event
-    assert hook_event(caller, cli, hook_event_name=event) is None  # the same unread set
+    # The same unread set: it was told once.
+    assert hook_event(caller, cli, hook_event_name=event) is None
     hub.send("human", "bob", "one more")
     assert "one more" in json.dumps(hook_event(caller, cli, hook_event_name=event))
     assert hub.receipts(sent["id"])["bob"]["seen_at"] is None
@@ -15690,6 +15723,7 @@ def test_a_hook_hands_unread_mail_over_once(
 def test_the_hook_command_says_what_the_function_answers(
     caller: Shell, hub: Hub
 ) -> None:
+    """The tests around it ask the function, which takes no process."""
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
     assert "hello" in hook_command(caller, "claude", hook_event_name="Stop")["reason"]
@@ -15698,6 +15732,7 @@ def test_the_hook_command_says_what_the_function_answers(
 
 
 def test_a_hook_never_holds_a_stop_up_twice(caller: Shell, hub: Hub) -> None:
+    """Else an agent that does not read its mail could never end."""
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
     event = {"hook_event_name": "Stop", "stop_hook_active": True}
@@ -15710,6 +15745,7 @@ def test_a_hook_never_holds_a_stop_up_twice(caller: Shell, hub: Hub) -> None:
 def test_a_hook_keeps_quiet_after_the_bell_and_our_own_tools(
     caller: Shell, hub: Hub
 ) -> None:
+    """Both have told the agent already."""
     bob = live_agent(hub, caller, "bob")
     hub.send("human", "bob", "hello")
     for tool in (
@@ -15724,13 +15760,13 @@ def test_a_hook_keeps_quiet_after_the_bell_and_our_own_tools(
         "prompt": "[agent-chat] Call it #1a2b",
     }
     assert hook_event(caller, "claude", **rung) is None
-    assert (
-        hook_event(caller, "claude", hook_event_name="Stop") is None
-    )  # told by the bell
+    # The same mail: the bell told of it.
+    assert hook_event(caller, "claude", hook_event_name="Stop") is None
     bob.close()
 
 
 def test_a_turn_that_was_broken_off_is_not_prolonged(caller: Shell, hub: Hub) -> None:
+    """Who pressed Escape wants the agent to stop."""
     bob = live_agent(hub, caller, "bob", type="cursor")
     hub.send("human", "bob", "hello")
     stop = {"hook_event_name": "stop", "workspace_roots": [str(caller.home)], "cwd": ""}
@@ -15745,12 +15781,14 @@ def test_a_turn_that_was_broken_off_is_not_prolonged(caller: Shell, hub: Hub) ->
 def test_a_hook_does_not_speak_for_another_agent(
     caller: Shell, hub: Hub, tmp_path: Path
 ) -> None:
+    """Two agents of a kind in one folder: only AGENT_NAME tells them apart."""
     one = live_agent(hub, caller, "claude-home", type="claude")
     two = live_agent(hub, caller, "claude-home-2", type="claude")
     hub.send("human", "claude-home", "for one")
     hub.send("human", "claude-home-2", "for two")
     stop = {"hook_event_name": "Stop"}
-    assert hook_event(caller, "claude", **stop) is None  # which of the two?
+    # Which of the two would that be?
+    assert hook_event(caller, "claude", **stop) is None
     assert hook_event(caller, "claude", **stop, cwd=str(tmp_path)) is None
     caller.env["AGENT_NAME"] = "claude-home-2"
     assert "for two" in hook_event(caller, "claude", **stop)["reason"]
@@ -15791,6 +15829,7 @@ def test_a_hook_that_another_cli_runs_is_silent(
 
 
 def test_a_hook_leaves_muted_and_quiet_mail_alone(caller: Shell, hub: Hub) -> None:
+    """A hook is a bell, too."""
     bob = live_agent(hub, caller, "bob")
     session = hub.register("eve")["session"]
     assert session
@@ -15808,6 +15847,7 @@ def test_a_hook_leaves_muted_and_quiet_mail_alone(caller: Shell, hub: Hub) -> No
     ["", "{", "[]", "null", '{"hook_event_name": 5, "cwd": []}', "\0", "[" * 100_000],
 )
 def test_a_hook_is_silent_when_something_is_wrong(caller: Shell, text: str) -> None:
+    """CLIs show what a hook says as an error of the agent, or give it to the model."""
     assert caller.run("hook", "claude", text=text) == "" == caller.errors
     assert (
         caller.run("hook", "gemini", text="{}", AGENT_CHAT_SERVER="http://127.0.0.1:9")
@@ -15823,6 +15863,7 @@ def test_a_hook_ends_in_time_whatever_its_hub_does(shell: Shell, drip: bytes) ->
         done = threading.Event()
 
         def trickle() -> None:
+            """One connection, and its bytes as long as the test goes on."""
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError):
                 connection.sendall(drip)
@@ -15840,14 +15881,14 @@ def test_a_hook_ends_in_time_whatever_its_hub_does(shell: Shell, drip: bytes) ->
             )
             == ""
         )
-        assert (
-            time.monotonic() - began < agent_chat.HOOK_SECONDS + 4
-        )  # its start, on a slow machine
+        # The rest is for its start, on a slow machine.
+        assert time.monotonic() - began < agent_chat.HOOK_SECONDS + 4
         assert shell.errors == ""
         done.set()
 
 
 def test_a_hook_whose_event_never_ends_ends(shell: Shell) -> None:
+    """The CLI waits for its hooks."""
     with subprocess.Popen(
         [*COMMAND, "hook", "claude"],
         env=shell.env,
@@ -15870,6 +15911,7 @@ def test_a_hook_whose_event_never_ends_ends(shell: Shell) -> None:
 def test_doctor_proves_the_chain_and_leaves_nothing_behind(
     caller: Shell, hub: Hub
 ) -> None:
+    """It rings a pane of its own, with an agent that is gone afterwards."""
     checks = caller.json("doctor", code=None)
     assert [check for check in checks if check["state"] == "fail"] == []
     chain = [check["detail"] for check in checks if check["name"] == "chain"]
@@ -15887,6 +15929,7 @@ def test_doctor_proves_the_chain_and_leaves_nothing_behind(
 
 
 def test_doctor_says_what_to_do(shell: Shell, make_hub: Callable[..., Hub]) -> None:
+    """No hub, a wrong key, a file with a key that others can read, each with its advice."""
     found = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1)
     failed = {check["name"]: check for check in found if check["state"] == "fail"}
     assert "serve" in failed["hub"]["advice"]
@@ -15903,6 +15946,9 @@ def test_doctor_says_what_to_do(shell: Shell, make_hub: Callable[..., Hub]) -> N
 def test_doctor_names_each_cli_its_version_and_what_its_model_sees(
     shell: Shell,
 ) -> None:
+    """The version from the package where the program does not tell, a program that
+    hangs is not waited for, and an entry that lacks something is told with the command
+    that mends it."""
     package = shell.file(
         "lib/node_modules/pi/package.json", '{"name": "pi", "version": "1.2.3"}'
     )
