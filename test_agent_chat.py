@@ -753,9 +753,10 @@ NOT_YET: dict[str, dict[str, float]] = {
     "TURN": {
         "filtered comprehensions per 100": 0.6},
 }
+# The screens of SCREENS are data: a thousand lines in one string.
 NOT_YET_TESTS: dict[str, dict[str, float]] = {
     "SCREENS": {
-        "prose in %": 1.6},
+        "prose in %": 2.4},
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -11624,6 +11625,7 @@ age from human:
   ➜ qwen · git:(master) · stub
   Auto mode (shift + tab to cycle)
 """
+# The line that stood in the composers of "our line" when their screens were taken.
 OUR_TEST_LINE = (
     "[agent-chat] Call check_messages for details, then reply with send_message. "
     'New message from human: "hello there my friend" #ab12'
@@ -11668,6 +11670,7 @@ def real_screens() -> Iterator[RealScreen]:
         yield RealScreen(cli, version, scene, verdict, screen)
 
 
+# Read once: most tests below look at all of them.
 REAL_SCREENS = list(real_screens())
 
 
@@ -11690,10 +11693,12 @@ def verdict_on(screen: agent_chat.Screen, cli: str) -> str:
     "real", REAL_SCREENS, ids=[f"{r.cli} {r.version} {r.scene}" for r in REAL_SCREENS]
 )
 def test_a_real_screen_is_what_it_is(real: RealScreen) -> None:
+    """Each one's head says what the door has to make of it."""
     assert verdict_on(real.screen, real.cli) == real.verdict
 
 
 def test_every_shape_has_screens_of_all_kinds() -> None:
+    """A shape that was never seen with a draft, or in shell mode, is a guess."""
     for cli in agent_chat.SHAPES:
         kinds = {real.verdict for real in REAL_SCREENS if real.cli == cli}
         assert kinds == {"empty", "draft", "ours", "dialog"}, cli
@@ -11793,6 +11798,8 @@ def test_a_cli_without_a_shape_is_known_by_its_sign(
     ],
 )
 def test_a_cli_is_known_by_its_command(command: list[str], cli: str) -> None:
+    """By the program or its package, whichever runtime starts it and in whichever
+    folder."""
     assert agent_chat.shape_of(command) == cli
 
 
@@ -11810,6 +11817,8 @@ def test_a_cli_is_known_by_its_command(command: list[str], cli: str) -> None:
     ],
 )
 def test_what_stands_in_a_composer(text: str, found: str) -> None:
+    """Our line is known although it is wrapped, cut at its beginning or followed by
+    newlines; with anything beside it, it is not ours to submit."""
     line = "[agent-chat] Call check_messages for details. #ab12"
     screen = a_screen([text.replace("\n", " ")], 0, 0)
     composer = agent_chat.Composer(text, "", empty=False)
@@ -11835,6 +11844,7 @@ def steps_of(*seen: tuple[float, str]) -> tuple[list[str], str]:
 
 
 def test_a_submission_in_all_its_ways() -> None:
+    """Enter only for our own line, drawn twice; "rung" only when it was seen to leave."""
     drawn = [(0.02, "ours"), (0.15, "ours")]
     good = steps_of((0.01, "empty"), *drawn, (0.2, "empty"), (0.22, "empty"))
     assert good == (["wait", "wait", "enter", "wait", "stop"], "rung")
@@ -11868,10 +11878,13 @@ def test_a_submission_in_all_its_ways() -> None:
 def test_the_address_of_a_pane(
     tmux: str, pane: str, address: tuple[str, ...] | None
 ) -> None:
+    """A socket's path may hold commas and blanks; what is no address is none."""
     assert agent_chat.address_in({"TMUX": tmux, "TMUX_PANE": pane}) == address
 
 
 def test_processes_as_linux_and_macos_show_them() -> None:
+    """Names with blanks and parentheses, processes without a terminal, streams that are
+    pipes."""
     linux = "42 (a (b) c) S 7 42 40 34816 42 4194304 1 2"
     assert agent_chat.process_of_stat(linux) == (42, 7, 42, 40, 34816, 42, "a (b) c")
     device = os.stat("/dev/null").st_rdev
@@ -11886,6 +11899,7 @@ def test_processes_as_linux_and_macos_show_them() -> None:
 
 
 def test_a_process_tells_who_it_is_and_what_it_reads() -> None:
+    """A real child of this process, by whichever way this system has."""
     with subprocess.Popen(
         ["sleep", "9"], stdin=subprocess.PIPE, env={"A": "b=c"}
     ) as child:
