@@ -34,9 +34,9 @@ The rooms of this house, in order. Each one names only rooms above it:
     TOOLS       what an agent sees: nine tools, their words, what they take and give
     HOST        the agent's CLI behind stdin and stdout, as such programs really speak
     PLUGIN      one agent's seat at the hub: its name, its bell, its answers
-    EDITING    JSON and TOML as text: one place changes, every other byte stays
-    SETUP      the agent CLIs and their configuration files
-    HOOKS      what a hook of an agent's CLI answers
+    EDITING     JSON and TOML as text: one place changes, every other byte stays
+    SETUP       the agent CLIs and their configuration files
+    HOOKS       what a hook of an agent's CLI answers
     DOCTOR      the proof that the whole chain works
     DAEMON      the hub in the background: its pid file, its start, its end
     CONSOLE     what people type, and what fits their terminal
@@ -44,7 +44,7 @@ The rooms of this house, in order. Each one names only rooms above it:
 
 How a message travels. The Store is the log, the Switchboard is only a bell:
 
-    alice: send_message                               bob: "[agent-chat] Call check_messages"
+    alice: send_message                              bob: "[agent-chat] Call check_messages"
       |                                                    ^ paste, look, Enter
     PLUGIN call --> CLIENT send                            | DOORS ring
                       | POST /api/send                     ^
@@ -5152,6 +5152,7 @@ class Api:
             "unread": agent.unread,
             "inherited": inherited,
             "renamed": renamed,
+            "created": agent.record.registered_at == turn.now,
             "version": __version__,
         }
 
@@ -11398,6 +11399,8 @@ class Plugin:
         self.trouble = ""  # why there was none, when that was last said
         self.joined = False
         self.joined_at = 0.0
+        # Was the name unknown to the hub before? An older one does not say.
+        self.created: bool | None = None
         self.used = False  # a tool was called, or mail has come
         self.enrolling = asyncio.Lock()  # two at once would look like two agents
         self.wanted = asyncio.Event()  # cleared by deregister
@@ -11500,6 +11503,7 @@ class Plugin:
         self.name = name
         if not self.joined_at:
             self.joined_at = time.monotonic()
+            self.created = answer.get("created")
         self.joined = True
         self.confirms = True
         self.inherited += int(answer.get("inherited") or 0)
@@ -12034,9 +12038,11 @@ class Plugin:
         young = time.monotonic() - self.joined_at < GHOST_SECONDS
         if not self.joined or self.used or self.unread or not young:
             return
+        if self.created is False:
+            return
         with contextlib.suppress(ChatError, TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
-                if await self.is_new():
+                if self.created or await self.is_new():
                     body = {"agent_name": self.name}
                     await self.aside(self.client.post, "/api/deregister", body)
 

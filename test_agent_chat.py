@@ -8898,7 +8898,7 @@ def test_a_ring_that_could_not_be_is_told_and_tried_again(
 ) -> None:
     """A dialog stands in the terminal: nothing is typed, the receipt says
     why, and when the prompt is back the line comes."""
-    asking = "input('Allow this? '); [input('❯ ') for _ in range(9)]"
+    asking = "print('Hi.\\n'); input('Allow this? '); [input('❯ ') for _ in range(9)]"
     pane = tmux.pane(
         shlex.join([PYTHON, "-c", asking]), env={"PYTHONIOENCODING": "utf-8"}
     )
@@ -14544,14 +14544,14 @@ def test_tail_follows_filters_and_survives_a_restart(
 
 # What moves a caret, rings, turns text around.
 STEERING = set("\x1b\x9b\x07\u202e\r")
-HOSTILE = "\x1b[2J\x9b31m\x07\u202egnp\r\n11-22 10:00:00  human -> all  x"
+HOSTILE_WORDS = "\x1b[2J\x9b31m\x07\u202egnp\r\n11-22 10:00:00  human -> all  x"
 
 
 def test_what_others_wrote_cannot_steer_a_terminal(caller: Shell, hub: Hub) -> None:
     """No control character, no turned text, no line that looks like the head of another
     message."""
     hub.register("bob", ("dev",))
-    hub.send("human", "bob", HOSTILE, in_reply_to="\x1b[31m")
+    hub.send("human", "bob", HOSTILE_WORDS, in_reply_to="\x1b[31m")
     for words in (
         ["inbox", "bob"],
         ["search", "human"],
