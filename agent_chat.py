@@ -7147,9 +7147,9 @@ class HubServer:
             turn.finish()
         except Unservable:
             raise
-        except ChatError:
-            for outlet in turn.outlets:
-                self.give_up(outlet, turn.outlets[outlet])
+        except ChatError as again:
+            for outlet in list(turn.outlets):
+                self.give_up(turn, outlet, again)
         return turn.outlets
 
     def anew(self, turn: Turn, connection: Connection, error: ChatError) -> None:
@@ -7163,12 +7163,18 @@ class HubServer:
         else:
             raise error
 
-    def give_up(self, outlet: Outlet, kept: int) -> None:
-        """Even its second answer came to nothing: it has to ask again on a new
-        connection."""
+    def give_up(self, turn: Turn, outlet: Outlet, error: ChatError) -> None:
+        """Even its second answer came to nothing. It is told so, which needs nothing of the
+        file; a socket has to come back on a new connection."""
+        kept = turn.outlets[outlet]
+        said = len(outlet.out) > kept
         del outlet.out[kept:]
-        if isinstance(outlet, Connection):
+        if not said or not isinstance(outlet, Connection):
+            return
+        if outlet.websocket:
             self.come_back(outlet, outlet.drop)
+        else:
+            outlet.answer_error(turn, error)
 
     def start_over(self) -> None:
         """What nobody foresaw has broken a turn: whoever took part in it is dropped, for

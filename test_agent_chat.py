@@ -1968,8 +1968,8 @@ def test_a_page_ends_by_bytes_and_has_at_least_one(writer: Writer) -> None:
     for _ in range(5):
         writer.send("alice", "bob", text="x" * 5000)
     assert len(writer.store.unread("bob", 9, 1)[0]) == 1
-    assert len(writer.store.unread("bob", 9, 12_000)[0]) == 3
-    assert len(writer.store.find(Query(9, most_bytes=6000))) == 2
+    assert len(writer.store.unread("bob", 9, 12_000)[0]) == 2
+    assert len(writer.store.find(Query(9, most_bytes=6000))) == 1
 
 
 class Sent(NamedTuple):
@@ -16476,6 +16476,10 @@ def test_looking_elsewhere_while_messages_pour_in_leaves_no_gap_and_no_double(
         for view in views:
             person.page.evaluate("hash => { location.hash = hash }", view)
             expect(person.page.locator("#log[aria-busy=false]")).to_be_visible()
+    # A view that was left while it was read opens where it was left.
+    newest = person.page.locator("#newer")
+    if newest.is_visible():
+        newest.click()
     expect(person.message("m299")).to_be_in_viewport()
     shown = person.texts()
     assert len(shown) > 20
@@ -17525,7 +17529,8 @@ def test_the_first_unread_message_stands_under_a_new_line(
     expect(person.message("fresh 39")).not_to_be_in_viewport()
     above, below = line.bounding_box(), person.message("fresh 0").first.bounding_box()
     assert above and below and 0 < below["y"] - above["y"] < 120
-    assert 0 < len(team.unread("human")) < 40  # what was not on the screen is not read
+    # What was not on the screen is not read.
+    eventually(lambda: 0 < len(team.unread("human")) < 40)
     person.button("Mark all read").click()
     expect(person.page).to_have_title("Inbox · agent-chat")
     assert team.unread("human") == []
