@@ -14750,10 +14750,16 @@ class ThrowAwayHub:
         raise ChatError(f"a hub for the rehearsal did not start in {HUB_START_SECONDS} s")
 
     def end(self) -> None:
-        """Ends it and waits for it. Raises subprocess.TimeoutExpired if it does not
-        end."""
+        """Ends it and waits for it; what does not listen is killed, for nobody else
+        knows of it."""
+        import subprocess
+
         self.process.terminate()
-        self.process.wait(DOOR_SECONDS)
+        try:
+            self.process.wait(DOOR_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 # ======================================================================================
