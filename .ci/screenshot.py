@@ -127,7 +127,9 @@ class Stage:
         for minutes, sender, to, text, parent in TALK:
             target = {"group": to[1:]} if to[0] == "#" else {"to": to}
             reply = {} if parent is None else {"in_reply_to": ids[parent]}
-            body = {"from": sender, "content": text, **target, **reply}
+            body: dict[str, object] = {"from": sender, "content": text}
+            body.update(target)
+            body.update(reply)
             if len(ids) in CHOICES:
                 body["choices"] = CHOICES[len(ids)]
             sent = self.call("/api/send", body, sender)
