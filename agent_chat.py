@@ -69,6 +69,7 @@ cursor. A slow reader is an old cursor, never a growing queue.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import errno
@@ -1202,7 +1203,8 @@ def micros(moment: str) -> int:
 
 @functools.lru_cache(256)
 def whole_second(seconds: int) -> str:
-    """Date and time of a UNIX time, without its fraction and its zone."""
+    """Date and time of a UNIX time, without its fraction and its zone. Kept, for
+    one turn after the other asks for the same second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
@@ -3366,15 +3368,7 @@ class Turn:
 
 def utc(seconds: float) -> str:
     """RFC 3339 with microseconds, of a UNIX time."""
-    whole, micro = divmod(int(seconds * 1e6), 1_000_000)
-    return f"{utc_second(whole)}.{micro:06d}Z"
-
-
-# One turn after the other asks for the same second.
-@functools.lru_cache(maxsize=4)
-def utc_second(whole: int) -> str:
-    """A time up to its seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+    return rfc3339(int(seconds * 1e6))
 
 
 # ======================================================================================
@@ -5384,27 +5378,25 @@ class Api:
 
     def history(self, turn: Turn, ask: Ask) -> Job:
         """Newest first, by agent, pair, group and time; with count=1 also how many."""
-        query = self.query_of(ask, self.store)
-        counts = ask.text("count") == "1"
-
-        def job(archive: Archive) -> object:
-            rows = archive.history(query)
-            if not counts:
-                return rows
-            return Counted(rows, archive.count(query))
-
-        return job
+        return self.listing(ask, Archive.history)
 
     def search(self, turn: Turn, ask: Ask) -> Job:
         """Full text, newest first; with count=1 also how many. Nothing is found by nothing;
         bad syntax is no mistake either, for words are all that is understood."""
+        job = self.listing(ask, Archive.search)
+        if not ask.text("q").strip():
+            return lambda archive: []
+        return job
+
+    def listing(
+        self, ask: Ask, find: Callable[[Archive, Query], list[ShownJson]]
+    ) -> Job:
+        """The job that finds what a query is after, and counts it where that was asked."""
         query = self.query_of(ask, self.store)
         counts = ask.text("count") == "1"
 
         def job(archive: Archive) -> object:
-            if not query.text.strip():
-                return []
-            rows = archive.search(query)
+            rows = find(archive, query)
             if not counts:
                 return rows
             return Counted(rows, archive.count(query))
@@ -6338,14 +6330,13 @@ class Connection:
         message is on disk."""
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
-        extra = self.unread_header(ask, None) if ask.session else ()
-        self.answer(turn, to_json_line(result), extra=extra)
+        self.answer(turn, to_json_line(result), extra=self.unread_header())
 
-    def unread_header(self, ask: Ask, unread: int | None) -> tuple[tuple[str, str], ...]:
+    def unread_header(self, unread: int | None = None) -> tuple[tuple[str, str], ...]:
         """How much mail waits, as X-Unread: of the agent asked for where that was counted,
         else of who asks; no header where that is nobody."""
-        if unread is None:
-            unread = self.api.unread_of(ask.session)
+        if unread is None and self.head.session:
+            unread = self.api.unread_of(self.head.session)
         if unread is None:
             return ()
         return (("X-Unread", str(unread)),)
@@ -6366,7 +6357,7 @@ class Connection:
             self.enter(Phase.PARKED, seconds)
             return
         self.handed = answered.handed
-        extra = self.unread_header(ask, answered.unread)
+        extra = self.unread_header(answered.unread)
         if size_of(answered.messages) < BIG_ANSWER_CHARACTERS:
             self.answer(turn, messages_json(answered.messages), extra=extra)
         else:
@@ -6410,7 +6401,7 @@ class Connection:
         assert endpoint.call
         result = endpoint.call(self.api, turn, ask)
         job = cast("Job", result)
-        extra = self.unread_header(ask, None)
+        extra = self.unread_header()
 
         def made(archive: Archive) -> PoolAnswer:
             found = job(archive)
@@ -6438,7 +6429,7 @@ class Connection:
         page = cast("PageMaker", endpoint.call(self.api, turn, ask))
         self.stream = lambda archive: b"".join(map(form.show, page(archive)))
         chunked = ("Transfer-Encoding", "chunked")
-        transfer = (chunked, *self.unread_header(ask, None))
+        transfer = (chunked, *self.unread_header())
         self.stream_head = self.server.head_of(
             200, form.kind, transfer, closing=self.last_answer
         )
@@ -6508,9 +6499,7 @@ class Connection:
         self.handed = None
         self.last_answer = self.last_answer or isinstance(error, HttpError)
         body = to_json_line({"error": str(error)})
-        unread = self.api.unread_of(self.head.session)
-        extra = () if unread is None else (("X-Unread", str(unread)),)
-        self.answer(turn, body, error.http_status, extra=extra)
+        self.answer(turn, body, error.http_status, extra=self.unread_header())
 
     def failed(self, turn: Turn, error: ChatError) -> None:
         """Its share of the turn came to nothing, and was undone. Who waits for an answer is
@@ -9053,7 +9042,7 @@ class Key(StrEnum):
     RETURN = "return"  # as a bare CR, which some terminals need
 
 
-class Terminal:
+class Terminal(abc.ABC):
     """A way to look at a pane and to type into it.
 
     A new one is a subclass with these verbs. What a terminal cannot tell (no caret, no
@@ -9069,36 +9058,36 @@ class Terminal:
     cli: Process | None = None
     tty = ""  # path of the pane's terminal
 
+    @abc.abstractmethod
     def find(self) -> str:
         """Looks for the agent's own pane, with proof. Why there is none, or "".
 
         Asked at each registration and before each ring, so it must be cheap once a pane
         is found.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def place(self) -> str:
         """A name for the pane that no other has on this machine: who types into it
         holds a lock of that name."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def program(self) -> list[str]:
         """The words with which the program in front of the pane was started."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def look(self) -> Screen:
         """What is shown now. PaneGone if the pane is not ours any more."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def paste(self, screen: Screen, line: str) -> bool:
         """Pastes the line, in brackets. False, and nothing happened, if something moved
         since that look."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def press(self, screen: Screen, key: Key) -> bool:
         """Presses the key. False, and nothing happened, if something moved since that
         look."""
-        raise NotImplementedError
 
     def mode_is_watched(self) -> bool:
         """Has somebody who sees this pane pressed a key lately? Then a mode that is open
@@ -9590,7 +9579,7 @@ class Door:
         return Outcome(word, self.name, detail)
 
 
-class InboxDoor(Door):
+class InboxDoor(Door, abc.ABC):
     """A session inbox: lines of JSON on a Unix socket, named by the CLI's own variables.
 
     The best door there is: nothing is typed, so no draft can be harmed, and it works
@@ -9607,9 +9596,9 @@ class InboxDoor(Door):
         """What proves that we were started by this very session; "" if it gave none."""
         return environ().get(f"{self.variables}_MESSAGING_TOKEN", "")
 
+    @abc.abstractmethod
     def frames(self, _line: str) -> list[dict[str, object]]:
         """What to write for this line."""
-        raise NotImplementedError
 
     def available(self) -> bool:
         """Only inside that CLI."""
@@ -10357,7 +10346,6 @@ PIECE_CHARACTERS = 9_000  # a part of a long message is made of such pieces
 PART_BYTES = 56_000
 WHOLE_NUMBER = Pattern(r"-?\d{1,9}(\.0+)?", re.A)
 AGENTS_SHOWN = 200  # by list_agents; the online ones come first
-MOST_CHOICES = 4
 # Of the hub's row of an agent, what tells a model whom it can write to.
 AGENT_KEYS = (
     "name", "groups", "status", "type", "host", "cwd", "last_seen_at", "verified",
@@ -10654,8 +10642,8 @@ def check_choices(choices: Sequence[str], to: str) -> None:
     """
     if to != HUMAN:
         raise BadRequest("choices can only be offered to human; leave them out")
-    if len(choices) > MOST_CHOICES:
-        raise BadRequest(f"choices must be at most {MOST_CHOICES} answers")
+    if len(choices) > MAX_CHOICES:
+        raise BadRequest(f"choices must be at most {MAX_CHOICES} answers")
     for choice in choices:
         if not 0 < len(choice) <= CHOICE_CHARACTERS:
             raise BadRequest(f"each choice must have 1 to {CHOICE_CHARACTERS} characters")
