@@ -6635,8 +6635,13 @@ class Connection:
 
     def say_goodbye(self, turn: Turn) -> None:
         """The hub stops: a close frame, or the end of a request that only waited. What is
-        being answered may end; no request behind it is taken up."""
+        being answered may end; no request behind it is taken up. Who was handed mail and has
+        closed meanwhile has got it: that is looked for here, for nobody reads later."""
         self.last_answer = True
+        if self.handed:
+            self.receive(turn)
+        if self.phase is Phase.DROPPED:
+            return
         turn.say(self, b"")
         if self.websocket:
             self.websocket.close(turn, 1001, "the hub stops")
@@ -7301,8 +7306,9 @@ class HubServer:
             self.welcome(turn, sock)
 
     def welcome(self, turn: Turn, sock: socket.socket) -> None:
-        """One new connection. One too many is taken all the same and told so with a 503:
-        left in the queue, its client would wait without knowing for what."""
+        """One new connection. One too many is taken all the same and told so with a 503,
+        and so is one that comes while the hub stops: left in the queue, its client would
+        wait without knowing for what."""
         import socket as sockets
 
         connection = Connection(sock, self)
@@ -7315,9 +7321,13 @@ class HubServer:
             sock.close()
             return
         self.connections.add(connection)
-        if len(self.connections) > self.limit or self.stopping:
-            full = "the hub has no room for another connection; try again in a moment"
-            connection.answer_error(turn, HttpError(503, full))
+        why = ""
+        if len(self.connections) > self.limit:
+            why = "the hub has no room for another connection; try again in a moment"
+        elif self.stopping:
+            why = "the hub is about to stop; try again in a moment"
+        if why:
+            connection.answer_error(turn, HttpError(503, why))
 
     def sweep(self, turn: Turn) -> None:
         """Once a second: deadlines, and the Api's background work, or, while there is
@@ -16098,14 +16108,14 @@ def command_tail(given: Given) -> int:
 
 
 def next_messages(client: Client, seq: int) -> list[Row]:
-    """What was said after `seq`, or is said within 25 s. A hub that is away is awaited, and
-    that is told once. An empty list means that nothing was said, or that the hub answered
-    early. Other errors than Unreachable are raised."""
+    """What was said after `seq`, or is said within 25 s. A hub that is away, or is busy, or
+    about to stop, is awaited, and that is told once. An empty list means that nothing was
+    said, or that the hub answered early. Other errors are raised."""
     lost = False
     while True:
         try:
             return list(client.get("/api/messages/recent", wait=25, after=seq, limit=100))
-        except Unreachable as error:
+        except (Unreachable, StoreBusy) as error:
             if not lost:
                 note(f"{in_plain_words(str(error))}; waiting")
             lost = True

@@ -6003,6 +6003,42 @@ def test_a_hub_that_is_stopped_finishes_what_it_answers(hub: Hub) -> None:
     assert not list(hub.db.parent.glob("*.pid"))
 
 
+def test_what_was_read_just_before_the_hub_stops_is_seen(hub: Hub) -> None:
+    """The reader closes, and SIGTERM comes before the hub has looked at that."""
+    hub.register("ann")
+    session = hub.register("bob")["session"]
+    for _ in range(8):
+        sent = hub.send("ann", "bob", "read in the last moment")["id"]
+        assert sent in {message["id"] for message in hub.unread("bob", session)}
+        hub.restart()
+        assert hub.receipts(sent)["bob"]["seen_at"]
+
+
+@contextlib.contextmanager
+def slow_to_stop(hub: Hub) -> Iterator[None]:
+    """A hub that was asked to stop and is held for its DRAIN_SECONDS, by an answer that
+    nobody reads. At the end it has stopped."""
+    assert hub.process
+    hub.register("slow")
+    hub.send("human", "slow", "x" * 900_000)
+    with contextlib.closing(Wire(hub.port)) as wire:
+        for _ in range(12):
+            wire.request("GET", "/api/messages?agent=slow&peek=1")
+        time.sleep(0.3)  # the kernel's buffers are full by then
+        hub.process.terminate()
+        yield
+        assert hub.process.wait(10) == 0
+
+
+def test_a_hub_that_is_about_to_stop_says_so(hub: Hub) -> None:
+    """Who comes meanwhile is told with a 503, and that it is not for long."""
+    with slow_to_stop(hub):
+        time.sleep(0.2)
+        answer = hub.ask("GET", "/api/agents")
+        assert answer.status == 503
+        assert "about to stop" in answer.value["error"]
+
+
 def test_a_lost_answer_is_asked_for_again_and_stored_once(hub: Hub) -> None:
     """A network that swallows every other answer; the client sends the same again."""
     hub.register("bob")
@@ -14542,8 +14578,11 @@ def test_tail_follows_filters_and_survives_a_restart(
         )
     hub.send("human", "eve", "one")
     eventually(lambda: "one" in out.read_text())
-    # The socket is gone; tail finds its way back by the last message that it saw.
-    hub.restart()
+    # It is told that the hub is about to stop, and then by nobody anything; it finds its
+    # way back by the last message that it saw.
+    with slow_to_stop(hub):
+        pass
+    hub.start()
     hub.send("human", "bob", "not for eve")
     hub.send("bob", content="to the group", group="dev")
     eventually(lambda: "to the group" in out.read_text(), 30)
