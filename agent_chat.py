@@ -8372,6 +8372,16 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+@functools.cache
+def own_streams() -> Streams | None:
+    """What we were started with as input and output.
+
+    Asked when the doors are made: later the plugin has put other files in their place,
+    and then no launcher between it and its CLI could be told from that CLI.
+    """
+    return standard_streams(os.getpid())
+
+
 def agent_cli() -> tuple[Process | None, list[int]]:
     """The agent's CLI, and the pids from us up to it.
 
@@ -8380,7 +8390,7 @@ def agent_cli() -> tuple[Process | None, list[int]]:
     own CLI. None where the processes above us cannot be seen.
     """
     pids = [os.getpid()]
-    ours = standard_streams(os.getpid())
+    ours = own_streams()
     if os.isatty(0):
         return find_process(os.getpid()), pids
     pid = os.getppid()
@@ -9536,20 +9546,27 @@ class Tmux(Terminal):
 def server_at(path: str) -> int:
     """The pid of the process that listens at a Unix socket, 0 if that cannot be told.
 
-    The kernel says so (SO_PEERCRED, Linux alone); nothing is sent to it.
+    Nothing is sent to it.
     """
     import socket
-    import struct
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        return peer_of(client)
+    return 0
+
+
+def peer_of(connection: socket.socket) -> int:
+    """The pid of the process that listens at the other end of this Unix socket, 0 if
+    that cannot be told. The kernel says so (SO_PEERCRED, Linux alone)."""
+    import socket
 
     if not hasattr(socket, "SO_PEERCRED"):
         return 0
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        told = client.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-        )
-        return int(struct.unpack("3i", told)[0])
-    return 0
+    told = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    return int(struct.unpack("3i", told)[0])
 
 
 # ======================================================================================
@@ -9643,23 +9660,31 @@ class InboxDoor(Door, abc.ABC):
 
     def ring(self, line: str) -> Outcome:
         """Writes the frames. The inbox never answers: that it took them has to do."""
-        import socket
-
-        if not hasattr(socket, "AF_UNIX"):
-            return self.came(
-                Ring.UNAVAILABLE, "this system has no Unix sockets"
-            )
         text = "".join(json.dumps(frame) + "\n" for frame in self.frames(line))
         try:
-            with socket.socket(socket.AF_UNIX) as inbox:
-                inbox.settimeout(DOOR_SECONDS)
-                inbox.connect(self.socket_path())
+            with connected(self.socket_path()) as inbox:
                 inbox.sendall(text.encode())
         except OSError as error:
             return self.came(
                 Ring.UNAVAILABLE, f"the session inbox refused: {error}"
             )
         return self.came(Ring.RUNG)
+
+
+@contextlib.contextmanager
+def connected(path: str) -> Iterator[socket.socket]:
+    """A connection to a Unix socket, of which every call ends within DOOR_SECONDS.
+
+    Raises OSError, also where the system has no such sockets.
+    """
+    import socket
+
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError("this system has no Unix sockets")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DOOR_SECONDS)
+        connection.connect(path)
+        yield connection
 
 
 class ClaudeDoor(InboxDoor):
@@ -9781,6 +9806,159 @@ class CodexDoor(Door):
             return run_bounded(command)
         except OSError as error:
             return 1, "", str(error)
+
+
+# What stands in every extension that `init --hooks` installs, and then what differs. A
+# caller says {"line", "cwd"} in one line of JSON, and is answered {"came", "detail"} once
+# the CLI has the line, or has refused it. The socket is named by the pid of the CLI.
+EXTENSION_HEAD = "// agent-chat: rings this agent when it has mail, without typing."
+EXTENSION_START = (
+    EXTENSION_HEAD
+    + r"""
+// `agent-chat init --hooks` writes this file anew, `agent-chat init --undo` removes it.
+import { chmodSync, mkdirSync, realpathSync, rmSync } from "node:fs"
+import { createServer } from "node:net"
+import { homedir } from "node:os"
+import { join } from "node:path"
+
+// Listens where only this user can call. What `ring` throws leaves the line to others.
+function openDoor(pid, ring) {
+  const folder = join(homedir(), ".agent-chat", "doors")
+  const place = join(folder, `${pid}.sock`)
+  const answer = async (text) => {
+    try {
+      return (await ring(JSON.parse(text))) ?? { came: "rung" }
+    } catch (error) {
+      return { came: "unavailable", detail: String(error?.message ?? error) }
+    }
+  }
+  const server = createServer((caller) => {
+    let text = ""
+    caller.setEncoding("utf8").on("error", () => {})
+    caller.on("data", async (piece) => {
+      text += piece
+      if (text.length > 9999) caller.destroy()
+      else if (text.endsWith("\n")) caller.end(JSON.stringify(await answer(text)) + "\n")
+    })
+  })
+  const close = () => (server.close(), rmSync(place, { force: true }))
+  try {
+    mkdirSync(folder, { recursive: true, mode: 0o700 })
+    chmodSync(folder, 0o700)
+    rmSync(place, { force: true })
+    server.on("error", () => {})
+    server.listen(place, () => chmodSync(place, 0o600)).unref()
+    process.once("exit", close)
+  } catch {}
+  return close
+}
+"""
+)
+# It runs in the terminal's half of opencode, which knows what is shown there. A line goes
+# to the session on the screen, with the agent and the model of its last prompt.
+OPENCODE_EXTENSION = r"""
+export default {
+  id: "agent-chat",
+  async tui(api) {
+    const ring = async ({ line, cwd }) => {
+      const { get, messages } = api.state.session
+      let session = get(api.route.current.params?.sessionID ?? "")
+      while (session?.parentID) session = get(session.parentID)
+      if (!session) throw "no session is on the screen"
+      if (realpathSync(session.directory) !== realpathSync(cwd))
+        return { came: "dialog", detail: "a session of another folder is on the screen" }
+      const last = messages(session.id).findLast((message) => message.role === "user")
+      if (!last) throw "nobody has prompted this session yet"
+      const { agent, model } = last
+      const parts = [{ type: "text", text: line }]
+      const prompt = { sessionID: session.id, agent, model, variant: model.variant, parts }
+      const sent = await api.client.session.promptAsync(prompt)
+      if (sent.error) throw JSON.stringify(sent.error)
+    }
+    api.lifecycle.onDispose(openDoor(process.pid, ring))
+  },
+}
+"""
+# A turn that is under way ends first.
+PI_EXTENSION = r"""
+export default function (pi) {
+  let close = () => {}
+  const ring = async ({ line }) => pi.sendUserMessage(line, { deliverAs: "followUp" })
+  pi.on("session_start", (_event, context) => {
+    close()
+    if (context.hasUI) close = openDoor(process.pid, ring)
+  })
+  pi.on("session_shutdown", () => close())
+}
+"""
+
+
+class ExtensionDoor(Door):
+    """An extension of ours inside the agent's CLI, which starts a turn for us.
+
+    Nothing is typed, and the CLI itself lines up what comes while it works. Who listens
+    there must be our CLI or its child: with a home that containers share, the pid in the
+    socket's name may be somebody else's.
+    """
+
+    name = "extension"
+
+    def __init__(self, settings: Settings) -> None:
+        """Whose child we are is not known yet."""
+        super().__init__(settings)
+        self.cli: Process | None = None
+
+    def socket_path(self) -> str:
+        """Where the extension of our CLI listens, "" if there is none."""
+        folder = os.path.join(self.settings.home, "doors")
+        if not os.path.isdir(folder):
+            return ""
+        if not self.cli:
+            self.cli, _ = agent_cli()
+        if not self.cli:
+            return ""
+        path = os.path.join(folder, f"{self.cli.pid}.sock")
+        if not os.path.exists(path):
+            return ""
+        return path
+
+    def available(self) -> bool:
+        """Where the extension is installed and runs."""
+        return bool(self.socket_path())
+
+    def ring(self, line: str) -> Outcome:
+        """Hands the line over and waits for what came of it.
+
+        Before the line is sent all that fails is UNAVAILABLE, after that UNCONFIRMED.
+        """
+        word = Ring.UNAVAILABLE
+        try:
+            with connected(self.socket_path()) as extension:
+                if not self.is_ours(peer_of(extension)):
+                    return self.came(word, "another process has our CLI's socket")
+                text = json.dumps({"line": line, "cwd": os.getcwd()})
+                extension.sendall(f"{text}\n".encode())
+                word = Ring.UNCONFIRMED
+                with extension.makefile() as answers:
+                    return self.read(answers.readline(MOST_RECORD))
+        except (OSError, ValueError) as error:
+            return self.came(word, f"our extension in the CLI did not answer: {error!r}")
+
+    def read(self, answer: str) -> Outcome:
+        """The outcome in an answer of the extension. ValueError if it is none."""
+        match json.loads(answer):
+            case {"came": str(word), "detail": str(detail)}:
+                return self.came(Ring(word), printable(detail))
+            case {"came": str(word)}:
+                return self.came(Ring(word))
+        raise ValueError(f"{answer!r} is no answer")
+
+    def is_ours(self, server: int) -> bool:
+        """Is the process that listens our CLI, or a child of it? 0 stands for a system
+        that does not tell; there the folder, which is the user's own, has to do."""
+        if not self.cli or not server:
+            return not has_proc()
+        return server == self.cli.pid or server in children_of(self.cli.pid)
 
 
 class Step(Enum):
@@ -10120,7 +10298,9 @@ class TmuxDoor(TerminalDoor):
 
 
 # In this order: an inbox that a CLI offers comes before its terminal.
-DOORS: tuple[type[Door], ...] = (ClaudeDoor, QwenDoor, CodexDoor, TmuxDoor)
+DOORS: tuple[type[Door], ...] = (
+    ClaudeDoor, QwenDoor, CodexDoor, ExtensionDoor, TmuxDoor,
+)
 
 
 class Doors:
@@ -10131,7 +10311,9 @@ class Doors:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """One door of each kind; none is tried yet."""
+        """One door of each kind; none is tried yet. Made before anything else takes our
+        standard input over."""
+        own_streams()
         self.doors = [door(settings) for door in DOORS]
 
     def names(self) -> list[str]:
@@ -12961,6 +13143,15 @@ class HookRow(NamedTuple):
     version: int = 0  # what the file has to say of itself; 0 = nothing
 
 
+class ExtensionRow(NamedTuple):
+    """The extension by which a CLI can be rung: the file it is, which DOORS has the text
+    of, and the lists of extensions in which it has to stand, the first that exists."""
+
+    file: str  # as in FileTable
+    text: str
+    lists: tuple[FileTable, ...] = ()
+
+
 class AgentCli(NamedTuple):
     """All there is to know about one agent CLI. The defaults are the common case: a
     JSON table `mcpServers` of objects with command, args and env, read by this CLI
@@ -12980,6 +13171,7 @@ class AgentCli(NamedTuple):
     written: bool = True  # else init only prints the block
     tools: ToolSight = ToolSight.UNKNOWN
     hooks: HookRow | None = None
+    extension: ExtensionRow | None = None
 
     @property
     def events(self) -> tuple[str, ...]:
@@ -12997,6 +13189,7 @@ CONFIG_HOME = "${XDG_CONFIG_HOME:-~/.config}"
 QWEN_HOME = "${QWEN_HOME:-~/.qwen}"
 KIMI_HOME = "${KIMI_CODE_HOME:-~/.kimi-code}"
 GROK_HOME = "${GROK_HOME:-~/.grok}"
+PI_HOME = "${PI_CODING_AGENT_DIR:-~/.pi/agent}"
 CLINE_HOME = "${CLINE_DIR:-~/.cline}"
 DROID_HOME = "${FACTORY_HOME_OVERRIDE:-~}/.factory"
 OPENCODE_KEYS = EntryKeys("command", "", "environment")
@@ -13052,7 +13245,12 @@ AGENT_CLIS = {
         more={"type": "local"},
         comments=True,
         nested="servers",
-        tools=ToolSight.SHOWN),
+        tools=ToolSight.SHOWN,
+        extension=ExtensionRow(
+            CONFIG_HOME + "/opencode/agent-chat.js", OPENCODE_EXTENSION,
+            (FileTable("${OPENCODE_TUI_CONFIG}", ("plugin",)),
+             FileTable(CONFIG_HOME + "/opencode/tui.jsonc", ("plugin",)),
+             FileTable(CONFIG_HOME + "/opencode/tui.json", ("plugin",))))),
     # A project's file is Claude's, so its entry there has only what Claude overlooks. Its
     # hooks have a file of our own. What a hook says to a prompt it may drop.
     "copilot": AgentCli(
@@ -13109,11 +13307,13 @@ AGENT_CLIS = {
         project=(FileTable(".grok/config.toml", ("mcp_servers",)),)),
     # Without `exposure`, tools are reachable by generated code alone.
     "pi": AgentCli(
-        ("pi",), "${PI_CODING_AGENT_DIR:-~/.pi/agent}",
-        user=(FileTable("${PI_CODING_AGENT_DIR:-~/.pi/agent}/mcp.json", SERVERS),),
+        ("pi",), PI_HOME,
+        user=(FileTable(PI_HOME + "/mcp.json", SERVERS),),
         project=(FileTable(".pi/mcp.json", SERVERS),),
         more={"exposure": "direct"},
-        tools=ToolSight.ASKED_BY_ENTRY),
+        tools=ToolSight.ASKED_BY_ENTRY,
+        extension=ExtensionRow(
+            PI_HOME + "/extensions/agent-chat.js", PI_EXTENSION)),
     # The editor and the command line of that name share one file.
     "antigravity": AgentCli(
         ("agy",), "~/.gemini/config",
@@ -13794,6 +13994,65 @@ class TomlHooks(NamedTuple):
         return edited
 
 
+class ExtensionFile(NamedTuple):
+    """Our extension, which is a whole file."""
+
+    text: str
+
+    def put(self, text: str) -> str:
+        """Today's text over an older one of ours. FileTrouble if it is another's."""
+        if text and not self.is_ours(text):
+            raise FileTrouble("it is not one that init wrote")
+        return self.text
+
+    def remove(self, text: str) -> str:
+        """Nothing of ours is left."""
+        return "" if self.is_ours(text) else text
+
+    def as_found(self, text: str) -> ExtensionFile:
+        """The same in the words of an earlier or later version."""
+        return ExtensionFile(text) if self.is_ours(text) else self
+
+    def is_ours(self, text: str) -> bool:
+        """Does the text begin as all of ours do?"""
+        return text.startswith(EXTENSION_HEAD)
+
+
+class ListedExtension(NamedTuple):
+    """The path of our extension in a JSON list, in which its CLI looks for them."""
+
+    table: tuple[str, ...]
+    path: str
+
+    def put(self, text: str) -> str:
+        """The text with our path behind those of others."""
+        document = JsonText(text, comments=True)
+        if not self.places(document):
+            document.append(self.table, self.path)
+        return document.text
+
+    def remove(self, text: str) -> str:
+        """The text without our path."""
+        document = JsonText(text, comments=True)
+        for place in reversed(self.places(document)):
+            document.remove(place)
+        return document.text
+
+    def as_found(self, _text: str) -> ListedExtension:
+        """A path has no variables."""
+        return self
+
+    def places(self, document: JsonText) -> list[KeyPath]:
+        """Where our path stands."""
+        listed = document.get(self.table)
+        found: list[KeyPath] = []
+        if isinstance(listed, list):
+            for number, path in enumerate(listed):
+                if path == self.path:
+                    found.append((*self.table, number))
+        return found
+
+
 def is_own_hook(hook: object) -> bool:
     """True if a hook starts our handler. A hook is somebody's shell command, so it is
     split as a shell would split it."""
@@ -13881,6 +14140,8 @@ def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]
         if scope.hooks or scope.undo:
             for path, change in hook_changes(name, scope):
                 changes.setdefault(path, []).append(change)
+            for path, change in extension_changes(name, scope):
+                changes.setdefault(path, []).append(change)
     return changes
 
 
@@ -13912,6 +14173,20 @@ def hook_changes(name: str, scope: Scope) -> list[tuple[str, Change]]:
             changes.append((path, TomlHooks(row, place.table, command)))
         else:
             changes.append((path, JsonHooks(name, row, place.table, command)))
+    return changes
+
+
+def extension_changes(name: str, scope: Scope) -> list[tuple[str, Change]]:
+    """The file of our extension for that CLI, and the list it stands in. Only the user's
+    own: a project's would run in the CLIs of all who get its files."""
+    row = AGENT_CLIS[name].extension
+    if row is None or scope.project:
+        return []
+    own_path = located(row.file, scope.base())
+    changes: list[tuple[str, Change]] = [
+        (own_path, ExtensionFile(EXTENSION_START + row.text))]
+    for path, place in scope.places(row.lists, ()).items():
+        changes.append((path, ListedExtension(place.table, own_path)))
     return changes
 
 
@@ -13951,7 +14226,7 @@ def started_text(text: str | None, path: str) -> str:
     """The text, or what a new file begins as where there is none or nothing in it."""
     if text and text.strip():
         return text
-    return "" if path.endswith(".toml") else "{}\n"
+    return "" if path.endswith((".toml", ".js")) else "{}\n"
 
 
 def with_all(changes: Iterable[Change], text: str) -> str:
@@ -16448,7 +16723,8 @@ OPTIONS = (  # in the order of the help; each means the same in every command th
     Option("--project", "Write into the files of this project, instead of your own.",
            "DIR", completes=FILES),
     Option("--user", "Write into your own files (the default)."),
-    Option("--hooks", "Also add hooks, which hand mail over where a turn begins or ends."),
+    Option("--hooks", "Also add hooks, which hand mail over where a turn begins or ends, "
+                      "and extensions, which ring without typing."),
     Option("--undo", "Take our entries out again."),
     Option("--print", "Only print the block for this CLI, to put it in by hand.", "CLI",
            choices=tuple(AGENT_CLIS)),

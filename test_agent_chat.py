@@ -13638,6 +13638,265 @@ def test_qwen_code_is_rung_through_its_inbox(bell: Bell) -> None:
     assert bell.ring() == "unavailable"
 
 
+# -- our extension in a CLI. For its Python half this process is the CLI, for its
+# JavaScript half Node is: the Playwright package brings one along.
+
+
+class Extension:
+    """The socket of an extension, which answers each line with what it is told to."""
+
+    def __init__(self, home: Path) -> None:
+        folder = home / ".agent-chat/doors"
+        folder.mkdir(parents=True)
+        self.path = folder / f"{os.getpid()}.sock"
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(str(self.path))
+        self.server.listen()
+        self.server.settimeout(8)
+
+    def answer(self, answer: str) -> Any:
+        """Answers one caller; gives what it asked."""
+        connection, _ = self.server.accept()
+        with connection, connection.makefile("rw") as stream:
+            asked = json.loads(stream.readline())
+            stream.write(answer)
+        return asked
+
+
+@pytest.fixture
+def kin(tmp_path: Path) -> Iterator[Bell]:
+    """A ringer whose CLI is this process."""
+    found = Bell(tmp_path)
+    env = clean_environment(tmp_path)
+    process = subprocess.Popen(
+        found.command, env=env, start_new_session=True, stdin=subprocess.PIPE
+    )
+    yield found
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("answer", "word", "detail"),
+    [
+        ('{"came": "rung"}\n', "rung", ""),
+        ('{"came": "dialog", "detail": "not now"}\n', "dialog", "not now"),
+        ('{"came": "unavailable", "detail": "a\\u001bb"}\n', "unavailable", r"a\x1bb"),
+        ('{"came": "sung"}\n', "unconfirmed", "is not a valid Ring"),
+        ('{"came": 1}\n', "unconfirmed", "is no answer"),
+        ("[]\n", "unconfirmed", "is no answer"),
+        ("", "unconfirmed", "did not answer"),
+    ],
+)
+def test_our_extension_in_a_cli_says_what_came_of_a_line(
+    kin: Bell, tmp_path: Path, answer: str, word: str, detail: str
+) -> None:
+    """It may have taken a line that it does not answer: no other door is tried then."""
+    extension = Extension(tmp_path)
+    assert kin.do("names")["names"] == ["extension"]
+    asked: list[Any] = []
+    thread = threading.Thread(target=lambda: asked.append(extension.answer(answer)))
+    thread.start()
+    outcome = kin.do("ring", line=a_line("API spec ready"))
+    thread.join()
+    assert (outcome["word"], detail in outcome["detail"]) == (word, True), outcome
+    assert (outcome["door"] == "extension") is (word != "unavailable")
+    assert asked[0]["line"].startswith(a_line("API spec ready"))
+    assert asked[0]["cwd"] == os.getcwd()
+
+
+def test_an_extension_that_hangs_or_has_gone(kin: Bell, tmp_path: Path) -> None:
+    extension = Extension(tmp_path)
+    kin.do("set", DOOR_SECONDS=0.2)
+    assert kin.ring() == "unconfirmed"
+    extension.server.close()
+    assert kin.ring() == "unavailable"
+    extension.path.unlink()
+    assert kin.do("names")["names"] == []
+
+
+def test_only_our_own_cli_is_believed_to_be_its_extension(
+    kin: Bell, tmp_path: Path
+) -> None:
+    """Another process may have our CLI's pid, in a container that shares this home."""
+    folder = tmp_path / ".agent-chat/doors"
+    folder.mkdir(parents=True)
+    path = folder / f"{os.getpid()}.sock"
+    program = (
+        "import socket, sys, time; s = socket.socket(socket.AF_UNIX); "
+        "s.bind(sys.argv[1]); s.listen(); time.sleep(60)"
+    )
+    listen = shlex.join([PYTHON, "-c", program, str(path)])
+    stranger = subprocess.Popen(["sh", "-c", f"{listen}; :"], start_new_session=True)
+    try:
+        eventually(lambda: agent_chat.server_at(str(path)))
+        outcome = kin.do("ring", line=a_line("x"))
+        assert outcome["word"] == "unavailable"
+        assert "another process has our CLI's socket" in outcome["detail"]
+    finally:
+        os.killpg(stranger.pid, signal.SIGKILL)
+        stranger.wait()
+
+
+def node(folder: Path, name: str, text: str, harness: str) -> subprocess.Popen[str]:
+    """An extension, in a Node whose home is that folder. `harness` runs behind it and is
+    given its default export as `extension`."""
+    import playwright
+
+    program = Path(playwright.__file__).parent / "driver/node"
+    (folder / f"{name}.mjs").write_text(agent_chat.EXTENSION_START + text)
+    script = folder / "harness.mjs"
+    script.write_text(f'import extension from "./{name}.mjs"\n{harness}')
+    pipe = subprocess.PIPE
+    env = {"HOME": str(folder), "PATH": os.environ["PATH"]}
+    return subprocess.Popen(
+        [program, script], env=env, stdin=pipe, stdout=pipe, text=True, cwd=folder
+    )
+
+
+def said_to(path: Path, text: str) -> Any:
+    """What an extension answers to this."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(8)
+        caller.connect(str(path))
+        caller.sendall(text.encode())
+        with caller.makefile() as stream:
+            return json.loads(stream.readline() or '"hung up"')
+
+
+PI_HARNESS = """
+const handlers = {}
+extension({
+  on: (name, handler) => { handlers[name] = handler },
+  sendUserMessage: (text, options) => {
+    if (text === "fail") throw new Error("no model")
+    console.log(JSON.stringify({ text, options }))
+  },
+})
+handlers.session_start({}, { hasUI: false })
+handlers.session_start({}, { hasUI: true })
+process.stdin.on("data", () => { handlers.session_shutdown(); process.exit() })
+"""
+
+
+def test_the_extension_for_pi_rings_through_a_socket_of_its_users_own(
+    tmp_path: Path,
+) -> None:
+    """It hands a line over, says why it cannot, and takes its socket away."""
+    (tmp_path / ".agent-chat").mkdir()
+    (tmp_path / ".agent-chat/doors").mkdir(0o755)
+    with node(tmp_path, "pi", agent_chat.PI_EXTENSION, PI_HARNESS) as pi:
+        path = tmp_path / f".agent-chat/doors/{pi.pid}.sock"
+        eventually(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o600)
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        asked = json.dumps({"line": "[agent-chat] x #ab12", "cwd": "/"})
+        assert said_to(path, asked + "\n") == {"came": "rung"}
+        assert pi.stdin and pi.stdout
+        assert json.loads(pi.stdout.readline()) == {
+            "text": "[agent-chat] x #ab12",
+            "options": {"deliverAs": "followUp"},
+        }
+        failed = {"came": "unavailable", "detail": "no model"}
+        assert said_to(path, '{"line": "fail"}\n') == failed
+        assert said_to(path, "no json\n")["came"] == "unavailable"
+        assert said_to(path, "x" * 20_000) == "hung up"
+        pi.stdin.write("end\n")
+        pi.stdin.flush()
+        assert pi.wait(8) == 0
+    assert not path.exists()
+
+
+OPENCODE_HARNESS = """
+const sessions = {
+  top: { id: "top", directory: process.cwd() },
+  sub: { id: "sub", parentID: "top", directory: process.cwd() },
+  far: { id: "far", directory: "/" },
+  new: { id: "new", directory: process.cwd() },
+}
+const model = { providerID: "p", modelID: "m", variant: "high" }
+const told = [{ role: "user", agent: "plan", model }, { role: "assistant" }]
+const api = {
+  route: { current: { name: "home" } },
+  state: { session: {
+    get: (id) => sessions[id],
+    messages: (id) => (id === "new" ? [] : told),
+  } },
+  client: { session: { promptAsync: async (prompt) => {
+    console.log(JSON.stringify(prompt))
+    return { error: prompt.parts[0].text === "fail" ? { name: "busy" } : undefined }
+  } } },
+  lifecycle: { onDispose: () => {} },
+}
+await extension.tui(api)
+process.stdin.on("data", (name) => {
+  api.route.current = { name: "session", params: { sessionID: String(name).trim() } }
+  console.log("shown")
+})
+"""
+
+
+def test_the_extension_for_opencode_rings_the_session_on_the_screen(
+    tmp_path: Path,
+) -> None:
+    """With the agent and the model of its last prompt: a plan is no order to build. Never
+    the session of another folder, whose plugin is another."""
+    with node(
+        tmp_path, "opencode", agent_chat.OPENCODE_EXTENSION, OPENCODE_HARNESS
+    ) as opencode:
+        path = tmp_path / f".agent-chat/doors/{opencode.pid}.sock"
+        eventually(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o600)
+        assert opencode.stdin and opencode.stdout
+
+        def rung(shown: str, line: str = "hello") -> Any:
+            """What comes of a ring while that session is shown."""
+            if shown and opencode.stdin and opencode.stdout:
+                opencode.stdin.write(f"{shown}\n")
+                opencode.stdin.flush()
+                assert opencode.stdout.readline() == "shown\n"
+            asked = {"line": line, "cwd": str(tmp_path)}
+            return said_to(path, json.dumps(asked) + "\n")
+
+        assert rung("")["detail"] == "no session is on the screen"
+        assert rung("far")["came"] == "dialog"
+        assert rung("new")["came"] == "unavailable"
+        for shown in ("top", "sub"):
+            assert rung(shown) == {"came": "rung"}
+            assert json.loads(opencode.stdout.readline()) == {
+                "sessionID": "top",
+                "agent": "plan",
+                "model": {"providerID": "p", "modelID": "m", "variant": "high"},
+                "variant": "high",
+                "parts": [{"type": "text", "text": "hello"}],
+            }
+        failed = {"came": "unavailable", "detail": '{"name":"busy"}'}
+        assert rung("top", "fail") == failed
+        opencode.kill()
+
+
+def launched() -> None:
+    """A plugin far below its CLI: once its doors are made it reads nothing any more. Its
+    argument is the path of agent_chat.py."""
+    sys.path.insert(0, os.path.dirname(sys.argv[1]))
+    import agent_chat
+
+    agent_chat.Doors(agent_chat.load_settings({}, agent_chat.environ()))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    cli, _ = agent_chat.agent_cli()
+    print(cli.pid if cli else 0)
+
+
+def test_a_launcher_between_a_plugin_and_its_cli_is_seen_through(
+    tmp_path: Path,
+) -> None:
+    """Such as `uv run`, which stays: it shares our input, as it was when we were started."""
+    script = tmp_path / "plugin.py"
+    script.write_text(program_of(launched))
+    start = shlex.join([PYTHON, str(script), str(PROGRAM)])
+    command = ["sh", "-c", f"{start}; :"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert int(done.stdout) == os.getpid()
+
+
 @pytest.mark.tmux
 @NEEDS_TMUX
 def test_a_cli_with_a_shape_is_rung_in_no_other_composer(
@@ -15279,6 +15538,40 @@ def test_init_and_undo_for_every_cli_in_its_own_place(
     assert snapshot(shell.home) == written
     shell.run("init", *WRITTEN, "--undo", "--yes")
     assert snapshot(shell.home) == {}
+
+
+def test_the_extensions_of_init_stand_in_their_clis_lists_and_go_again(
+    shell: Shell,
+) -> None:
+    """The user's own alone, beside those of others; one of an earlier version is renewed,
+    and goes, too. A stranger's file of that name is left alone."""
+    folder = shell.home / ".config/opencode"
+    text = '{\n  // mine\n  "plugin": ["./other.js", ["a@1", {}]]\n}\n'
+    listed = shell.file(".config/opencode/tui.json", text)
+    shell.run("init", "opencode", "pi", "--hooks", "--yes")
+    for path, part in (
+        (folder / "agent-chat.js", agent_chat.OPENCODE_EXTENSION),
+        (shell.home / ".pi/agent/extensions/agent-chat.js", agent_chat.PI_EXTENSION),
+    ):
+        assert path.read_text() == agent_chat.EXTENSION_START + part
+    document = agent_chat.JsonText(listed.read_text(), comments=True)
+    own_path = str(folder / "agent-chat.js")
+    assert document.get(("plugin",)) == ["./other.js", ["a@1", {}], own_path]
+    assert "// mine" in listed.read_text()
+    older = agent_chat.EXTENSION_HEAD + "\n// as it was\n"
+    Path(own_path).write_text(older)
+    shell.run("init", "opencode", "--hooks", "--yes")
+    assert "as it was" not in Path(own_path).read_text()
+    Path(own_path).write_text(older)
+    shell.run("init", "--undo", "--yes")
+    assert snapshot(shell.home) == {".config/opencode/tui.json": text.encode()}
+    shell.run("init", "opencode", "--project", str(shell.home), "--hooks", "--yes")
+    assert not Path(own_path).exists()
+    Path(own_path).write_text("export default {}\n")
+    shell.run("init", "opencode", "--hooks", "--yes", code=1)
+    assert "it is not one that init wrote" in shell.errors
+    shell.run("init", "opencode", "--undo", "--yes")
+    assert Path(own_path).read_text() == "export default {}\n"
 
 
 @pytest.mark.parametrize(
