@@ -28,7 +28,7 @@ The rooms of this house, in order. Each one names only rooms above it:
     CLIENT      towards a hub, from the plugin and the command line
     PROCESSES   who started us, who has a terminal's keyboard
     SCREEN      what a terminal shows, and where in it an agent's composer stands
-    TERMINALS   terminals to look at and to type into: tmux
+    TERMINALS   terminals to look at and to type into: tmux, kitty, cmux and others
     DOORS       ways to reach a running agent: its own inbox, else its terminal
     BELL        what the doorbell says, and when it is rung
     TOOLS       what an agent sees: nine tools, their words, what they take and give
@@ -8154,6 +8154,11 @@ def next_pause(pause: float, held: float) -> float:
 # Pids are looked at anew each time, for between two looks a process can end.
 # ======================================================================================
 
+# Of what ps prints, the variables by which terminals name their panes.
+PANE_VARIABLES = (
+    r" ((?:TMUX|KITTY|CMUX_TUI|HERDR|WEZTERM|ZELLIJ)\w*)=(.*?)"
+    r"(?= [A-Za-z_]\w*=|\s*$)"
+)
 DOOR_SECONDS = 5  # bound of every command that a door runs
 SHELLS = frozenset(
     (
@@ -8339,7 +8344,7 @@ def variables_of(pid: int) -> Mapping[str, str]:
     """The environment a process was started with; {} if it cannot be seen.
 
     On macOS ps prints it behind the command, in one line without quotes. There only the
-    two variables are read that say where a pane of tmux is.
+    variables are read that say where a pane of a terminal is.
     """
     try:
         if has_proc():
@@ -8351,8 +8356,7 @@ def variables_of(pid: int) -> Mapping[str, str]:
         )
     except OSError:
         return {}
-    wanted = r" (TMUX|TMUX_PANE)=(.*?)(?= [A-Za-z_]\w*=|\s*$)"
-    return dict(re.findall(wanted, text))
+    return dict(re.findall(PANE_VARIABLES, text))
 
 
 def command_of(pid: int) -> list[str]:
@@ -8537,6 +8541,7 @@ class Screen(NamedTuple):
     mode_stays: bool = False  # only who opened it may end it
     mode_place: str = ""  # where in it somebody is
     input_off: bool = False  # keys are refused, or go to other panes too
+    has_caret: bool = True  # False: the terminal does not tell where it is
 
 
 class Shape(NamedTuple):
@@ -8908,6 +8913,24 @@ def is_hint(screen: Screen, shape: Shape, text: str, last: int) -> bool:
     return bool(shape.hint and re.fullmatch(shape.hint, squeezed(text)))
 
 
+def with_caret_at_prompt(screen: Screen, cli: str) -> Screen:
+    """The screen with its caret where the text of the lowest composer begins.
+
+    For a terminal that tells of no caret: an empty composer has it there, and text that
+    stands behind it counts as a draft. Without a composer the caret is in none.
+    """
+    shape = SHAPES[cli]
+    for place in range(screen.height - 1, -1, -1):
+        row = screen.rows[place].ljust(4)
+        prompt = re.search(shape.prompt, row)
+        if prompt:
+            column = sum(map(cells_of, row[: prompt.end()]))
+            moved = screen._replace(x=column, y=place, has_caret=True)
+            if find_composer(moved, shape):
+                return moved
+    return screen._replace(x=0, y=0, has_caret=True)
+
+
 def guess_composer(screen: Screen, signs: str) -> Composer | None:
     """The composer of a CLI that has no shape.
 
@@ -9062,7 +9085,7 @@ def is_folded(composer: Composer | None) -> bool:
 
 # ======================================================================================
 # TERMINALS -- terminals that can be looked at and typed into, and which pane is ours.
-# Knows: tmux, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
+# Knows: tmux and others, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
 #
 # A pane is the agent's only if its CLI lives in it and no other terminal lies between:
 # the CLI's controlling terminal is the pane's, it leads back to the pane's first
@@ -9082,6 +9105,10 @@ class PaneGone(OSError):
     """
 
 
+class NotTyped(OSError):
+    """The terminal itself looked, and refused to type. The sentence is its own."""
+
+
 class Key(StrEnum):
     """What can be pressed."""
 
@@ -9089,38 +9116,56 @@ class Key(StrEnum):
     RETURN = "return"  # as a bare CR, which some terminals need
 
 
+class PaneAddress(NamedTuple):
+    """Where a pane is said to be, by a variable or by the user; not yet proved."""
+
+    socket: str  # of the terminal's server, or the name of its session
+    pane: str
+    server: str = ""  # pid of the server, where it is told
+
+
+class Claim(NamedTuple):
+    """What a terminal says of a pane of its own."""
+
+    address: PaneAddress  # as the terminal itself names it
+    leader: int  # pid of the pane's first process
+    tty: str  # path of the pane's terminal
+
+
 class Terminal(abc.ABC):
     """A way to look at a pane and to type into it.
 
-    A new one is a subclass with these verbs. What a terminal cannot tell (no caret, no
-    modes) means that it is not typed into. Every verb may block for DOOR_SECONDS, and
-    raise OSError; none is called before find() gave "".
+    A new one is a subclass with these verbs and a row in DOORS. What a terminal cannot
+    tell (no caret, no modes) means that it is not typed into. Every verb may block for
+    DOOR_SECONDS, and raise OSError or, for an answer that makes no sense, ValueError;
+    look, paste and press only mean something once a pane was found.
 
-    A paste or a key is given the look that it was decided on. Whoever cannot compare and
-    type in one step must not be a Terminal: between the two somebody may press Enter.
+    A paste or a key is given the look that it was decided on. Where the terminal cannot
+    compare and type in one step, is_unmoved() is asked right before.
     """
 
     name = ""
+    submits = False  # the terminal itself presses Enter behind a paste
+    # Once found, for good: an agent does not move.
+    address: PaneAddress | None = None
     # The agent's CLI, if it was proved that the pane is its own.
     cli: Process | None = None
+    leader = 0  # pid of the pane's first process
     tty = ""  # path of the pane's terminal
 
     @abc.abstractmethod
-    def find(self) -> str:
-        """Looks for the agent's own pane, with proof. Why there is none, or "".
+    def address_in(
+        self, _variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """The pane that this environment names; None if it names none.
 
-        Asked at each registration and before each ring, so it must be cheap once a pane
-        is found.
+        Variables are inherited by all that a pane ever started, also by what has left it
+        since, so an address proves nothing.
         """
 
     @abc.abstractmethod
-    def place(self) -> str:
-        """A name for the pane that no other has on this machine: who types into it
-        holds a lock of that name."""
-
-    @abc.abstractmethod
-    def program(self) -> list[str]:
-        """The words with which the program in front of the pane was started."""
+    def claim(self, _address: PaneAddress, _cli: Process | None) -> Claim:
+        """What the terminal says of the pane there. OSError if there is none."""
 
     @abc.abstractmethod
     def look(self) -> Screen:
@@ -9129,12 +9174,72 @@ class Terminal(abc.ABC):
     @abc.abstractmethod
     def paste(self, screen: Screen, line: str) -> bool:
         """Pastes the line, in brackets. False, and nothing happened, if something moved
-        since that look."""
+        since that look. NotTyped if the terminal has a reason of its own."""
 
     @abc.abstractmethod
     def press(self, screen: Screen, key: Key) -> bool:
         """Presses the key. False, and nothing happened, if something moved since that
         look."""
+
+    def vouched(self) -> PaneAddress | None:
+        """The pane that the user gave us without proof, if there is one."""
+        return None
+
+    def find(self) -> str:
+        """Looks for the agent's own pane in this terminal. Why there is none, or ""."""
+        _, refusal = find_own([self])
+        return refusal
+
+    def try_address(self, address: PaneAddress, cli: Process | None) -> str:
+        """Takes the pane at this address if it is the CLI's own, else says why not.
+
+        Without a CLI the user vouches for the pane.
+        """
+        try:
+            claim = self.claim(address, cli)
+            device = os.stat(claim.tty).st_rdev
+        except (OSError, ValueError) as error:
+            return f"{self.name} does not show pane {address.pane}: {error}"
+        refusal = ""
+        if cli:
+            refusal = why_not_its_own(cli, device, claim.leader)
+        if not refusal:
+            self.address = claim.address
+            self.cli = cli
+            self.leader = claim.leader
+            self.tty = claim.tty
+        return refusal
+
+    def own_address(self) -> PaneAddress:
+        """Where our pane is. PaneGone before one was found."""
+        if not self.address:
+            raise PaneGone("no pane was found")
+        return self.address
+
+    def place(self) -> str:
+        """A name for the pane that no other has on this machine: who types into it
+        holds a lock of that name."""
+        address = self.own_address()
+        return f"{self.name}-{os.path.realpath(address.socket)}-{address.pane}"
+
+    def program(self) -> list[str]:
+        """The words with which the program in front of the pane was started: by the CLI
+        itself, else by the terminal. [] if that cannot be seen."""
+        if self.cli:
+            return command_of(self.cli.pid)
+        leader = find_process(self.leader)
+        if leader:
+            return command_of(leader.front)
+        return []
+
+    def is_unmoved(self, screen: Screen) -> bool:
+        """Is all as in that look, and no key waits to be read?
+
+        For terminals that cannot compare and type in one step. What somebody types
+        between this and the next command, a millisecond or a process later, is not
+        seen.
+        """
+        return self.look().state == screen.state and not unread_bytes(self.tty)
 
     def mode_is_watched(self) -> bool:
         """Has somebody who sees this pane pressed a key lately? Then a mode that is open
@@ -9226,6 +9331,86 @@ def inner_terminal(cli: Process) -> str:
     return process.name
 
 
+def first_on_tty(cli: Process) -> Process:
+    """The last process upwards from the CLI that is in the same terminal: the pane's
+    first. Its parent is the program that made the terminal."""
+    first = cli
+    above = find_process(cli.parent)
+    while above and above.tty == cli.tty:
+        first = above
+        above = find_process(above.parent)
+    return first
+
+
+def path_of_tty(device: int) -> str:
+    """The path of the terminal with this device number. OSError if there is none."""
+    for folder in ("/dev/pts", "/dev"):
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                if device and entry.stat().st_rdev == device:
+                    return entry.path
+    raise PaneGone("its terminal is gone")
+
+
+def claim_of(address: PaneAddress, pid: int) -> Claim:
+    """What is to be said of a pane whose first process has this pid."""
+    process = find_process(pid)
+    if not process:
+        raise PaneGone(f"its first process ({pid}) has ended")
+    return Claim(address, pid, path_of_tty(process.tty))
+
+
+def find_own(terminals: Sequence[Terminal]) -> tuple[Terminal | None, str]:
+    """The terminal in which the agent's CLI itself runs; else why there is none.
+
+    Asked at each registration and before each ring, so it is cheap once a pane was
+    found. Candidates are what the environments say, ours first, then those of the
+    processes up to the CLI, from the top: some CLIs start plugins without these
+    variables. Each is only a hint, which try_address proves or refuses; so of two
+    terminals, one inside the other, the inner one is found.
+    """
+    for terminal in terminals:
+        if terminal.address:
+            return terminal, ""
+        vouched = terminal.vouched()
+        if vouched:
+            return terminal, terminal.try_address(vouched, None)
+    cli, pids = agent_cli()
+    if not cli:
+        return None, "no agent's CLI is to be seen above us"
+    who = f"{cli.name} ({cli.pid})"
+    if not cli.tty:
+        return None, (
+            f"{who}, which started us, has no terminal: "
+            "it is a background service or runs without a screen"
+        )
+    environments = (environ(), *map(variables_of, reversed(pids)))
+    return search_own(terminals, cli, environments)
+
+
+def search_own(
+    terminals: Sequence[Terminal],
+    cli: Process,
+    environments: Iterable[Mapping[str, str]],
+) -> tuple[Terminal | None, str]:
+    """The first terminal of which one of these environments names the CLI's own pane;
+    else what each of them says of the pane that is named."""
+    refusals: dict[tuple[Terminal, PaneAddress], str] = {}
+    for variables in environments:
+        for terminal in terminals:
+            address = terminal.address_in(variables)
+            if not address or (terminal, address) in refusals:
+                continue
+            refusal = terminal.try_address(address, cli)
+            if not refusal:
+                return terminal, ""
+            refusals[terminal, address] = refusal
+    if refusals:
+        return None, "; ".join(dict.fromkeys(refusals.values()))
+    names = ", ".join(terminal.name for terminal in terminals)
+    return None, f"{cli.name} ({cli.pid}) does not run inside {names}"
+
+
 class TmuxState(NamedTuple):
     """What tmux tells of a pane, each field under tmux's own name for it.
 
@@ -9294,28 +9479,6 @@ OTHER_VERSION = Pattern("exited unexpectedly|protocol version|lost server")
 VIEWER_SECONDS = 60  # after a key, somebody who sees a mode is taken to be at it
 
 
-class TmuxAddress(NamedTuple):
-    """Where a pane is said to be, by a variable or by the user; not yet proved."""
-
-    socket: str
-    pane: str
-    server: str = ""  # pid of the server, where it is told
-
-
-def address_in(variables: Mapping[str, str]) -> TmuxAddress | None:
-    """What TMUX and TMUX_PANE say; None if they are missing or say nothing usable.
-
-    TMUX is "socket,pid,session"; the path of the socket may hold commas and blanks. Both
-    are inherited by all that a pane ever started, also by what has left it since.
-    """
-    socket, _, rest = variables.get("TMUX", "").rpartition(",")
-    socket, _, server = socket.rpartition(",")
-    pane = variables.get("TMUX_PANE", "")
-    if not socket or not rest or not re.fullmatch(r"%\d+", pane):
-        return None
-    return TmuxAddress(socket, pane, server)
-
-
 class Tmux(Terminal):
     """A pane of a tmux server.
 
@@ -9329,74 +9492,43 @@ class Tmux(Terminal):
     def __init__(self, override: str) -> None:
         """A pane that is still to be found; "" for no override."""
         self.override = override
-        # Once found, for good: an agent does not move.
-        self.address: TmuxAddress | None = None
         self.owner = ("", "")  # pids of the server and of the pane
 
-    def place(self) -> str:
-        """Socket and pane."""
-        if not self.address:
-            return ""
-        return f"{os.path.realpath(self.address.socket)}-{self.address.pane}"
+    def vouched(self) -> PaneAddress | None:
+        """The pane of the override."""
+        if not self.override:
+            return None
+        socket, _, pane = self.override.rpartition(",")
+        return PaneAddress(socket, pane)
 
-    def find(self) -> str:
-        """The pane of the override, else the one in which the agent's CLI runs.
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """What TMUX and TMUX_PANE say; None if they are missing or say nothing usable.
 
-        Candidates are what the environments say, ours first, then those of the processes
-        up to the CLI, from the top: some CLIs start plugins without TMUX. Each is only a
-        hint, which try_address proves or refuses.
+        TMUX is "socket,pid,session"; the path of the socket may hold commas and blanks.
         """
-        if self.address:
-            return ""
-        if self.override:
-            socket, _, pane = self.override.rpartition(",")
-            return self.try_address(TmuxAddress(socket, pane), None)
-        cli, pids = agent_cli()
-        if not cli:
-            return "no agent's CLI is to be seen above us"
-        if not cli.tty:
-            return (
-                f"{cli.name} ({cli.pid}), which started us, has no terminal: "
-                "it is a background service or runs without a screen"
-            )
-        refusal = f"{cli.name} ({cli.pid}) does not run inside tmux"
-        tried = set()
-        for variables in (environ(), *map(variables_of, reversed(pids))):
-            address = address_in(variables)
-            if address and address not in tried:
-                tried.add(address)
-                refusal = self.try_address(address, cli)
-            if not refusal:
-                break
-        return refusal
+        socket, _, rest = variables.get("TMUX", "").rpartition(",")
+        socket, _, server = socket.rpartition(",")
+        pane = variables.get("TMUX_PANE", "")
+        if not socket or not rest or not re.fullmatch(r"%\d+", pane):
+            return None
+        return PaneAddress(socket, pane, server)
 
-    def try_address(self, address: TmuxAddress, cli: Process | None) -> str:
-        """Takes the pane at this address if it is the CLI's own, else says why not.
-
-        Without a CLI the user vouches for the pane.
-        """
+    def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
+        """What the server says. An address may name one that is no more."""
         wanted = "#{pid} #{pane_pid} #{pane_id} #{pane_tty}"
-        try:
-            answer = self.ask(
-                address, "display-message", "-p", "-t", address.pane, wanted
-            )
-            server, leader, pane, tty = answer.strip().split(" ", 3)
-            device = os.stat(tty).st_rdev
-        except (OSError, ValueError) as error:
-            return f"tmux does not show pane {address.pane} of {address.socket}: {error}"
+        answer = self.ask(
+            address, "display-message", "-p", "-t", address.pane, wanted
+        )
+        server, leader, pane, tty = answer.strip().split(" ", 3)
         if address.server not in ("", server):
-            return f"another tmux server is at {address.socket} now"
-        refusal = ""
-        if cli:
-            refusal = why_not_its_own(cli, device, int(leader))
-        if not refusal:
-            self.address = TmuxAddress(address.socket, pane, server)
-            self.owner = (server, leader)
-            self.cli = cli
-            self.tty = tty
-        return refusal
+            raise PaneGone(f"another tmux server is at {address.socket} now")
+        self.owner = (server, leader)
+        own = PaneAddress(address.socket, pane, server)
+        return Claim(own, int(leader), tty)
 
-    def ask(self, address: TmuxAddress, *words: str, text: str = "") -> str:
+    def ask(self, address: PaneAddress, *words: str, text: str = "") -> str:
         """What tmux prints. Raises PaneGone with what it complains of, OSError if it
         hangs.
 
@@ -9418,7 +9550,7 @@ class Tmux(Terminal):
         return out
 
     def call(
-        self, binary: str, address: TmuxAddress, words: Sequence[str], text: str
+        self, binary: str, address: PaneAddress, words: Sequence[str], text: str
     ) -> tuple[int, str, str]:
         """Exit code, output and complaint of one tmux command."""
         # -u: in the C locale tmux would print a prompt's sign as "_"
@@ -9432,30 +9564,19 @@ class Tmux(Terminal):
 
     def run(self, *words: str, text: str = "") -> str:
         """What tmux prints, asked about our pane."""
-        if not self.address:
-            raise PaneGone("no pane was found")
-        return self.ask(self.address, *words, text=text)
+        return self.ask(self.own_address(), *words, text=text)
 
     def target(self) -> str:
         """The id of our pane, such as %3."""
-        if not self.address:
-            return ""
-        return self.address.pane
+        return self.own_address().pane
 
     def program(self) -> list[str]:
-        """What runs in front of the pane: by the CLI itself, else by its terminal."""
-        if self.cli:
-            return command_of(self.cli.pid)
-        leader = find_process(int(self.owner[1]))
-        if leader:
-            return command_of(leader.front)
-        return self.run(
-            "display-message",
-            "-p",
-            "-t",
-            self.target(),
-            "#{pane_current_command}",
-        ).split()
+        """Where the processes cannot be seen, tmux knows the program's name."""
+        words = super().program()
+        if not words:
+            command = ("display-message", "-p", "-t", self.target())
+            words = self.run(*command, "#{pane_current_command}").split()
+        return words
 
     def look(self) -> Screen:
         """State and rows by one command."""
@@ -9567,6 +9688,574 @@ def peer_of(connection: socket.socket) -> int:
         socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
     )
     return int(struct.unpack("3i", told)[0])
+
+
+# -- terminals that answer in JSON, over a Unix socket or by a command of theirs
+
+# In what a terminal prints of its screen, every escape that is no style.
+NO_STYLE = Pattern(
+    r"\x1b\][^\x07\x1b]*(?:\x1b\\|\x07)"
+    r"|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b\[[<-?][0-?]*m|\x1b[()].|\x1b[^\[\]()]"
+)
+MOST_ANSWER = 64 << 20  # bytes; a screen with all its history has less
+
+
+def ask_socket(path: str, request: bytes, end: bytes) -> bytes:
+    """The answer of the server at a Unix socket to one request, up to its `end`.
+
+    "@name" is an abstract socket of Linux. PaneGone if nobody is there, another OSError
+    if it hangs.
+    """
+    import socket
+
+    if path.startswith("@"):
+        path = path.replace("@", "\0", 1)
+    answer = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DOOR_SECONDS)
+            client.connect(path)
+            client.sendall(request)
+            while not answer.endswith(end) and len(answer) < MOST_ANSWER:
+                part = client.recv(1 << 16)
+                if not part:
+                    raise PaneGone("it closed the connection")
+                answer += part
+    except (FileNotFoundError, ConnectionError) as error:
+        raise PaneGone(f"nobody listens at its socket: {error}") from None
+    return answer
+
+
+def told(answer: object, *path: str) -> object:
+    """What an answer holds at this path. ValueError where there is nothing."""
+    for name in path:
+        if not isinstance(answer, dict) or name not in answer:
+            raise ValueError(f"there is no {name} in its answer")
+        answer = answer[name]
+    return answer
+
+
+def told_number(answer: object, *path: str) -> int:
+    """The same, for a number."""
+    return int(str(told(answer, *path)))
+
+
+def window_size(tty: str) -> os.terminal_size:
+    """Columns and lines of a terminal. PaneGone if it is no more."""
+    try:
+        terminal = os.open(tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        raise PaneGone(f"the pane's terminal is gone: {error}") from None
+    try:
+        return os.get_terminal_size(terminal)
+    finally:
+        os.close(terminal)
+
+
+def screen_of(
+    rows: Sequence[str], x: int, y: int, size: os.terminal_size
+) -> Screen:
+    """A look whose state is the caret, the size and the row with the caret.
+
+    That much says that nobody typed; what an agent prints meanwhile elsewhere is no
+    reason to wait.
+    """
+    styled = [NO_STYLE.sub("", row) for row in rows]
+    styled = [*styled, *[""] * size.lines][: size.lines]
+    return Screen(
+        f"{x} {y} {size.columns} {size.lines} {styled[y]}",
+        tuple(map(plain_row, styled)),
+        tuple(styled),
+        x,
+        y,
+        size.columns,
+        size.lines,
+    )
+
+
+# What kitty runs in itself: it compares and types in one step. What is compared is all
+# that it shows, styles and caret too. Where somebody has scrolled back, nothing is typed.
+KITTEN = """\
+# Written by agent-chat: types a line into a window if nothing moved since a look at it.
+from kittens.tui.handler import result_handler
+
+
+def main(args):
+    pass
+
+
+@result_handler(no_ui=True)
+def handle_result(args, answer, target_window_id, boss):
+    _, how, seen, text = args
+    window = boss.window_id_map[target_window_id]
+    shown = window.as_text(as_ansi=True, add_wrap_markers=True, add_cursor=True)
+    if shown != seen or window.screen.scrolled_by:
+        return "moved"
+    if how == "paste":
+        window.paste_text(text)
+    else:
+        window.write_to_child(text)
+    return "done"
+"""
+KITTY_VERSION = [0, 20, 0]  # of the protocol; a kitty that is older refuses
+KITTY_CARET = Pattern(r"\x1b\[(\d+);(\d+)H")
+KITTY_IS_SHUT = (
+    "its remote control is off: put `allow_remote_control socket-only` and `listen_on "
+    "unix:/tmp/kitty` into kitty.conf and start kitty anew"
+)
+
+
+class Kitty(Terminal):
+    """A window of kitty, by its remote control."""
+
+    name = "kitty"
+
+    def __init__(self, home: str) -> None:
+        """`home` is the directory where the kitten may be written."""
+        self.home = home
+
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """The window's number, and the socket if there is one."""
+        window = variables.get("KITTY_WINDOW_ID", "")
+        if not window.isdecimal():
+            return None
+        listens = variables.get("KITTY_LISTEN_ON", "")
+        _, _, socket = listens.partition("unix:")
+        return PaneAddress(socket, window)
+
+    def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
+        """The first process of that window, out of the list of all."""
+        if not address.socket:
+            raise PaneGone(KITTY_IS_SHUT)
+        listed = self.ask(address, "ls", {"match": f"id:{address.pane}"})
+        for outer in json.loads(str(listed)):
+            for tab in outer["tabs"]:
+                for window in tab["windows"]:
+                    if str(window["id"]) == address.pane:
+                        return claim_of(address, told_number(window, "pid"))
+        raise PaneGone("there is no such window")
+
+    def ask(
+        self,
+        address: PaneAddress,
+        command: str,
+        payload: Mapping[str, object],
+    ) -> object:
+        """What kitty answers to a command. PaneGone with what it complains of."""
+        request = {"cmd": command, "version": KITTY_VERSION, "payload": payload}
+        text = f"\x1bP@kitty-cmd{json.dumps(request)}\x1b\\"
+        found = ask_socket(address.socket, text.encode(), b"\x1b\\")
+        answer = json.loads(found[found.index(b"{") : -2])
+        if not told(answer, "ok"):
+            raise PaneGone(f"kitty says: {answer.get('error')}")
+        return answer.get("data")
+
+    def run(self, command: str, **payload: object) -> str:
+        """What kitty answers, asked about our window."""
+        address = self.own_address()
+        whole = {"match": f"id:{address.pane}", **payload}
+        return str(self.ask(address, command, whole))
+
+    def look(self) -> Screen:
+        """All that is shown is the state, for the kitten compares it."""
+        shown = self.run(
+            "get-text", extent="screen", ansi=True, cursor=True, wrap_markers=True
+        )
+        text, _, end = shown.rpartition("\x1b[?25")
+        caret = KITTY_CARET.search(end)
+        if not caret:
+            raise ValueError("kitty tells no caret")
+        y, x = map(int, caret.groups())
+        rows = re.split("\r\n?", text)
+        screen = screen_of(rows, x - 1, y - 1, window_size(self.tty))
+        return screen._replace(state=shown)
+
+    def kitten(self) -> str:
+        """The path of the kitten, written anew where it is missing or another."""
+        path = os.path.join(self.home, "kitty_type.py")
+        with contextlib.suppress(OSError), open(path) as file:
+            if file.read() == KITTEN:
+                return path
+        fresh = f"{path}.{os.getpid()}"
+        with open(fresh, "w") as file:
+            file.write(KITTEN)
+        os.replace(fresh, path)
+        return path
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """kitty itself knows whether the program wants brackets."""
+        words = ["paste", screen.state, line]
+        return self.run("kitten", kitten=self.kitten(), args=words) == "done"
+
+    def press(self, screen: Screen, _key: Key) -> bool:
+        """Enter is a CR, whatever keyboard protocol the program has asked for."""
+        words = ["type", screen.state, "\r"]
+        return self.run("kitten", kitten=self.kitten(), args=words) == "done"
+
+
+class Cmux(Terminal):
+    """A terminal of cmux, by the protocol that its own command speaks."""
+
+    name = "cmux"
+
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """Both variables are set in every terminal of cmux."""
+        socket = variables.get("CMUX_TUI_SOCKET", "")
+        terminal = variables.get("CMUX_TUI_TERMINAL_ID", "")
+        if not socket or not terminal:
+            return None
+        return PaneAddress(socket, terminal)
+
+    def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
+        """The first process."""
+        answer = self.ask(address, "process.get", {})
+        return claim_of(address, told_number(answer, "pid"))
+
+    def ask(
+        self,
+        address: PaneAddress,
+        operation: str,
+        fields: Mapping[str, object],
+    ) -> object:
+        """What cmux answers to an operation on that terminal. PaneGone with what it
+        complains of."""
+        request = {
+            "type": "request",
+            "protocol": "cmux.protocol/2",
+            "id": "agent-chat",
+            "operation": f"terminal.{operation}",
+            "params": {
+                "machine": "current",
+                "session": "current",
+                "terminal": address.pane,
+                **fields,
+            },
+        }
+        if operation.startswith("input."):
+            request["idempotency_key"] = f"agent-chat-{os.urandom(8).hex()}"
+        text = json.dumps(request) + "\n"
+        answer = json.loads(ask_socket(address.socket, text.encode(), b"\n"))
+        if not told(answer, "ok"):
+            raise PaneGone(f"cmux says: {told(answer, 'error', 'message')}")
+        return told(answer, "result")
+
+    def state(self) -> str:
+        """Modes, history and screen, as escapes that would bring them back."""
+        import base64
+
+        answer = self.ask(self.own_address(), "state.read", {})
+        coded = str(told(answer, "state_base64"))
+        return base64.b64decode(coded).decode(errors="replace")
+
+    def look(self) -> Screen:
+        """The rows as text, the caret, and the styles of the same rows at the end of the
+        state. Where the two differ, something was drawn between them: no caret."""
+        address = self.own_address()
+        styled = NO_STYLE.sub("", self.state()).split("\r\n")
+        answer = self.ask(address, "screen.read", {})
+        rows = str(told(answer, "text")).split("\n")
+        size = os.terminal_size(
+            (told_number(answer, "cols"), told_number(answer, "rows"))
+        )
+        x = told_number(answer, "cursor_col")
+        y = told_number(answer, "cursor_row")
+        while len(styled) > 1 and not plain_row(styled[-1]):
+            styled.pop()
+        styled = styled[-len(rows) :]
+        same = list(map(plain_row, styled)) == [
+            row.rstrip(" ") for row in rows
+        ]
+        return screen_of(styled, x, y, size)._replace(has_caret=same)
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """cmux has no paste of its own. It tells whether the program asked for brackets;
+        without them the line is typed, as tmux does."""
+        if "\x1b[?2004h" in self.state():
+            line = f"\x1b[200~{line}\x1b[201~"
+        return self.unmoved(screen, "input.write", {"text": line})
+
+    def press(self, screen: Screen, key: Key) -> bool:
+        """By name, or as the character that the key stands for."""
+        if key is Key.RETURN:
+            return self.unmoved(screen, "input.write", {"text": "\r"})
+        return self.unmoved(screen, "input.keys", {"keys": ["enter"]})
+
+    def unmoved(
+        self, screen: Screen, operation: str, fields: Mapping[str, object]
+    ) -> bool:
+        """Has cmux do it, unless something moved since that look."""
+        if not self.is_unmoved(screen):
+            return False
+        self.ask(self.own_address(), operation, fields)
+        return True
+
+
+class Herdr(Terminal):
+    """A pane of herdr, by its socket.
+
+    herdr tells of no caret. It is used all the same, for its own `agent prompt` refuses
+    an agent that it sees at a dialog, and one that is not in front of its pane; then a
+    composer that is known as a whole must be empty. It presses Enter itself.
+    """
+
+    name = "herdr"
+    submits = True
+    enters_at = 0.0  # when its own Enter has surely been pressed
+
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """Both variables are set in every pane of herdr."""
+        socket = variables.get("HERDR_SOCKET_PATH", "")
+        pane = variables.get("HERDR_PANE_ID", "")
+        if not socket or not pane:
+            return None
+        return PaneAddress(socket, pane)
+
+    def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
+        """The first process."""
+        answer = self.ask(
+            address, "pane.process_info", {"pane_id": address.pane}
+        )
+        return claim_of(address, told_number(answer, "process_info", "shell_pid"))
+
+    def ask(
+        self, address: PaneAddress, method: str, params: Mapping[str, object]
+    ) -> object:
+        """What herdr answers. PaneGone for a pane that it does not know, else NotTyped,
+        with what it complains of."""
+        request = {"id": "agent-chat", "method": method, "params": params}
+        text = json.dumps(request) + "\n"
+        answer = json.loads(ask_socket(address.socket, text.encode(), b"\n"))
+        if "error" not in answer:
+            return told(answer, "result")
+        code = told(answer, "error", "code")
+        sentence = f"herdr says: {told(answer, 'error', 'message')} ({code})"
+        if code == "pane_not_found":
+            raise PaneGone(sentence)
+        raise NotTyped(sentence)
+
+    def look(self) -> Screen:
+        """Without a caret, so all that is shown is the state."""
+        address = self.own_address()
+        wanted = {
+            "pane_id": address.pane,
+            "source": "visible",
+            "format": "ansi",
+            "strip_ansi": False,
+        }
+        answer = self.ask(address, "pane.read", wanted)
+        text = str(told(answer, "read", "text"))
+        screen = screen_of(text.splitlines(), 0, 0, window_size(self.tty))
+        return screen._replace(state=text, has_caret=False)
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """Pastes, and has herdr press Enter a moment later."""
+        if not self.is_unmoved(screen):
+            return False
+        address = self.own_address()
+        prompt = {"target": address.pane, "text": line}
+        self.ask(address, "agent.prompt", prompt)
+        self.enters_at = time.monotonic() + HERDR_SECONDS
+        return True
+
+    def press(self, screen: Screen, _key: Key) -> bool:
+        """Leaves the first Enter to herdr."""
+        if time.monotonic() < self.enters_at:
+            return True
+        if not self.is_unmoved(screen):
+            return False
+        address = self.own_address()
+        keys = {"pane_id": address.pane, "keys": ["enter"]}
+        self.ask(address, "pane.send_keys", keys)
+        return True
+
+
+HERDR_SECONDS = 0.8  # it presses Enter 0.3 s after a paste
+
+
+class CommandTerminal(Terminal, abc.ABC):
+    """A terminal that is asked by running its own command."""
+
+    @abc.abstractmethod
+    def command(self, _address: PaneAddress) -> list[str]:
+        """How its command begins for that address."""
+
+    @abc.abstractmethod
+    def target(self) -> list[str]:
+        """The option that names our pane."""
+
+    def ask(self, address: PaneAddress, *words: str, text: str = "") -> str:
+        """What it prints. PaneGone with what it complains of."""
+        try:
+            code, out, errors = run_bounded(
+                [*self.command(address), *words], text
+            )
+        except FileNotFoundError:
+            raise PaneGone(f"there is no {self.name} on PATH") from None
+        if code:
+            raise PaneGone(errors.strip() or f"{self.name} failed")
+        return out
+
+    def run(self, *words: str, text: str = "") -> str:
+        """What it prints, asked about our pane."""
+        return self.ask(self.own_address(), *words, text=text)
+
+    def run_unmoved(
+        self, screen: Screen, *words: str, text: str = ""
+    ) -> bool:
+        """Runs it with our pane, unless something moved since that look."""
+        if not self.is_unmoved(screen):
+            return False
+        action, *rest = words
+        self.run(action, *self.target(), *rest, text=text)
+        return True
+
+
+class WezTerm(CommandTerminal):
+    """A pane of WezTerm."""
+
+    name = "wezterm"
+
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """The pane's number; the socket says which WezTerm."""
+        pane = variables.get("WEZTERM_PANE", "")
+        if not pane.isdecimal():
+            return None
+        return PaneAddress(variables.get("WEZTERM_UNIX_SOCKET", ""), pane)
+
+    def command(self, address: PaneAddress) -> list[str]:
+        """The command finds its WezTerm by the variable."""
+        if not address.socket:
+            return ["wezterm", "cli"]
+        variable = f"WEZTERM_UNIX_SOCKET={address.socket}"
+        return ["env", variable, "wezterm", "cli"]
+
+    def claim(self, address: PaneAddress, cli: Process | None) -> Claim:
+        """It tells the terminal of a pane, and the CLI is in one."""
+        if not cli:
+            raise PaneGone("a pane of WezTerm is never taken on anybody's word")
+        tty = str(told(self.entry(address), "tty_name"))
+        return Claim(address, cli.session or first_on_tty(cli).pid, tty)
+
+    def entry(self, address: PaneAddress) -> object:
+        """What `list` says of that pane. PaneGone if there is no such pane."""
+        listed = json.loads(self.ask(address, "list", "--format", "json"))
+        for pane in listed:
+            if str(told(pane, "pane_id")) == address.pane:
+                return pane
+        raise PaneGone("there is no such pane")
+
+    def look(self) -> Screen:
+        """Text and caret by two commands; the second look finds what moved between."""
+        text = self.run("get-text", "--escapes", *self.target())
+        pane = self.entry(self.own_address())
+        x = told_number(pane, "cursor_x")
+        y = told_number(pane, "cursor_y")
+        return screen_of(text.splitlines(), x, y, window_size(self.tty))
+
+    def target(self) -> list[str]:
+        """The option that names our pane."""
+        return ["--pane-id", self.own_address().pane]
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """By stdin; WezTerm knows whether the program wants brackets."""
+        return self.run_unmoved(screen, "send-text", text=line)
+
+    def press(self, screen: Screen, _key: Key) -> bool:
+        """As a character."""
+        return self.run_unmoved(
+            screen, "send-text", "--no-paste", text="\r"
+        )
+
+
+class Zellij(CommandTerminal):
+    """A pane of zellij, 0.44 or later."""
+
+    name = "zellij"
+
+    def address_in(
+        self, variables: Mapping[str, str]
+    ) -> PaneAddress | None:
+        """The pane's number, and the session's name in place of a socket."""
+        session = variables.get("ZELLIJ_SESSION_NAME", "")
+        pane = variables.get("ZELLIJ_PANE_ID", "")
+        if not session or not pane.isdecimal():
+            return None
+        return PaneAddress(session, pane)
+
+    def command(self, address: PaneAddress) -> list[str]:
+        """Every action can name its session."""
+        return ["zellij", "--session", address.socket, "action"]
+
+    def claim(self, address: PaneAddress, cli: Process | None) -> Claim:
+        """zellij tells neither process nor terminal of a pane, but it gave the pane's
+        first process its own number: that one's parent must be zellij itself."""
+        if not cli:
+            raise PaneGone("a pane of zellij is never taken on anybody's word")
+        first = first_on_tty(cli)
+        maker = find_process(first.parent)
+        if not maker or not maker.name.startswith("zellij"):
+            raise PaneGone(f"{first.name} ({first.pid}) was not started by zellij")
+        if self.address_in(variables_of(first.pid)) != address:
+            raise PaneGone(f"{first.name} ({first.pid}) is in another pane")
+        return claim_of(address, first.pid)
+
+    def look(self) -> Screen:
+        """Text and caret by two commands. zellij tells the caret only while it is not
+        hidden, counted from the frame; and it prints a row that goes on in the next as
+        one, so that such a screen cannot be read."""
+        pane = self.target()
+        text = self.run("dump-screen", "--ansi", *pane)
+        info = self.entry()
+        size = window_size(self.tty)
+        rows = text.splitlines()
+        caret = told(info, "cursor_coordinates_in_pane")
+        if not isinstance(caret, list):
+            return screen_of(rows, 0, 0, size)._replace(has_caret=False)
+        x, y = map(int, caret)
+        x -= told_number(info, "pane_content_x") - told_number(info, "pane_x")
+        y -= told_number(info, "pane_content_y") - told_number(info, "pane_y")
+        screen = screen_of(rows, x, y, size)
+        widest = max(sum(map(cells_of, row)) for row in screen.rows)
+        return screen._replace(has_caret=widest <= size.columns)
+
+    def entry(self) -> object:
+        """What `list-panes` says of our pane. PaneGone if there is no such pane."""
+        listed = json.loads(self.run("list-panes", "--json", "--all"))
+        for pane in listed:
+            same = str(told(pane, "id")) == self.own_address().pane
+            if same and not told(pane, "is_plugin"):
+                return pane
+        raise PaneGone("there is no such pane")
+
+    def target(self) -> list[str]:
+        """The option that names our pane."""
+        return ["--pane-id", f"terminal_{self.own_address().pane}"]
+
+    def paste(self, screen: Screen, line: str) -> bool:
+        """zellij takes the line from nowhere but the command's words, so `ps` shows it
+        for a moment."""
+        return self.run_unmoved(screen, "paste", line)
+
+    def press(self, screen: Screen, _key: Key) -> bool:
+        """By name."""
+        return self.run_unmoved(screen, "send-keys", "Enter")
+
+
+def own_terminals(settings: Settings) -> list[Terminal]:
+    """Every terminal that an agent may run in; tmux alone if the user named a pane."""
+    tmux = Tmux(settings.tmux_override)
+    if settings.tmux_override:
+        return [tmux]
+    kitty = Kitty(settings.home)
+    return [tmux, kitty, Cmux(), Herdr(), WezTerm(), Zellij()]
 
 
 # ======================================================================================
@@ -9981,8 +10670,10 @@ class Submission:
     busy draws late, and a second Enter might answer what it asks next.
     """
 
-    def __init__(self, now: float) -> None:
-        """Begins at the paste. Times are monotonic."""
+    def __init__(self, now: float, settle: float = SETTLE_SECONDS) -> None:
+        """Begins at the paste. Times are monotonic. `settle` is how long the line has to
+        stand there before Enter."""
+        self.settle = settle
         self.deadline = now + SEEN_SECONDS
         self.drawn_at = 0.0  # since when our line stands there, 0 = it does not
         self.presses = 0
@@ -10014,7 +10705,7 @@ class Submission:
         """Press once it has settled, and again when it is still there some time later."""
         if not self.drawn_at:
             self.drawn_at = now
-        settled = now - self.drawn_at >= SETTLE_SECONDS
+        settled = now - self.drawn_at >= self.settle
         if settled and self.presses < MOST_PRESSES and now >= self.next_press:
             return Step.PRESS
         return Step.WAIT
@@ -10022,7 +10713,7 @@ class Submission:
     def pause(self) -> float:
         """How long to wait before the next look."""
         if self.drawn_at and not self.presses:
-            return SETTLE_SECONDS
+            return self.settle
         return POLL_SECONDS
 
     def key(self) -> Key:
@@ -10069,11 +10760,13 @@ class TerminalDoor(Door):
     holds. Whatever is not understood ends the ring without a key.
     """
 
-    def __init__(self, settings: Settings, terminal: Terminal) -> None:
-        """A terminal whose pane is still to be found."""
+    def __init__(self, settings: Settings) -> None:
+        """No pane is found yet."""
         super().__init__(settings)
-        self.terminal = terminal
-        self.name = terminal.name
+        self.terminals = own_terminals(settings)
+        # The one that has the agent's pane. Until it is found, any.
+        self.terminal, *_ = self.terminals
+        self.name = self.terminal.name
         self.refusal = ""  # why no pane is ours, as it was found last
         self.cli = ""  # name of the agent's CLI in SHAPES, "" for one that has none
         self.pasted = ""  # our last line, until it was seen to leave the composer
@@ -10084,8 +10777,12 @@ class TerminalDoor(Door):
 
     def available(self) -> bool:
         """Is there a pane that is provably our agent's own?"""
-        self.refusal = self.terminal.find()
-        return not self.refusal
+        found, self.refusal = find_own(self.terminals)
+        if not found or self.refusal:
+            return False
+        self.terminal = found
+        self.name = found.name
+        return True
 
     def note(self) -> str:
         """Why there was none when somebody looked last."""
@@ -10109,6 +10806,8 @@ class TerminalDoor(Door):
                     record.write(self.pasted)
         except PaneGone as error:
             return self.came(Ring.GONE, str(error))
+        except NotTyped as error:
+            return self.came(Ring.DIALOG, str(error))
         except (OSError, ValueError, IndexError) as error:
             # The terminal hangs, or talks nonsense. The line may be there already.
             return self.came(Ring.UNCONFIRMED, str(error))
@@ -10148,7 +10847,7 @@ class TerminalDoor(Door):
         obstacle: Outcome | None = None
         seen_empty = False
         for _ in range(MOST_LOOKS):
-            screen = self.terminal.look()
+            screen = self.look()
             obstacle = self.pane_obstacle(screen)
             if obstacle and obstacle.word != Ring.DIALOG:
                 return obstacle
@@ -10168,6 +10867,14 @@ class TerminalDoor(Door):
         if obstacle is None:
             return typing
         return obstacle
+
+    def look(self) -> Screen:
+        """What the terminal shows. Where it tells of no caret but refuses dialogs itself,
+        the composer of a CLI that we know as a whole is found without one."""
+        screen = self.terminal.look()
+        if self.terminal.submits and self.cli and not screen.has_caret:
+            return with_caret_at_prompt(screen, self.cli)
+        return screen
 
     def pane_obstacle(self, screen: Screen) -> Outcome | None:
         """What keeps all keys from the agent's CLI now; None if nothing does.
@@ -10192,6 +10899,10 @@ class TerminalDoor(Door):
         if screen.mode:
             return self.mode_obstacle(screen)
         self.mode_place = ""
+        if not screen.has_caret:
+            return self.came(
+                Ring.DIALOG, f"{self.name} does not tell where the caret is"
+            )
         return None
 
     def mode_obstacle(self, screen: Screen) -> Outcome:
@@ -10253,10 +10964,13 @@ class TerminalDoor(Door):
         """
         self.pasted = line
         self.folded = False
-        submission = Submission(time.monotonic())
+        settle = SETTLE_SECONDS
+        if self.terminal.submits:
+            settle = 0
+        submission = Submission(time.monotonic(), settle)
         while True:
             time.sleep(submission.pause())
-            screen = self.terminal.look()
+            screen = self.look()
             found = self.standing(screen, fresh=not submission.presses)
             now = time.monotonic()
             step = submission.step(found, now)
@@ -10289,17 +11003,13 @@ class TerminalDoor(Door):
         return standing(screen, composer, self.pasted)
 
 
-class TmuxDoor(TerminalDoor):
-    """The pane of tmux in which the agent's CLI runs."""
-
-    def __init__(self, settings: Settings) -> None:
-        """The user's own word for the pane, if there is one, is in the settings."""
-        super().__init__(settings, Tmux(settings.tmux_override))
-
-
 # In this order: an inbox that a CLI offers comes before its terminal.
 DOORS: tuple[type[Door], ...] = (
-    ClaudeDoor, QwenDoor, CodexDoor, ExtensionDoor, TmuxDoor,
+    ClaudeDoor,
+    QwenDoor,
+    CodexDoor,
+    ExtensionDoor,
+    TerminalDoor,
 )
 
 
@@ -14958,7 +15668,7 @@ def rehearsal(settings: Settings) -> Iterator[str]:
     hub = ThrowAwayHub(place)
     try:
         pane = open_pane(tmux, settings)
-        door = TmuxDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}", home=place))
+        door = TerminalDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}", home=place))
         yield "pane opened"
         agent = Client(hub.url())
         agent.register({"name": "doctor"})
@@ -14996,7 +15706,7 @@ def open_pane(tmux: Sequence[str], settings: Settings) -> str:
     return output.strip()
 
 
-def ring_until_submitted(door: TmuxDoor, line: str, tmux: Sequence[str]) -> None:
+def ring_until_submitted(door: TerminalDoor, line: str, tmux: Sequence[str]) -> None:
     """Rings until the line is submitted; ChatError with the last word if it never is.
     `line` has to be one that stands nowhere in the pane yet."""
     word = "the pane is not found"

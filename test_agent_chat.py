@@ -714,7 +714,7 @@ WALLS = {
     "DOORS": {"Client", "Plugin", "Store", "Api", "sqlite3"},
     "BELL": {"Client", "Store", "Api", "subprocess", "socket", "sqlite3", "json"},
     "PLUGIN": {
-        "TmuxDoor",
+        "TerminalDoor",
         "ClaudeDoor",
         "CodexDoor",
         "subprocess",
@@ -11953,7 +11953,7 @@ def test_the_address_of_a_pane(
     tmux: str, pane: str, address: tuple[str, ...] | None
 ) -> None:
     """A socket's path may hold commas and blanks; what is no address is none."""
-    assert agent_chat.address_in({"TMUX": tmux, "TMUX_PANE": pane}) == address
+    assert agent_chat.Tmux("").address_in({"TMUX": tmux, "TMUX_PANE": pane}) == address
 
 
 def test_processes_as_linux_and_macos_show_them() -> None:
