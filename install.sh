@@ -256,6 +256,8 @@ run_tests() {
     have screen || missing="$missing screen"
     have vim || missing="$missing vim"
     have nvim || missing="$missing neovim"
+    have kitty || missing="$missing kitty"
+    have Xvfb || missing="$missing xvfb"
     have uv || python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
     # shellcheck disable=SC2086 # one word each
     [ -z "$missing" ] || system_packages $missing
@@ -265,7 +267,7 @@ run_tests() {
     say "installing the test tools into $tools"
     # shellcheck disable=SC2046 # one word each
     patiently add_packages "$tools" $(requirements) pytest pytest-timeout pytest-xdist hypothesis \
-        playwright axe-playwright-python mypy ruff
+        playwright axe-playwright-python cmux mypy ruff
     cd -- "$folder"
     PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . -n 2 \
         test_agent_chat.py "$@"

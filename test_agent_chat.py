@@ -639,6 +639,11 @@ class Tmux:
         """What stands in a pane."""
         return self.run("capture-pane", "-p", "-t", pane)
 
+    def type(self, pane: str, text: str) -> None:
+        """Type a line, as a human would."""
+        self.run("send-keys", "-t", pane, "-l", text)
+        self.run("send-keys", "-t", pane, "Enter")
+
     def kill(self) -> None:
         """End it, its panes and its socket."""
         self.run("kill-server", check=False)
@@ -12559,8 +12564,7 @@ class Agent:
 
     def line(self, text: str) -> None:
         """Type a line, as a human would."""
-        self.tmux.run("send-keys", "-t", self.pane, "-l", text)
-        self.tmux.run("send-keys", "-t", self.pane, "Enter")
+        self.tmux.type(self.pane, text)
 
     def do(self, what: str, **order: Any) -> dict[str, Any]:
         answer = tell(self.control, do=what, **order)
@@ -13950,6 +13954,252 @@ def test_one_door_rings_and_a_closed_one_falls_through(rig: Rig) -> None:
     outcome = rig.bell.do("ring", line=a_line("x"))
     assert (outcome["word"], outcome["door"]) == ("rung", "tmux")
     assert len(rig.agent.submitted()) == 1
+
+
+# ======================================================================================
+# TERMINALS -- the terminals beside tmux: the real kitty and cmux, stand-ins for the others.
+# ======================================================================================
+#
+# Each of the classes below opens panes as the private tmux of FIXTURES does, so that `Agent`
+# can run the stand-in TUI in it. kitty and cmux are the real programs. WezTerm, zellij and
+# herdr are stand-ins that speak what those document; what they show is a pane of tmux, of
+# which nobody inside knows.
+
+
+def needs_all(*tools: str) -> pytest.MarkDecorator:
+    """Skip on a laptop that lacks one of them; in CI its absence is a failure."""
+    lacking = [tool for tool in tools if not beside_python(tool)]
+    return pytest.mark.skipif(not CI and bool(lacking), reason=f"lacks {lacking}")
+
+
+def beside_python(tool: str) -> str:
+    """A program on the PATH or of this environment; "" if there is none."""
+    folder = os.path.dirname(PYTHON)
+    return shutil.which(tool) or shutil.which(tool, path=folder) or ""
+
+
+class Screens:
+    """An X server without a screen."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        command = ["Xvfb", "-displayfd", str(writer), "-nolisten", "tcp"]
+        self.process = subprocess.Popen(
+            [*command, "-screen", "0", "1600x900x24"],
+            pass_fds=[writer],
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            self.display = ":" + told.readline().strip()
+
+
+class Kitty:
+    """The real kitty, on an X server of its own."""
+
+    name = "kitty"
+
+    def __init__(self, folder: Path) -> None:
+        self.screens = Screens()
+        self.socket = folder / "kitty"
+        options = [
+            "allow_remote_control=socket-only",
+            "remember_window_size=no",
+            "initial_window_width=120c",
+            "initial_window_height=30c",
+            "update_check_interval=0",
+        ]
+        words = [word for option in options for word in ("-o", option)]
+        env = clean_environment(
+            folder, DISPLAY=self.screens.display, LIBGL_ALWAYS_SOFTWARE="1"
+        )
+        listen = f"unix:{self.socket}"
+        self.process = subprocess.Popen(
+            ["kitty", "--config", "NONE", *words, "--listen-on", listen, "sleep", "999"],
+            env=env,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(self.socket.exists, 30)
+
+    def ask(self, command: str, **payload: Any) -> Any:
+        """One command of its protocol."""
+        terminal = agent_chat.Kitty("")
+        return terminal.ask(self.address(""), command, payload)
+
+    def address(self, pane: str) -> Any:
+        """Where a window is, for the door."""
+        return agent_chat.PaneAddress(str(self.socket), pane)
+
+    def pane(self, command: str, cwd: Path) -> str:
+        """A new window; its number."""
+        args = ["sh", "-c", command]
+        fields = {"type": "tab", "cwd": str(cwd), "args": args}
+        return str(self.ask("launch", match=None, **fields))
+
+    def type(self, pane: str, text: str) -> None:
+        """A line, as a human would. kitty gives no answer to this command."""
+        payload = {"match": f"id:{pane}", "data": f"text:{text}\r"}
+        request = {"cmd": "send-text", "version": [0, 20, 0], "payload": payload}
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.socket))
+            connection.sendall(f"\x1bP@kitty-cmd{json.dumps(request)}\x1b\\".encode())
+
+    def screen(self, pane: str) -> str:
+        """What stands in a window."""
+        return str(self.ask("get-text", match=f"id:{pane}", extent="screen"))
+
+    def kill(self) -> None:
+        """End it and its X server."""
+        for process in (self.process, self.screens.process):
+            process.kill()
+            process.wait()
+
+
+class Cmux:
+    """The real cmux, without a window."""
+
+    name = "cmux"
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "cmux"
+        self.env = clean_environment(folder)
+        self.command = [beside_python("cmux"), "--socket", str(self.socket), "--json"]
+        start = [beside_python("cmux"), "server", "start", "--socket", str(self.socket)]
+        self.process = subprocess.Popen(
+            [*start, "--headless", "--ephemeral"],
+            env=self.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(self.socket.exists, 20)
+        self.run("workspace", "create", "--name", "tests")
+
+    def run(self, *words: str) -> Any:
+        """One command of it; what it printed."""
+        done = subprocess.run(
+            [*self.command, *words], env=self.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done
+        return json.loads(done.stdout)
+
+    def pane(self, command: str, cwd: Path) -> str:
+        """A new terminal; its id."""
+        script = f"cd {shlex.quote(str(cwd))} && exec {command}"
+        words = ("workspace", "current", "run", "--", "sh", "-c", script)
+        return str(self.run(*words)["value"]["terminal_id"])
+
+    def type(self, pane: str, text: str) -> None:
+        """A line, as a human would."""
+        self.run("terminal", pane, "write", "--text", text + "\r")
+
+    def screen(self, pane: str) -> str:
+        """What stands in a terminal."""
+        return str(self.run("terminal", pane, "screen", "read")["text"])
+
+    def kill(self) -> None:
+        """End it and its terminals."""
+        self.process.kill()
+        self.process.wait()
+
+
+Opened = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def opened_terminals(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Opened]:
+    """Terminals that are open already: kitty takes seconds to start."""
+    opened: Opened = {}
+    yield opened
+    for terminal in opened.values():
+        terminal.kill()
+
+
+REAL_TERMINALS = [
+    pytest.param(Kitty, marks=needs_all("kitty", "Xvfb"), id="kitty"),
+    pytest.param(Cmux, marks=needs_all("cmux"), id="cmux"),
+]
+
+
+@pytest.fixture
+def seat(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    opened_terminals: Opened,
+) -> Iterator[Rig]:
+    """The stand-in TUI in a terminal of the kind that the test is given."""
+    kind = request.param
+    if kind.name not in opened_terminals:
+        folder = tmp_path_factory.mktemp(kind.name)
+        opened_terminals[kind.name] = kind(folder)
+    terminal = opened_terminals[kind.name]
+    bell = Bell(tmp_path)
+    agent = Agent(
+        terminal, tmp_path / "agent", bell.command, env={"HOME": str(tmp_path)}
+    )
+    bell.do("names")
+    yield Rig(agent, bell)
+    bell.do("stop")
+    agent.do("exit")
+
+
+@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+def test_an_idle_agent_is_rung_in_each_terminal(seat: Rig) -> None:
+    """One bracketed paste and one Enter; with a placeholder, a frame, a long line."""
+    told = seat.bell.do("names")
+    assert told == {"names": [seat.agent.tmux.name], "note": ""}
+    seat.rung()
+    line = seat.agent.submitted()[0]
+    assert seat.agent.received() == b"\x1b[200~" + line.encode() + b"\x1b[201~\r"
+    for look, prompt in (("plain", "› "), ("box", "> "), ("bar", "  "), ("rules", "❯ ")):
+        seat.agent.do("set", look=look, prompt=prompt)
+        seat.rung("接口规范已经准备好了 " * 5)
+
+
+@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+def test_drafts_and_dialogs_get_no_byte_in_each_terminal(seat: Rig) -> None:
+    agent = seat.agent
+    for look, draft, home in (
+        ("plain", "half a thought", False),
+        ("plain", "half a thought", True),
+        ("box", "你好", False),
+    ):
+        agent.do("set", look=look, draft=draft, home=home)
+        seat.untouched("draft")
+    agent.do("set", draft="", home=False, dialog=True)
+    seat.untouched("dialog")
+    agent.do("set", dialog=False)
+    seat.bell.do("set", SEEN_SECONDS=0.6)
+    agent.do("set", intrude="please ")
+    assert seat.bell.ring() == "draft"
+    agent.do("set", draft="", ambush=True)
+    assert seat.bell.ring() == "unconfirmed"
+    assert agent.submitted() == [] == agent.logged("dialog")
+    assert b"\r" not in agent.received()
+
+
+@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+def test_who_is_not_in_front_gets_nothing_in_each_terminal(seat: Rig) -> None:
+    """A shell, another program, an editor of the CLI's; then the agent has ended."""
+    agent = seat.agent
+    agent.do("suspend")
+    eventually(lambda: agent.screen().rstrip().endswith("❯"))
+    seat.untouched("gone")
+    agent.line("python3 -q")
+    eventually(lambda: ">>>" in agent.screen())
+    seat.untouched("gone")
+    agent.line("exit()")
+    agent.line("fg")
+    eventually(lambda: "for shortcuts" in agent.screen())
+    agent.do("edit", own_group=False)
+    eventually(lambda: agent.screen().strip() == "❯")
+    outcome = seat.bell.do("ring", line=a_line("x"))
+    assert (outcome["word"], agent.screen().strip()) == ("dialog", "❯")
+    agent.line("")
+    eventually(lambda: "for shortcuts" in agent.screen())
+    seat.rung()
 
 
 # ======================================================================================
