@@ -3,7 +3,8 @@
 
     .ci/bench.py                 all rows, under 3 minutes: a table, then one JSON line
     .ci/bench.py --quick         the same, smaller and noisier, in half a minute
-    .ci/bench.py --only send     one part: send inbox big push fanout memory start plugin bell
+    .ci/bench.py --only send     one part: send inbox big bytes push fanout
+                                 memory start plugin bell
     .ci/bench.py --scale         how it grows: connected agents, stored messages, group sizes
     .ci/bench.py --soak 10       50 messages a second for so many minutes: does anything creep?
     .ci/bench.py --markdown      the same rows as a Markdown table, at the end
@@ -53,6 +54,7 @@ from load import (
     read_lines,
     run_time,
     scratch,
+    used,
     wait_for,
     wrk,
 )
@@ -220,6 +222,35 @@ class Bench:
                  min(1 / unread["p50"], 5 / unread["p99"]), **figures)
         self.row("send while a client polls, there", f"p50 {sent['p50']:.2f} ms, p99 "
                  f"{sent['p99']:.2f} ms", "p50 <= 2 ms", 2 / sent["p50"])
+
+    def part_bytes(self) -> None:
+        """What is written for a message of 200 bytes, by the kernel's count and by the size
+        of the file. It does not depend on how busy the machine is."""
+        stored, single, sent = 20_000, 200, 4_000
+        with scratch(self.folder) as folder:
+            path = os.path.join(folder, "hub.db")
+            fill(path, stored)
+            with hub(folder) as server:
+                client = Http(server.port)
+                message = {"from": "a3", "to": "a5", "content": "y" * 200}
+                client.post("/api/register", name="a3")
+                client.post("/api/register", name="a5")
+                client.post("/api/send", **message)
+                before = server.written()
+                for _ in range(single):
+                    client.post("/api/send", **message)
+                each = (server.written() - before) / single / 1024
+            # The hub has stopped, so what was in its write-ahead log is in the file.
+            size = used(path)
+            with hub(folder) as server:
+                client = Http(server.port)
+                for _ in range(sent):
+                    client.post("/api/send", **message)
+            grown = (used(path) - size) / sent
+        self.row("written for a single send of 200 B", f"{each:.1f} KiB", "<= 16 KiB",
+                 16 / each, kib=each)
+        self.row("file per stored message of 200 B", f"{grown:.0f} B", "<= 350 B", 350 / grown,
+                 bytes=grown)
 
     def part_push(self) -> None:
         with scratch(self.folder) as folder, hub(folder) as server:

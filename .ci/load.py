@@ -194,6 +194,12 @@ class Process:
             fields = file.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def written(self) -> int:
+        """Bytes that it has given the kernel for files so far."""
+        with open(f"/proc/{self.pid}/io") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["wchar"])
+
     def status(self, pid: int = 0) -> dict[str, float]:
         """RSS in MiB, threads and open files."""
         pid = pid or self.pid
@@ -444,29 +450,40 @@ def fill(path: str, stored: int) -> None:
     program.Store(path).close()
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous = OFF")
-    indexes = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'index' "
-                                 "AND sql IS NOT NULL").fetchall()
-    drops = "".join(f"DROP INDEX {name};" for name, _ in indexes)
-    creates = "".join(f"{sql};" for _, sql in indexes)
-    now = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+    # The number of agent aN is N + 1, that of group g1 101.
     connection.executescript(f"""
-        BEGIN; {drops}
+        BEGIN;
+        WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99)
+        INSERT INTO names SELECT i + 1, 'a' || i FROM n;
+        INSERT INTO names VALUES (101, '#g1');
         WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {stored})
-        INSERT INTO messages (seq, id, from_agent, to_agent, grp, content, in_reply_to,
-            created_at, verified, thread, depth) SELECT i, printf('msg-%013d-%08x', i, i),
-            'a' || (i * 7 % 100), CASE WHEN i % 50 = 0 THEN '' WHEN i % 2 THEN 'a1'
-            ELSE 'a' || (i / 2 % 50 * 2) END, CASE WHEN i % 50 = 0 THEN 'g1' ELSE '' END,
-            'about topic' || (i % 1000) || ' and ' || i || substr(hex(zeroblob(60)), 1, 100),
-            '', {now}, 0, '', 0 FROM n;
-        INSERT INTO inbox (seq, agent, read_at) SELECT seq, to_agent, CASE WHEN to_agent = 'a1'
-            OR seq > {stored} - 2000 THEN NULL ELSE created_at END FROM messages
-            WHERE to_agent != '' UNION ALL SELECT seq, 'a' || value, created_at FROM messages,
-            json_each('[11,13,15,17,19,21,23,25,27,29]') WHERE grp = 'g1';
-        {creates}
-        INSERT INTO words (words) VALUES ('rebuild');
-        INSERT OR REPLACE INTO facts VALUES ('indexed', {stored}), ('unseen', {stored}); COMMIT;
+        INSERT INTO messages (seq, tag, created, sender, recipient, grp, recipients, verified,
+            depth, content) SELECT i, i, strftime('%s', 'now') * 1000000, i * 7 % 100 + 1,
+            CASE WHEN i % 50 = 0 THEN NULL WHEN i % 2 THEN 2 ELSE i / 2 % 50 * 2 + 1 END,
+            iif(i % 50 = 0, 101, NULL),
+            iif(i % 50 = 0, '[12,14,16,18,20,22,24,26,28,30]', NULL), 0, 0,
+            'about topic' || (i % 1000) || ' and ' || i || substr(hex(zeroblob(60)), 1, 100)
+            FROM n;
+        INSERT INTO inbox (agent, state, seq, read)
+            SELECT recipient, iif(unread, {program.RUNG}, {program.READ}), seq,
+                iif(unread, NULL, 0)
+            FROM (SELECT recipient, seq, recipient = 2 OR seq > {stored} - 2000 AS unread
+                FROM messages WHERE recipient NOT NULL)
+            UNION ALL SELECT value, {program.READ}, seq, 0 FROM messages, json_each(recipients)
+                WHERE grp NOT NULL
+            ORDER BY 1, 2, 3;
+        {program.INDEX_ALL}
+        INSERT OR REPLACE INTO facts VALUES ('unseen', {stored}); COMMIT;
         PRAGMA wal_checkpoint(TRUNCATE)""")
     connection.close()
+
+
+def used(path: str) -> int:
+    """Bytes of a database that are not free for its next rows."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        pages, free, size = (connection.execute(f"PRAGMA {name}").fetchone()[0]
+                             for name in ("page_count", "freelist_count", "page_size"))
+    return int((pages - free) * size)
 
 
 def ask_everything(server: Process, count: int) -> dict[str, Any]:
