@@ -7818,7 +7818,7 @@ def test_readers_that_do_not_read_are_bounded_in_all(hub: Hub) -> None:
     print(
         f"200 readers of 4 MB each that do not read: {grown} MiB, health {slowest:.2f} s"
     )
-    assert grown < 120 and slowest < 3
+    assert grown < 120 and slowest < 8
     for wire in wires:
         wire.close()
 
@@ -12963,7 +12963,7 @@ def test_a_mode_is_not_ended_under_the_eyes_of_its_user(
         for _ in range(3):
             rig.untouched("mode")
         rig.bell.do("set", VIEWER_SECONDS=-1)
-        eventually(lambda: rig.bell.ring() == "rung")
+        eventually(lambda: rig.bell.ring() == "rung", 30)
         user.kill()
 
 
@@ -18708,10 +18708,9 @@ def test_two_tab_stops_lead_past_all_the_others(
         person.page.keyboard.press("Enter")
         expect(there).to_be_focused()
     forced = visit(hub, forced_colors="active").live()
-    unlike = forced.page.locator("#side .row[aria-current]").evaluate(
-        "row => getComputedStyle(row).outlineStyle"
-    )
-    assert unlike == "solid"  # colours alone say nothing there
+    # Colours alone say nothing there.
+    chosen = forced.page.locator("#side .row[aria-current]")
+    expect(chosen).to_have_css("outline-style", "solid")
 
 
 # ======================================================================================
