@@ -9752,6 +9752,23 @@ def window_size(tty: str) -> os.terminal_size:
         os.close(terminal)
 
 
+def rows_of(text: str) -> list[str]:
+    """The rows of a text, without their ends."""
+    return re.split("\r*\n", text)
+
+
+def with_styles_carried(rows: Iterable[str]) -> Iterator[str]:
+    """The rows, each beginning in the style in which the one above it ended: some
+    terminals print a style only where it changes."""
+    style = ""
+    for row in rows:
+        yield style + row
+        for code in re.findall(r"\x1b\[[\d;:]*m", row):
+            style += code
+            if code in ("\x1b[m", "\x1b[0m"):
+                style = ""
+
+
 def screen_of(
     rows: Sequence[str], x: int, y: int, size: os.terminal_size
 ) -> Screen:
@@ -10050,7 +10067,7 @@ class Herdr(Terminal):
         }
         answer = self.ask(address, "pane.read", wanted)
         text = str(told(answer, "read", "text"))
-        screen = screen_of(text.splitlines(), 0, 0, window_size(self.tty))
+        screen = screen_of(rows_of(text), 0, 0, window_size(self.tty))
         return screen._replace(state=text, has_caret=False)
 
     def paste(self, screen: Screen, line: str) -> bool:
@@ -10154,11 +10171,12 @@ class WezTerm(CommandTerminal):
 
     def look(self) -> Screen:
         """Text and caret by two commands; the second look finds what moved between."""
-        text = self.run("get-text", "--escapes", *self.target())
+        text = self.run("get-text", *self.target(), "--escapes")
         pane = self.entry(self.own_address())
         x = told_number(pane, "cursor_x")
         y = told_number(pane, "cursor_y")
-        return screen_of(text.splitlines(), x, y, window_size(self.tty))
+        rows = list(with_styles_carried(rows_of(text)))
+        return screen_of(rows, x, y, window_size(self.tty))
 
     def target(self) -> list[str]:
         """The option that names our pane."""
@@ -10212,10 +10230,10 @@ class Zellij(CommandTerminal):
         hidden, counted from the frame; and it prints a row that goes on in the next as
         one, so that such a screen cannot be read."""
         pane = self.target()
-        text = self.run("dump-screen", "--ansi", *pane)
+        text = self.run("dump-screen", *pane, "--ansi")
         info = self.entry()
         size = window_size(self.tty)
-        rows = text.splitlines()
+        rows = rows_of(text)
         caret = told(info, "cursor_coordinates_in_pane")
         if not isinstance(caret, list):
             return screen_of(rows, 0, 0, size)._replace(has_caret=False)

@@ -70,6 +70,11 @@ def needs(tool: str) -> pytest.MarkDecorator:
     )
 
 
+# Any other tmux: TEST_TMUX=/path/to/tmux. Whatever says "tmux" finds it first.
+if "TEST_TMUX" in os.environ:
+    os.environ["PATH"] = os.pathsep.join(
+        [os.path.dirname(os.environ["TEST_TMUX"]), os.environ["PATH"]]
+    )
 NEEDS_TMUX = needs("tmux")
 NEEDS_CHROMIUM = needs("chromium")
 NEEDS_STRACE = needs("strace")
@@ -91,8 +96,9 @@ def eventually(
 
 
 def clean_environment(home: Path, **more: str) -> dict[str, str]:
-    """An environment without anybody's tmux, agents or keys."""
-    foreign = ("AGENT_", "TMUX", "CLAUDE", "CODEX", "CI")
+    """An environment without anybody's terminal, agents or keys."""
+    terminals = ("TMUX", "KITTY", "CMUX", "HERDR", "WEZTERM", "ZELLIJ")
+    foreign = (*terminals, "AGENT_", "CLAUDE", "CODEX", "CI")
     env = {}
     for name, value in os.environ.items():
         if not name.startswith(foreign):
@@ -14102,6 +14108,187 @@ class Cmux:
         self.process.wait()
 
 
+# The commands of WezTerm and zellij, as far as the door uses them. In shell, for a ring runs
+# twenty. Pane 3 of these is %3 of a tmux, and the tmux makes the JSON.
+WEZTERM_COMMAND = r"""#!/bin/sh
+tmux() { command tmux -uS "$WEZTERM_UNIX_SOCKET" "$@"; }
+[ "$1" = cli ] || exit 2
+case "$*" in
+"cli list --format json")
+    echo '['
+    tmux list-panes -aF '{"window_id": 0, "tab_id": 0, "pane_id": #{s/%//:pane_id},
+        "size": {"rows": #{pane_height}, "cols": #{pane_width}}, "tty_name": "#{pane_tty}",
+        "cursor_x": #{cursor_x}, "cursor_y": #{cursor_y}}' | sed '$!s/}$/},/; s/}},$/},/'
+    echo ']' ;;
+# Rows as the real one ends them, and one too many.
+"cli get-text --pane-id "*" --escapes")
+    tmux capture-pane -pet "%$4" | sed "s/$(printf '$/\033[K\033(B\r')/"; echo ;;
+"cli send-text --pane-id "*" --no-paste")
+    tmux send-keys -t "%$4" -H $(od -An -tx1) ;;
+"cli send-text --pane-id "*)
+    tmux load-buffer - ';' paste-buffer -dprt "%$4" ;;
+*) exit 2 ;;
+esac
+"""
+# The caret is counted from the frame, which is one cell wide; null while it is hidden.
+ZELLIJ_COMMAND = r"""#!/bin/sh
+[ "$1 $3" = "--session action" ] || exit 2
+tmux() { command tmux -uS "$(cat "$(dirname "$0")/$session")" "$@"; }
+session=$2
+shift 3
+pane=%${3#terminal_}
+case "$*" in
+"list-panes --json --all")
+    echo '[{"id": 0, "is_plugin": true}'
+    tmux list-panes -aF ', {"id": #{s/%//:pane_id}, "is_plugin": false, "pane_x": 40,
+        "pane_content_x": 41, "pane_y": 0, "pane_content_y": 1, "cursor_coordinates_in_pane":
+        #{?cursor_flag,,null }[#{e|+:#{cursor_x},1},#{e|+:#{cursor_y},1}]}' |
+        sed 's/null .*]/null/'
+    echo ']' ;;
+"dump-screen --pane-id "*" --ansi") tmux capture-pane -pet "$pane" ;;
+"paste --pane-id "*) printf %s "$4" | tmux load-buffer - ';' paste-buffer -dprt "$pane" ;;
+"send-keys --pane-id "*" Enter") tmux send-keys -t "$pane" Enter ;;
+*) exit 2 ;;
+esac
+"""
+
+
+def zellij_server() -> None:
+    """The server of a zellij: runs a command in a terminal inside the one in which it runs
+    itself, and hands on what passes. Its arguments: the pane's number, the command."""
+    import fcntl
+    import pty
+
+    _, number, command = sys.argv
+    with open("/proc/self/comm", "w") as file:
+        file.write("zellij")
+    size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+    pid, inner = pty.fork()
+    if not pid:
+        os.environ["ZELLIJ_SESSION_NAME"] = "a-session"
+        os.environ["ZELLIJ_PANE_ID"] = number
+        os.execvp("sh", ["sh", "-c", f"exec {command}"])
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
+    tty.setraw(0)
+    partner = {0: inner, inner: 1}
+    while True:
+        ready, _, _ = select.select([0, inner], [], [])
+        for source in ready:
+            try:
+                data = os.read(source, 65536)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(0)
+            os.write(partner[source], data)
+
+
+class StandInTerminals(Tmux):
+    """A tmux of which the programs in its panes know nothing: they are told of another
+    terminal instead, whose command lies on their PATH."""
+
+    name = ""
+    inside = "{}"
+
+    def pane(self, command: str, cwd: Path | None = None, **more: Any) -> str:
+        """A new pane; its id is that of tmux."""
+        hidden = "env -u TMUX -u TMUX_PANE"
+        path = f"PATH={shlex.quote(str(self.socket.parent))}:$PATH"
+        inside = self.inside.format(command=shlex.quote(command))
+        words = f"n=${{TMUX_PANE#%}}; {path}; export PATH; exec {hidden} {inside}"
+        pane = super().pane(words, cwd, **more)
+        # What is typed before a server has its terminal is lost.
+        eventually(lambda: self.screen(pane).strip())
+        return pane
+
+    def install(self, name: str, text: str) -> None:
+        """Puts a command on the PATH of the panes."""
+        path = self.socket.parent / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+class WezTerm(StandInTerminals):
+    """A stand-in of WezTerm."""
+
+    name = "wezterm"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.install("wezterm", WEZTERM_COMMAND)
+        self.inside = f"WEZTERM_UNIX_SOCKET={self.socket} WEZTERM_PANE=$n sh -c {{command}}"
+
+
+class Zellij(StandInTerminals):
+    """A stand-in of zellij."""
+
+    name = "zellij"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.install("zellij", ZELLIJ_COMMAND)
+        self.install("a-session", str(self.socket))
+        server = folder / "server.py"
+        server.write_text(program_of(zellij_server))
+        self.inside = f"{PYTHON} {server} $n {{command}}"
+
+
+class Herdr(StandInTerminals):
+    """A stand-in of herdr: a socket that answers as herdr's documented API does."""
+
+    name = "herdr"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        path = folder / "herdr"
+        self.inside = f"HERDR_SOCKET_PATH={path} HERDR_PANE_ID=w1:p$n sh -c {{command}}"
+        self.asked: list[str] = []
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(str(path))
+        self.server.listen(16)
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        """Takes one request from each connection."""
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.server.accept()
+                with connection, connection.makefile("rw") as stream:
+                    request = json.loads(stream.readline())
+                    answer = self.answer(request["method"], request["params"])
+                    stream.write(json.dumps({"id": request["id"], **answer}) + "\n")
+
+    def answer(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request."""
+        self.asked.append(method)
+        pane = "%" + params.get("pane_id", params.get("target", "")).removeprefix("w1:p")
+        if method == "pane.process_info":
+            told = self.run("display", "-pt", pane, "#{pane_pid}")
+            info = {"pane_id": params["pane_id"], "shell_pid": int(told), "tty": None}
+            return {"result": {"type": "pane_process_info", "process_info": info}}
+        if method == "pane.read":
+            assert (params["source"], params["format"]) == ("visible", "ansi")
+            text = self.run("capture-pane", "-pet", pane).replace("\n", "\r\n")
+            return {"result": {"type": "pane_read", "read": {"text": text}}}
+        if method == "pane.send_keys":
+            self.run("send-keys", "-t", pane, *params["keys"])
+            return {"result": {"type": "ok"}}
+        assert method == "agent.prompt"
+        if "Do you want to proceed?" in self.screen(pane):
+            told = {"code": "agent_blocked", "message": "agent is blocked"}
+            return {"error": told}
+        self.run("set-buffer", "-b", "prompt", params["text"])
+        self.run("paste-buffer", "-dprb", "prompt", "-t", pane)
+        enter = threading.Timer(0.3, self.run, ("send-keys", "-t", pane, "Enter"))
+        enter.start()
+        return {"result": {"type": "agent_prompted", "agent": {"pane_id": pane}}}
+
+    def kill(self) -> None:
+        """End the socket too."""
+        self.server.close()
+        super().kill()
+
+
 Opened = dict[str, Any]
 
 
@@ -14120,24 +14307,38 @@ REAL_TERMINALS = [
     pytest.param(Kitty, marks=needs_all("kitty", "Xvfb"), id="kitty"),
     pytest.param(Cmux, marks=needs_all("cmux"), id="cmux"),
 ]
+STAND_INS = [
+    pytest.param(WezTerm, marks=NEEDS_TMUX, id="wezterm"),
+    pytest.param(Zellij, marks=NEEDS_TMUX, id="zellij"),
+]
+TERMINALS = [*REAL_TERMINALS, *STAND_INS]
 
 
 @pytest.fixture
-def seat(
+def terminal(
     request: pytest.FixtureRequest,
-    tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     opened_terminals: Opened,
-) -> Iterator[Rig]:
-    """The stand-in TUI in a terminal of the kind that the test is given."""
+) -> Any:
+    """A terminal of the kind that the test is given."""
     kind = request.param
     if kind.name not in opened_terminals:
         folder = tmp_path_factory.mktemp(kind.name)
         opened_terminals[kind.name] = kind(folder)
-    terminal = opened_terminals[kind.name]
+    return opened_terminals[kind.name]
+
+
+@pytest.fixture
+def seat(terminal: Any, tmp_path: Path) -> Iterator[Rig]:
+    """The stand-in TUI in that terminal."""
     bell = Bell(tmp_path)
     agent = Agent(
-        terminal, tmp_path / "agent", bell.command, env={"HOME": str(tmp_path)}
+        terminal,
+        tmp_path / "agent",
+        bell.command,
+        env={"HOME": str(tmp_path)},
+        # herdr is used with a CLI that is known, by the name of its program
+        program="claude" if terminal.name == "herdr" else "tui.py",
     )
     bell.do("names")
     yield Rig(agent, bell)
@@ -14145,7 +14346,7 @@ def seat(
     agent.do("exit")
 
 
-@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+@pytest.mark.parametrize("terminal", TERMINALS, indirect=True)
 def test_an_idle_agent_is_rung_in_each_terminal(seat: Rig) -> None:
     """One bracketed paste and one Enter; with a placeholder, a frame, a long line."""
     told = seat.bell.do("names")
@@ -14153,12 +14354,11 @@ def test_an_idle_agent_is_rung_in_each_terminal(seat: Rig) -> None:
     seat.rung()
     line = seat.agent.submitted()[0]
     assert seat.agent.received() == b"\x1b[200~" + line.encode() + b"\x1b[201~\r"
-    for look, prompt in (("plain", "› "), ("box", "> "), ("bar", "  "), ("rules", "❯ ")):
-        seat.agent.do("set", look=look, prompt=prompt)
-        seat.rung("接口规范已经准备好了 " * 5)
+    seat.agent.do("set", look="box", prompt="> ")
+    seat.rung("接口规范已经准备好了 " * 5)
 
 
-@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+@pytest.mark.parametrize("terminal", TERMINALS, indirect=True)
 def test_drafts_and_dialogs_get_no_byte_in_each_terminal(seat: Rig) -> None:
     agent = seat.agent
     for look, draft, home in (
@@ -14180,7 +14380,37 @@ def test_drafts_and_dialogs_get_no_byte_in_each_terminal(seat: Rig) -> None:
     assert b"\r" not in agent.received()
 
 
-@pytest.mark.parametrize("seat", REAL_TERMINALS, indirect=True)
+@pytest.mark.parametrize("terminal", [Herdr], indirect=True)
+@NEEDS_TMUX
+def test_herdr_is_asked_to_prompt_an_agent_at_its_empty_composer(seat: Rig) -> None:
+    """It tells of no caret, so only a composer that is known as a whole will do. It refuses
+    dialogs itself; its word goes into the receipt."""
+    agent = seat.agent
+    agent.do("set", look="rules")
+    assert seat.bell.do("names") == {"names": ["herdr"], "note": ""}
+    seat.rung()
+    seat.rung("接口规范已经准备好了 " * 9)
+    assert agent.received().count(b"\r") == 2
+    for draft, home in (("half a thought", False), ("half a thought", True), ("two\n", False)):
+        agent.do("set", draft=draft, home=home)
+        seat.untouched("draft")
+    agent.do("set", draft="", home=False, dialog=True)
+    seat.untouched("dialog")
+    # An empty composer on the screen, and a dialog that only herdr knows of.
+    agent.do("set", dialog=False, above="Do you want to proceed?")
+    eventually(lambda: "proceed" in agent.screen())
+    outcome = seat.bell.do("ring", line=a_line("x"))
+    assert outcome["word"] == "dialog"
+    assert "agent is blocked (agent_blocked)" in outcome["detail"]
+    agent.do("set", above="", swallow=1)
+    seat.rung()
+    agent.do("suspend")
+    eventually(lambda: agent.screen().rstrip().endswith("❯"))
+    seat.untouched("gone")
+    agent.line("fg")
+
+
+@pytest.mark.parametrize("terminal", TERMINALS, indirect=True)
 def test_who_is_not_in_front_gets_nothing_in_each_terminal(seat: Rig) -> None:
     """A shell, another program, an editor of the CLI's; then the agent has ended."""
     agent = seat.agent
@@ -14200,6 +14430,128 @@ def test_who_is_not_in_front_gets_nothing_in_each_terminal(seat: Rig) -> None:
     agent.line("")
     eventually(lambda: "for shortcuts" in agent.screen())
     seat.rung()
+
+
+@pytest.mark.parametrize("terminal", REAL_TERMINALS, indirect=True)
+def test_nothing_is_touched_that_moved_in_a_terminal(
+    terminal: Any, tmp_path: Path
+) -> None:
+    pane = terminal.pane("sh -c \"printf '❯ '; exec cat\"", tmp_path)
+    eventually(lambda: "❯" in terminal.screen(pane))
+    door = {"kitty": lambda: agent_chat.Kitty(str(tmp_path)), "cmux": agent_chat.Cmux}[
+        terminal.name
+    ]()
+    address = agent_chat.PaneAddress(str(terminal.socket), pane)
+    assert door.try_address(address, None) == ""
+    assert door.find() == ""
+    eventually(lambda: door.program() == ["cat"])
+    screen = door.look()
+    terminal.type(pane, "x")
+    eventually(lambda: terminal.screen(pane).count("x") > 1)
+    before = terminal.screen(pane)
+    assert not door.press(screen, agent_chat.Key.ENTER)
+    assert not door.paste(screen, "[agent-chat] #abcd")
+    assert terminal.screen(pane) == before
+    assert door.paste(door.look(), "z")
+    eventually(lambda: "z" in terminal.screen(pane))
+    unknown = agent_chat.PaneAddress(str(terminal.socket), "4711")
+    assert f"{terminal.name} does not show pane 4711" in door.try_address(unknown, None)
+
+
+@pytest.mark.parametrize("terminal", [Kitty, Herdr], indirect=True)
+@needs_all("kitty", "Xvfb", "tmux")
+def test_a_tmux_inside_another_terminal_is_the_one_that_rings(
+    terminal: Any, tmp_path: Path
+) -> None:
+    """The variables of the outer one are there, and its pane shows the same."""
+    bell = Bell(tmp_path)
+    inner = ["tmux", "-S", "inner", "-f", "/dev/null"]
+    agent = Agent(
+        terminal,
+        tmp_path / "agent",
+        bell.command,
+        env={"HOME": str(tmp_path)},
+        around=f"{shlex.join(inner)} new '{{}}'",
+    )
+    try:
+        assert bell.do("names") == {"names": ["tmux"], "note": ""}
+        assert bell.ring() == "rung"
+        eventually(agent.submitted)
+    finally:
+        bell.do("stop")
+        end = [*inner, "kill-server"]
+        subprocess.run(end, cwd=tmp_path / "agent", capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("terminal", STAND_INS[1:], indirect=True)
+def test_a_caret_that_is_hidden_is_no_caret(seat: Rig) -> None:
+    """zellij tells nothing of it then, and so nothing is typed."""
+    seat.agent.do("set", above="\x1b[?25l")
+    seat.untouched("dialog")
+    outcome = seat.bell.do("ring", line=a_line("x"))
+    assert outcome["detail"] == "zellij does not tell where the caret is"
+
+
+# What the environment says of a pane, and the address in it.
+ADDRESSES = [
+    ("Cmux", {"CMUX_TUI_SOCKET": "/s", "CMUX_TUI_TERMINAL_ID": "term_1"}, ("/s", "term_1")),
+    ("Cmux", {"CMUX_TUI_SOCKET": "/s"}, None),
+    ("Herdr", {"HERDR_SOCKET_PATH": "/s", "HERDR_PANE_ID": "w1:p2"}, ("/s", "w1:p2")),
+    ("Herdr", {"HERDR_PANE_ID": "w1:p2"}, None),
+    ("WezTerm", {"WEZTERM_UNIX_SOCKET": "/s", "WEZTERM_PANE": "0"}, ("/s", "0")),
+    ("WezTerm", {"WEZTERM_PANE": "0"}, ("", "0")),
+    ("WezTerm", {"WEZTERM_PANE": "--help"}, None),
+    ("Zellij", {"ZELLIJ_SESSION_NAME": "a b", "ZELLIJ_PANE_ID": "3"}, ("a b", "3")),
+    ("Zellij", {"ZELLIJ_SESSION_NAME": "a b", "ZELLIJ_PANE_ID": ""}, None),
+    ("Kitty", {"KITTY_WINDOW_ID": "7", "KITTY_LISTEN_ON": "unix:@k-1"}, ("@k-1", "7")),
+    ("Kitty", {"KITTY_WINDOW_ID": "7", "KITTY_LISTEN_ON": "tcp:localhost:1"}, ("", "7")),
+    ("Kitty", {"KITTY_WINDOW_ID": "7"}, ("", "7")),
+    ("Kitty", {"KITTY_LISTEN_ON": "unix:/k"}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "variables", "address"), ADDRESSES)
+def test_what_an_environment_says_of_a_pane(
+    kind: str, variables: dict[str, str], address: tuple[str, str] | None
+) -> None:
+    terminals = agent_chat.own_terminals(agent_chat.Settings())
+    (one,) = [terminal for terminal in terminals if type(terminal).__name__ == kind]
+    expected = agent_chat.PaneAddress(*address) if address else None
+    assert one.address_in(variables) == expected
+
+
+def test_a_terminal_that_cannot_be_asked_says_what_to_do(tmp_path: Path) -> None:
+    kitty = agent_chat.Kitty(str(tmp_path))
+    shut = kitty.try_address(agent_chat.PaneAddress("", "1"), None)
+    assert "allow_remote_control socket-only" in shut
+    gone = kitty.try_address(agent_chat.PaneAddress(str(tmp_path / "k"), "1"), None)
+    assert "nobody listens at its socket" in gone
+    for terminal in (agent_chat.WezTerm(), agent_chat.Zellij()):
+        address = agent_chat.PaneAddress("", "1")
+        assert "never taken on anybody's word" in terminal.try_address(address, None)
+        with pytest.raises(agent_chat.PaneGone, match=f"no {terminal.name} on PATH"):
+            terminal.ask(address, "list")
+
+
+# What terminals print between styles, and what is left of it.
+PRINTED = [
+    ("\x1b]4;255;rgb:ee/ee/ee\x1b\\\x1b[?2004h\x1b[>4;1mrow", "row"),
+    ("a\x1b[0m\x1b[2mdim\x1b[0m \x1b[2;1H\x1b[3g\x1bH", "a\x1b[0m\x1b[2mdim\x1b[0m "),
+    ("\x1b[38:2:1:2:3mx\x1b[K\x1b(B\x1b[m", "\x1b[38:2:1:2:3mx\x1b[m"),
+    ("\x1b[=1;1u\x1b[2 q\x1b]8;;http://x\x07link\x1b]8;;\x07", "link"),
+]
+
+
+@pytest.mark.parametrize(("printed", "left"), PRINTED)
+def test_only_styles_are_left_of_what_a_terminal_prints(printed: str, left: str) -> None:
+    assert agent_chat.NO_STYLE.sub("", printed) == left
+
+
+def test_a_style_goes_on_in_the_next_row() -> None:
+    rows = ["\x1b[2ma", "b\x1b[0m", "c\x1b[31m", "\x1b[md"]
+    assert list(agent_chat.with_styles_carried(rows)) == [
+        "\x1b[2ma", "\x1b[2mb\x1b[0m", "c\x1b[31m", "\x1b[31m\x1b[md",
+    ]  # fmt: skip
 
 
 # ======================================================================================
