@@ -14038,7 +14038,7 @@ class Kitty:
 
     def pane(self, command: str, cwd: Path) -> str:
         """A new window; its number."""
-        args = ["sh", "-c", command]
+        args = ["sh", "-c", f"exec {command}"]
         fields = {"type": "tab", "cwd": str(cwd), "args": args}
         return str(self.ask("launch", match=None, **fields))
 
