@@ -8572,14 +8572,18 @@ class Shape(NamedTuple):
 # What the rows do not say: Claude Code draws hints and suggestions faint. Codex and
 # Gemini CLI draw no frame but colour the rows, and are never empty without their
 # placeholder. opencode differs in its shell mode by one word below the composer.
-# Copilot CLI, Qwen Code and Claude Code show theirs by another sign than the prompt's.
-# Searches put the caret or another prompt elsewhere.
+# Copilot CLI, Qwen Code, Kimi Code and Claude Code show theirs by another sign than the
+# prompt's. Searches put the caret or another prompt elsewhere. Claude Code's hint pushes a
+# no-break space out into a row of its own where the pane is narrow. pi has no sign at all:
+# its composer is one without a blank row, between rules, above a footer that counts what
+# the model has read; whatever it opens between such rules has blank rows, and a menu or a
+# selection stands where the footer is looked for.
 SHAPES = {
     "Claude Code": Shape(
         ("claude", "claude-code"),
         (RULE,),
         "❯[ \xa0]",
-        "  ",
+        "  |\xa0 *$",
         (RULE,),
         faint_hint=True,
     ),
@@ -8622,6 +8626,30 @@ SHAPES = {
         hint="Typeyourmessageor@path/to/file",
         hint_colour="38;5;103",
         always_hint=True,
+    ),
+    "Kilo": Shape(
+        ("kilo",),
+        ("┃ *", "(?!┃).*"),
+        "┃  ",
+        "┃  ",
+        ("┃ *", r"┃  (?!Shell\b).*\S.*", "╹▀+"),
+        edge="╹▀+",
+        hint=r'Askanything\.\.\.(".*)?',
+    ),
+    "Kimi Code": Shape(
+        ("kimi", "kimi-code"),
+        ("─+",),
+        " > ",
+        "   ",
+        ("─+",),
+        edge="(?<=╰)─+(?=╯)",
+    ),
+    "pi": Shape(
+        ("pi", "pi-coding-agent"),
+        ("─+(.*Working ─+)?",),
+        "",
+        r".*\S",
+        (RULE, r"\S.*", r"\S.*[%?]/\d.*"),
     ),
 }
 
@@ -8732,22 +8760,25 @@ def restyled(style: Style, codes: str) -> Style:
     return style
 
 
-def styled_cells(styled: str) -> Iterator[Cell]:
-    """The characters of a row that are no blanks.
+def styled_rows(styled: Sequence[str]) -> Iterator[list[Cell]]:
+    """The characters of each row that are no blanks.
 
-    Each row is read from the default style on. A style that it took over from the row
-    above is missed, and what it styles counts as text: the safe side.
+    A row takes over the style in which the one above it ends, as it would in a terminal
+    that these rows are sent to; the first begins with the default.
     """
     style = Style()
-    column = 0
-    for match in TEXT_OR_ESCAPE.finditer(styled):
-        codes = match["codes"]
-        if codes is not None:
-            style = restyled(style, codes)
-        for character in match["text"] or "":
-            if character not in BLANKS:
-                yield Cell(column, character, style)
-            column += cells_of(character)
+    for row in styled:
+        cells = []
+        column = 0
+        for match in TEXT_OR_ESCAPE.finditer(row):
+            codes = match["codes"]
+            if codes is not None:
+                style = restyled(style, codes)
+            for character in match["text"] or "":
+                if character not in BLANKS:
+                    cells.append(Cell(column, character, style))
+                column += cells_of(character)
+        yield cells
 
 
 def is_faint(screen: Screen, last: int, colour: str = "") -> bool:
@@ -8757,11 +8788,12 @@ def is_faint(screen: Screen, last: int, colour: str = "") -> bool:
     painted as the caret; alone it proves nothing.
     """
     found = []
-    for cell in styled_cells(screen.styled[screen.y]):
+    rows = [*styled_rows(screen.styled[: last + 1])]
+    for cell in rows[screen.y]:
         if cell.column >= screen.x and cell.character not in BORDERS:
             found.append(cell)
-    for row in screen.styled[screen.y + 1 : last + 1]:
-        found += styled_cells(row)
+    for row in rows[screen.y + 1 :]:
+        found += row
     if len(found) > 1 and found[0].column == screen.x:
         found = found[1:]
     faint_colours = {*GREYS, colour} - {""}
@@ -10516,8 +10548,10 @@ class CodexDoor(Door):
 
 
 # What stands in every extension that `init --hooks` installs, and then what differs. A
-# caller says {"line", "cwd"} in one line of JSON, and is answered {"came", "detail"} once
-# the CLI has the line, or has refused it. The socket is named by the pid of the CLI.
+# caller says {"line", "cwd", "session"} in one line of JSON, and is answered {"came",
+# "detail"} once the CLI has the line, or has refused it. The socket is named by the pid
+# of the CLI. One CLI may have several sessions, each with a plugin of its own: the line
+# is for that of the plugin which calls, and for no other.
 EXTENSION_HEAD = "// agent-chat: rings this agent when it has mail, without typing."
 EXTENSION_START = (
     EXTENSION_HEAD
@@ -10527,6 +10561,8 @@ import { chmodSync, mkdirSync, realpathSync, rmSync } from "node:fs"
 import { createServer } from "node:net"
 import { homedir } from "node:os"
 import { join } from "node:path"
+
+const ELSEWHERE = { came: "dialog", detail: "another session is on the screen" }
 
 // Listens where only this user can call. What `ring` throws leaves the line to others.
 function openDoor(pid, ring) {
@@ -10573,7 +10609,7 @@ export default {
       while (session?.parentID) session = get(session.parentID)
       if (!session) throw "no session is on the screen"
       if (realpathSync(session.directory) !== realpathSync(cwd))
-        return { came: "dialog", detail: "a session of another folder is on the screen" }
+        return ELSEWHERE
       const last = messages(session.id).findLast((message) => message.role === "user")
       if (!last) throw "nobody has prompted this session yet"
       const { agent, model } = last
@@ -10586,7 +10622,8 @@ export default {
   },
 }
 """
-# A turn that is under way ends first.
+# A turn that is under way ends first, here and in Copilot, which starts an extension as a
+# child, anew for each session that comes to the screen.
 PI_EXTENSION = r"""
 export default function (pi) {
   let close = () => {}
@@ -10597,6 +10634,15 @@ export default function (pi) {
   })
   pi.on("session_shutdown", () => close())
 }
+"""
+COPILOT_EXTENSION = r"""
+import { joinSession } from "@github/copilot-sdk/extension"
+
+const shown = await joinSession({})
+openDoor(process.ppid, async ({ line, session }) => {
+  if (session !== shown.sessionId) return ELSEWHERE
+  await shown.send({ prompt: line })
+})
 """
 
 
@@ -10643,8 +10689,9 @@ class ExtensionDoor(Door):
             with connected(self.socket_path()) as extension:
                 if not self.is_ours(peer_of(extension)):
                     return self.came(word, "another process has our CLI's socket")
-                text = json.dumps({"line": line, "cwd": os.getcwd()})
-                extension.sendall(f"{text}\n".encode())
+                session = environ().get("COPILOT_AGENT_SESSION_ID", "")
+                asked = {"line": line, "cwd": os.getcwd(), "session": session}
+                extension.sendall(f"{json.dumps(asked)}\n".encode())
                 word = Ring.UNCONFIRMED
                 with extension.makefile() as answers:
                     return self.read(answers.readline(MOST_RECORD))
@@ -13980,7 +14027,8 @@ AGENT_CLIS = {
              FileTable(CONFIG_HOME + "/opencode/tui.jsonc", ("plugin",)),
              FileTable(CONFIG_HOME + "/opencode/tui.json", ("plugin",))))),
     # A project's file is Claude's, so its entry there has only what Claude overlooks. Its
-    # hooks have a file of our own. What a hook says to a prompt it may drop.
+    # hooks have a file of our own. What a hook says to a prompt it may drop. It starts
+    # extensions in its experimental mode alone.
     "copilot": AgentCli(
         ("copilot",), COPILOT_HOME,
         user=(FileTable(COPILOT_HOME + "/mcp-config.json", SERVERS),),
@@ -13994,7 +14042,9 @@ AGENT_CLIS = {
                       (FileTable(".github/hooks/agent-chat.json", HOOKS),),
                       {Moment.TOOL: "PostToolUse", Moment.END: "Stop"},
                       Reply(context=("additionalContext",)),
-                      grouped=False, version=1)),
+                      grouped=False, version=1),
+        extension=ExtensionRow(
+            COPILOT_HOME + "/extensions/agent-chat/extension.mjs", COPILOT_EXTENSION)),
     # One unknown event in its hooks file, and it overlooks the whole file.
     "cursor": AgentCli(
         ("cursor-agent",), "~/.cursor",
@@ -14067,7 +14117,12 @@ AGENT_CLIS = {
         project=(FileTable("kilo.jsonc", ("mcp",)), FileTable("kilo.json", ("mcp",))),
         keys=OPENCODE_KEYS,
         more={"type": "local"},
-        comments=True),
+        comments=True,
+        extension=ExtensionRow(
+            CONFIG_HOME + "/kilo/agent-chat.js", OPENCODE_EXTENSION,
+            (FileTable("${KILO_TUI_CONFIG}", ("plugin",)),
+             FileTable(CONFIG_HOME + "/kilo/tui.jsonc", ("plugin",)),
+             FileTable(CONFIG_HOME + "/kilo/tui.json", ("plugin",))))),
     # Its documentation names another file; this is the one that the program reads and
     # lists. It has none for a project.
     "cline": AgentCli(
@@ -14954,7 +15009,7 @@ def started_text(text: str | None, path: str) -> str:
     """The text, or what a new file begins as where there is none or nothing in it."""
     if text and text.strip():
         return text
-    return "" if path.endswith((".toml", ".js")) else "{}\n"
+    return "" if path.endswith((".toml", ".js", ".mjs")) else "{}\n"
 
 
 def with_all(changes: Iterable[Change], text: str) -> str:

@@ -10459,7 +10459,20 @@ def test_a_send_that_got_no_answer_keeps_its_id_when_it_is_said_again(hub: Hub) 
 #     empty    an empty composer: ring      ours     our own line, to be submitted
 #     draft    somebody's text: leave it    dialog   no composer: leave it
 #
-# A CLI's new version wants new screens here, a new CLI its screens and a row in SHAPES.
+# A CLI's new version wants new screens here, a new CLI its screens and a row in SHAPES. To
+# take one:
+#
+#   - start the CLI in tmux with a HOME of its own and a stub model, in a folder named shop
+#   - type what the scene says; what is typed is the same in all CLIs: half a thought, three
+#     lines, a long line in a narrow pane, a paste of forty lines, our own line, and the keys
+#     that open a menu, a search, a shell mode or a dialog
+#   - take each draft twice: with the caret at its end, and at its beginning, where it looks
+#     most like a placeholder
+#   - `tmux capture-pane -p -e`, and the place of the caret by `display-message`; look at it
+#     again: while a CLI draws, its caret may be anywhere
+#   - keep of the rows around the composer what its shape needs to see
+#
+# A key that does nothing in a CLI has no screen: pi and Kimi Code have no search on ctrl-r.
 
 SCREENS_OF_CLIS = r"""
 === Claude Code 2.1.197: idle = empty @ 2,4 of 120
@@ -10489,6 +10502,18 @@ ssage from human: "hello there
 edit␛0m␛39m␛49m ␛2mqueued␛0m␛39m␛49m ␛2mmessages
 ␛0m␛38;5;244m␛49m⟪─*120⟫
   esc to interrupt · ← for agents
+=== Claude Code 2.1.197: a hint that ends in a row of its own = empty @ 2,1 of 30
+␛38;5;244m␛49m⟪─*30⟫
+␛38;5;246m❯␛39m ␛7mP␛0;2m␛39m␛49mress␛0m␛39m␛49m ␛2mup␛0m␛39m␛49m ␛2mto␛0m␛39m␛49m ␛⏎
+2medit␛0m␛39m␛49m ␛2mqueued␛0m␛39m␛49m ␛2mmes…
+␛0m␛38;5;246m␛49m⍽
+␛38;5;244m⟪─*30⟫
+=== Claude Code 2.1.197: a hint in a very narrow pane = empty @ 2,1 of 16
+␛38;5;244m␛49m⟪─*16⟫
+␛38;5;246m❯␛39m ␛7mP␛0;2m␛39m␛49mress␛0m␛39m␛49m ␛2mup␛0m␛39m␛49m ␛2mto␛0m␛39m␛49m ␛⏎
+2me…
+␛0m␛38;5;246m␛49m⍽
+␛38;5;244m⟪─*16⟫
 === Claude Code 2.1.197: draft = draft @ 25,4 of 120
   ▘▘ ▝▝    ~/shop
 
@@ -11709,6 +11734,479 @@ age from human:
 ␛0m␛38;5;153m␛49m⟪─*120⟫
   ➜ qwen · git:(master) · stub
   Auto mode (shift + tab to cycle)
+=== pi 1.3.0: idle = empty @ 0,1 of 120
+␛2m⟪─*120⟫
+␛0;7m␛39m␛49m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: draft = draft @ 14,1 of 120
+␛2m⟪─*120⟫
+␛0m␛39m␛49mhalf a thought␛7m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: draft, caret at its beginning = draft @ 0,1 of 120
+␛2m⟪─*120⟫
+␛0;7m␛39m␛49mh␛0m␛39m␛49malf a thought
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: one letter, caret before it = draft @ 0,1 of 120
+␛2m⟪─*120⟫
+␛0;7m␛39m␛49mx␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: three lines = draft @ 10,3 of 120
+␛2m⟪─*120⟫
+␛0m␛39m␛49mline one of draft
+line two
+line three␛7m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: three lines, caret at the beginning = draft @ 0,1 of 120
+␛2m⟪─*120⟫
+␛0;7m␛39m␛49ml␛0m␛39m␛49mine one of draft
+line two
+line three
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: pasted chip = draft @ 20,1 of 120
+␛2m⟪─*120⟫
+␛0m␛39m␛49m[paste #1 +40 lines]␛7m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: pasted chip, caret before it = draft @ 0,1 of 120
+␛2m⟪─*120⟫
+␛0;7m␛39m␛49m[paste #1 +40 lines]␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: menu = dialog @ 1,1 of 120
+␛2m⟪─*120⟫
+␛0m␛39m␛49m/␛7m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+␛0m␛38;5;5m␛49m→ settings       Open settings menu␛39m
+  model␛2m⟪ *10⟫<provider/model> — Select model (opens selector UI)␛0m␛39m␛49m
+  tree␛2m⟪ *11⟫Navigate session tree (switch branches)␛0m␛39m␛49m
+=== pi 1.3.0: shell mode = draft @ 1,1 of 120
+␛38;5;2m⟪─*120⟫
+␛39m!␛7m ␛0m␛39m␛49m
+␛38;5;2m⟪─*120⟫
+␛2m␛39m~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: shell mode, a command = draft @ 3,1 of 120
+␛38;5;2m⟪─*120⟫
+␛39m!ls␛7m ␛0m␛39m␛49m
+␛38;5;2m⟪─*120⟫
+␛2m␛39m~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: model = dialog @ 2,4 of 120
+␛38;5;4m⟪─*120⟫
+
+␛38;5;3mOnly showing models from configured providers. Use /login to add providers.␛39m
+
+> ␛7m ␛0m␛39m␛49m
+
+␛38;5;5m→ ✓ stub␛39m ␛2m[stub] · default␛0m␛39m␛49m
+
+␛2m  Model Name: stub␛0m␛39m␛49m
+
+␛38;5;2m  Model catalogs refreshed.␛39m
+
+␛2m  Enter to select · Ctrl+S to set as default · Escape/Ctrl+C to cancel␛0m␛39m␛49m
+␛38;5;4m⟪─*120⟫
+␛2m␛39m~/shop (master)
+=== pi 1.3.0: search of sessions = dialog @ 2,6 of 120
+␛38;5;5m⟪─*120⟫
+
+␛1m␛39mResume Session (Current Folder)␛0m␛39m␛49m⟪ *38⟫␛38;5;5m◉ Current Folder␛2m␛39m | ○⏎
+ All␛0m␛39m␛49m  ␛2mName: ␛0m␛38;5;5m␛49mAll␛39m  ␛2mSort: ␛0m␛38;5;5m␛49mThreaded
+␛2m␛39mtab scope · re:<pattern> regex · "phrase" exact
+ctrl+s sort · ctrl+n named · ctrl+d delete · ctrl+p path (off) · ctrl+r rename
+
+␛0m␛39m␛49m> ␛7m ␛0m␛39m␛49m
+
+␛38;5;5m› ␛1m␛39mTOOL:list_agents␛0m␛39m␛49m⟪ *96⟫␛2m37 13m
+
+␛0m␛38;5;5m␛49m⟪─*120⟫
+␛2m␛39m~/shop (master)
+=== pi 1.3.0: our line = ours @ 13,3 of 120
+
+␛2m⟪─*120⟫
+␛0m␛39m␛49m[agent-chat] Call check_messages for details, then reply with send_message. New⏎
+ message from human: "hello there my
+friend" #ab12␛7m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: our line, narrow = ours @ 13,3 of 60
+␛2m⟪─*60⟫
+␛0m␛39m␛49m[agent-chat] Call check_messages for details, then reply
+with send_message. New message from human: "hello there my
+friend" #ab12␛7m ␛0m␛39m␛49m
+␛2m⟪─*60⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *40⟫stub
+=== pi 1.3.0: narrow = empty @ 0,1 of 60
+␛2m⟪─*60⟫
+␛0;7m␛39m␛49m ␛0m␛39m␛49m
+␛2m⟪─*60⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *40⟫stub
+=== pi 1.3.0: long draft, narrow = draft @ 57,2 of 60
+␛2m⟪─*60⟫
+␛0m␛39m␛49mthis is a rather long half sentence that certainly wraps
+around in a small pane because it has so many words in it␛7m ␛0m␛39m␛49m
+␛2m⟪─*60⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *40⟫stub
+=== pi 1.3.0: long draft, narrow, caret at its beginning = draft @ 0,1 of 60
+␛2m⟪─*60⟫
+␛0;7m␛39m␛49mt␛0m␛39m␛49mhis is a rather long half sentence that certainly wraps
+around in a small pane because it has so many words in it
+␛2m⟪─*60⟫
+~/shop (master)
+0.0%/100k (auto)⟪ *40⟫stub
+=== pi 1.3.0: busy = empty @ 0,1 of 120
+␛2m── ⠦␛0m␛39m␛49m ␛2mWorking ⟪─*107⟫
+␛0;7m␛39m␛49m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+2.1%/100k (auto)⟪ *100⟫stub
+=== pi 1.3.0: queued = empty @ 0,4 of 120
+ ␛2mSteering: [agent-chat] Call check_messages for details, then reply with send_message. ⏎
+New message from human: "hell␛0m␛39m␛49m...
+ ␛2m↳ Alt+Up to edit all queued messages␛0m␛39m␛49m
+
+␛2m── ⠼␛0m␛39m␛49m ␛2mWorking ⟪─*107⟫
+␛0;7m␛39m␛49m ␛0m␛39m␛49m
+␛2m⟪─*120⟫
+~/shop (master)
+2.1%/100k (auto)⟪ *100⟫stub
+=== Kilo 7.7.9: idle, first prompt = empty @ 26,1 of 120
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mAsk anything... "Fix broken tests"␛38;5;15⏎
+m⟪ *38⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛⏎
+38;5;247mstub␛38;5;15m⟪ *55⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m╹␛38;5;235m⟪▀*74⟫␛38;5;15m
+=== Kilo 7.7.9: draft, first prompt, caret at its beginning = draft @ 26,1 of 120
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m  half a thought⟪ *58⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛⏎
+38;5;247mstub␛38;5;15m⟪ *55⟫␛48;5;232m
+⟪ *23⟫␛38;5;247m╹␛38;5;235m⟪▀*74⟫␛38;5;15m
+=== Kilo 7.7.9: shell mode, first prompt = dialog @ 26,1 of 120
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m  ␛38;5;247mRun a command... "pwd"␛38;5;15m⟪ *50⟫␛48;5⏎
+;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m  ␛38;5;227mShell ␛38;5;15m⟪ *66⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m╹␛38;5;235m⟪▀*74⟫␛38;5;15m
+=== Kilo 7.7.9: shell mode, first prompt, a command = dialog @ 28,1 of 120
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m  ls⟪ *70⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *74⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m┃␛38;5;15m␛48;5;235m  ␛38;5;227mShell ␛38;5;15m⟪ *66⟫␛48;5;232m
+⟪ *23⟫␛38;5;227m╹␛38;5;235m⟪▀*74⟫␛38;5;15m
+=== Kilo 7.7.9: idle = empty @ 5,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: draft = draft @ 19,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  half a thought⟪ *99⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: draft, caret at its beginning = draft @ 5,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  half a thought⟪ *99⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: two lines, caret at the beginning = draft @ 5,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  line one of draft⟪ *96⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  line two⟪ *105⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: pasted chip, caret before it = draft @ 5,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛1m␛38;5;232m␛48;5;178m[Pasted ~40 lines]␛0m␛38;5;15m␛48⏎
+;5;235m⟪ *95⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: menu = dialog @ 6,4 of 120
+  ␛38;5;238m┃␛38;5;15m␛48;5;234m /copy-session        ␛38;5;247mCopy session transcript␛38⏎
+;5;15m⟪ *69⟫␛38;5;238m␛48;5;232m┃␛38;5;15m
+  ␛38;5;238m┃␛38;5;15m␛48;5;234m /cost-alert⟪ *10⟫␛38;5;247mSet Kilo's cost alert␛38;5;15m⏎
+⟪ *71⟫␛38;5;238m␛48;5;232m┃␛38;5;15m
+  ␛38;5;238m┃␛38;5;15m␛48;5;234m /debug⟪ *15⟫␛38;5;247mView debug info␛38;5;15m⟪ *77⟫␛38;5⏎
+;238m␛48;5;232m┃␛38;5;15m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  /⟪ *112⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: shell mode = dialog @ 5,2 of 120
+
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m  ␛38;5;227mShell ␛38;5;15m⟪ *107⟫␛48;5;232m
+  ␛38;5;227m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: shell mode, a command = dialog @ 7,2 of 120
+
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m  ls⟪ *111⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;227m┃␛38;5;15m␛48;5;235m  ␛38;5;227mShell ␛38;5;15m⟪ *107⟫␛48;5;232m
+  ␛38;5;227m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: search of commands = dialog @ 34,4 of 120
+
+⟪ *30⟫␛48;5;234m⟪ *60⟫␛48;5;232m
+⟪ *30⟫␛48;5;234m    ␛1mCommands␛0m␛38;5;15m␛48;5;234m⟪ *41⟫␛38;5;247mesc␛38;5;15m    ␛48;5⏎
+;232m
+⟪ *30⟫␛48;5;234m⟪ *60⟫␛48;5;232m
+⟪ *30⟫␛48;5;234m    ␛38;5;247mSearch␛38;5;15m⟪ *50⟫␛48;5;232m
+⟪ *30⟫␛48;5;234m⟪ *60⟫␛48;5;232m
+⟪ *30⟫␛48;5;234m    ␛1m␛38;5;227mSuggested␛0m␛38;5;15m␛48;5;234m⟪ *47⟫␛48;5;232m
+⟪ *30⟫␛48;5;234m ␛48;5;227m   ␛1m␛38;5;232mSwitch session␛0m␛38;5;15m␛48;5;227m⟪ *30⟫␛38;5⏎
+;232mctrl+x l␛38;5;15m   ␛48;5;234m ␛48;5;232m
+⟪ *30⟫␛48;5;234m    New session⟪ *33⟫␛38;5;247mctrl+x n␛38;5;15m    ␛48;5;232m
+⟪ *30⟫␛48;5;234m    Switch model⟪ *32⟫␛38;5;247mctrl+x m␛38;5;15m    ␛48;5;232m
+=== Kilo 7.7.9: our line = ours @ 27,3 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  [agent-chat] Call check_messages for details, then reply⏎
+ with send_message. New message from human: "hello       ␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  there my friend" #ab12⟪ *91⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+=== Kilo 7.7.9: our line, narrow = ours @ 34,4 of 60
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *55⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  [agent-chat] Call check_messages for details, then   ␛48⏎
+;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  reply with send_message. New message from human:     ␛48⏎
+;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  "hello there my friend" #ab12⟪ *24⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *55⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *36⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*55⟫␛38;5;15m
+=== Kilo 7.7.9: narrow = empty @ 5,2 of 60
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *55⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *55⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *55⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *36⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*55⟫␛38;5;15m
+=== Kilo 7.7.9: busy = empty @ 5,2 of 120
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+   ␛38;5;240m⬝⬝⬝⬝⬝⬝⬝⬝␛38;5;15m  esc ␛38;5;247minterrupt␛38;5;15m⟪ *73⟫␛38;5;247m10␛38;5;15⏎
+m  ctrl+p ␛38;5;247mcommands␛38;5;15m
+=== Kilo 7.7.9: queued = empty @ 5,7 of 120
+  ␛38;5;247m┃␛38;5;15m␛48;5;234m⟪ *115⟫␛48;5;232m
+
+
+
+
+
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;247m┃␛38;5;15m␛48;5;235m  ␛38;5;247mCode ␛38;5;15m ␛38;5;247m·␛38;5;15m stub ␛38;5⏎
+;247mstub␛38;5;15m⟪ *96⟫␛48;5;232m
+  ␛38;5;247m╹␛38;5;235m⟪▀*115⟫␛38;5;15m
+   ␛38;5;235m■␛38;5;240m⬝⬝⬝⬝⬝⬝⬝␛38;5;15m  esc ␛38;5;247minterrupt␛38;5;15m⟪ *73⟫␛38;5;247m⏎
+10␛38;5;15m  ctrl+p ␛38;5;247mcommands␛38;5;15m
+=== Kilo 7.7.9: permission = dialog @ 118,8 of 120
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m⟪ *115⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m  ␛38;5;178m△␛38;5;15m Permission required⟪ *92⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m    ␛38;5;247m#␛38;5;15m run it⟪ *103⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m⟪ *115⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m  $ touch zz⟪ *103⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m⟪ *115⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m␛48;5;235m  ␛48;5;178m ␛38;5;232mAllow once␛38;5;15m ␛48;5⏎
+;235m ␛48;5;234m ␛38;5;247mAllow always␛38;5;15m ␛48;5;235m ␛48;5;234m ␛38;5;247mReject␛38⏎
+;5;15m ␛48;5;235m⟪ *32⟫ctrl+f ␛38;5;247mfullscreen␛38;5;15m  ⇆ ␛38;5;247mselect␛38;5;15m  ⏎
+enter ␛38;5;247mconfirm␛38;5;15m   ␛48;5;232m
+  ␛38;5;178m␛48;5;234m┃␛38;5;15m␛48;5;235m⟪ *115⟫␛48;5;232m
+=== Kimi Code 2.1.0: trust = dialog @ 119,6 of 120
+ ␛38;5;111m  ❯ ␛1mTrust this folder
+␛0m␛39m␛49m     ␛38;5;242mEnable project MCP servers. Remembered for this folder.
+␛39m
+ ␛38;5;244m    ␛38;5;253mDon't trust
+␛39m     ␛38;5;242mExit Kimi Code. Asked again next launch.
+␛39m
+ ␛38;5;111m⟪─*118⟫
+=== Kimi Code 2.1.0: idle = empty @ 5,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7m ␛0m␛39m␛49m⟪ *112⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+␛39m ␛38;5;253mstub␛39m  ␛38;5;244m…/r/p/kimi␛39m  ␛38;5;244mmaster [±]␛39m⟪ *20⟫␛38;5;242⏎
+mshift-tab to Plan mode to review the approach before Kimi edits files.
+=== Kimi Code 2.1.0: draft = draft @ 19,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > half a thought␛7m ␛0m␛39m␛49m⟪ *98⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: draft, caret at its beginning = draft @ 5,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7mh␛0m␛39m␛49malf a thought⟪ *99⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: one letter, caret before it = draft @ 5,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7mx␛0m␛39m␛49m⟪ *112⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: three lines = draft @ 15,3 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > line one of draft⟪ *96⟫␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   line two⟪ *105⟫␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   line three␛7m ␛0m␛39m␛49m⟪ *102⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: three lines, caret at the beginning = draft @ 5,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7ml␛0m␛39m␛49mine one of draft⟪ *96⟫␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   line two⟪ *105⟫␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   line three⟪ *103⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: pasted chip, caret before it = draft @ 5,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7m[paste #1 +40 lines]␛0m␛39m␛49m⟪ *93⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: menu = draft @ 6,1 of 120
+ ␛38;5;111m╭⟪─*116⟫╮
+␛39m ␛38;5;111m│␛39m > ␛1m␛38;5;111m/␛0;7m␛39m␛49m ␛0m␛39m␛49m⟪ *111⟫␛38;5;111m│
+␛39m ␛38;5;111m╰⟪─*116⟫╯
+␛39m ␛38;5;111m│␛39m   ␛38;5;111m→ yolo⟪ *19⟫Ask When Needed mode: routine edits and comma⏎
+nds run automatically; risky actions,␛39m      ␛38;5;111m│
+␛39m ␛38;5;111m│␛39m   ␛38;5;111m⟪ *25⟫questions, and plans still ask.␛39m⟪ *57⟫␛38;5;111m⏎
+│
+=== Kimi Code 2.1.0: file menu = draft @ 8,1 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > @sr␛7m ␛0m␛39m␛49m⟪ *109⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+␛39m ␛38;5;240m│␛39m   ␛38;5;111m→ src/⟪ *28⟫~/shop/src␛39m⟪ *53⟫␛38;5;240m│
+␛39m ␛38;5;240m│␛39m     main.py␛38;5;242m⟪ *25⟫~/shop/src/main.py␛39m⟪ *45⟫␛38;5;240m│
+=== Kimi Code 2.1.0: shell mode = dialog @ 5,1 of 120
+ ␛38;5;183m╭␛39m ␛1m␛38;5;183m! shell mode␛0m␛39m␛49m ␛38;5;183m⟪─*102⟫╮
+␛39m ␛38;5;183m│␛39m ␛38;5;183m!␛39m ␛7m ␛0m␛39m␛49m⟪ *112⟫␛38;5;183m│
+␛39m ␛38;5;183m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: shell mode, a command = dialog @ 7,1 of 120
+ ␛38;5;183m╭␛39m ␛1m␛38;5;183m! shell mode␛0m␛39m␛49m ␛38;5;183m⟪─*102⟫╮
+␛39m ␛38;5;183m│␛39m ␛38;5;183m!␛39m ls␛7m ␛0m␛39m␛49m⟪ *110⟫␛38;5;183m│
+␛39m ␛38;5;183m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: shell mode, caret before it = dialog @ 5,1 of 120
+ ␛38;5;183m╭␛39m ␛1m␛38;5;183m! shell mode␛0m␛39m␛49m ␛38;5;183m⟪─*102⟫╮
+␛39m ␛38;5;183m│␛39m ␛38;5;183m!␛39m ␛7ml␛0m␛39m␛49ms⟪ *111⟫␛38;5;183m│
+␛39m ␛38;5;183m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: plan mode = empty @ 5,1 of 120
+ ␛38;5;111m╭⟪─*116⟫╮
+␛39m ␛38;5;111m│␛39m > ␛7m ␛0m␛39m␛49m⟪ *112⟫␛38;5;111m│
+␛39m ␛38;5;111m╰⟪─*116⟫╯
+␛39m ␛1m␛38;5;111mplan␛0m␛39m␛49m  ␛38;5;253mstub␛39m  ␛38;5;244m…/r/p/kimi␛39m  ␛38;5;244⏎
+mmaster [±]␛39m⟪ *33⟫␛38;5;242mask Kimi to schedule tasks, e.g. "remind me at 5pm"
+=== Kimi Code 2.1.0: model = dialog @ 119,6 of 120
+␛39m
+ ␛38;5;242m Thinking
+␛39m   ␛38;5;242m  On (Unsupported)  ␛39m ␛1m␛38;5;111m[ Off ]
+␛0m␛39m␛49m
+ ␛38;5;111m⟪─*118⟫
+␛39m ␛38;5;253mstub␛39m  ␛38;5;244m…/r/p/kimi␛39m  ␛38;5;244mmaster [±]␛39m⟪ *39⟫␛38;5;242⏎
+mask Kimi to schedule tasks, e.g. "remind me at 5pm"
+␛39m⟪ *98⟫␛38;5;253mcontext: 0% (0/97.7k)
+=== Kimi Code 2.1.0: our line = ours @ 27,2 of 120
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > [agent-chat] Call check_messages for details, then reply with send_⏎
+message. New message from human: "hello       ␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   there my friend" #ab12␛7m ␛0m␛39m␛49m⟪ *90⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: our line, narrow = ours @ 41,3 of 60
+ ␛38;5;240m╭⟪─*56⟫╮
+␛39m ␛38;5;240m│␛39m > [agent-chat] Call check_messages for details,        ␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   then reply with send_message. New message from       ␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   human: "hello there my friend" #ab12␛7m ␛0m␛39m␛49m⟪ *16⟫␛38;5;240m⏎
+│
+␛39m ␛38;5;240m╰⟪─*56⟫╯
+=== Kimi Code 2.1.0: narrow = empty @ 5,1 of 60
+ ␛38;5;240m╭⟪─*56⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7m ␛0m␛39m␛49m⟪ *52⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*56⟫╯
+=== Kimi Code 2.1.0: long draft, narrow, caret at its beginning = draft @ 5,1 of 60
+ ␛38;5;240m╭⟪─*56⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7mt␛0m␛39m␛49mhis is a rather long half sentence that⟪ *13⟫␛38;5;2⏎
+40m│
+␛39m ␛38;5;240m│␛39m   certainly wraps around in a small pane because it    ␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   has so many words in it⟪ *30⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*56⟫╯
+=== Kimi Code 2.1.0: busy = empty @ 5,2 of 120
+  🌖␛38;5;244m · Tip: ctrl-s to add guidance without waiting for the turn to finish␛39m
+ ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7m ␛0m␛39m␛49m⟪ *112⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: queued = empty @ 5,4 of 120
+ ␛38;5;240m⟪─*118⟫
+␛39m ␛38;5;116m  ❯ [agent-chat] Call check_messages for details, then reply with send_mess⏎
+age. New message from human: "hello there ␛39m…
+ ␛38;5;244m  ↑ to edit · ctrl-s to steer immediately
+␛39m ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > ␛7m ␛0m␛39m␛49m⟪ *112⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: our line while busy = ours @ 27,5 of 120
+ ␛38;5;240m⟪─*118⟫
+␛39m ␛38;5;116m  ❯ [agent-chat] Call check_messages for details, then reply with send_mess⏎
+age. New message from human: "hello there ␛39m…
+ ␛38;5;244m  ↑ to edit · ctrl-s to steer immediately
+␛39m ␛38;5;240m╭⟪─*116⟫╮
+␛39m ␛38;5;240m│␛39m > [agent-chat] Call check_messages for details, then reply with send_⏎
+message. New message from human: "hello       ␛38;5;240m│
+␛39m ␛38;5;240m│␛39m   there my friend" #ab12␛7m ␛0m␛39m␛49m⟪ *90⟫␛38;5;240m│
+␛39m ␛38;5;240m╰⟪─*116⟫╯
+=== Kimi Code 2.1.0: permission = dialog @ 119,8 of 120
+   ␛1m␛38;5;116m▶␛0m␛39m␛49m ␛1m␛38;5;116m1. Approve once
+␛0m␛39m␛49m   ␛38;5;255m  2. Approve for this session
+␛39m   ␛38;5;255m  3. Reject
+␛39m   ␛38;5;255m  4. Reject with feedback
+␛39m
+   ␛38;5;244m↑/↓ select · 1/2/3/4 choose · ↵ confirm
+␛39m ␛38;5;215m⟪─*118⟫
+␛39m ␛38;5;253mstub␛39m  ␛38;5;244m…/r/p/kimi␛39m  ␛38;5;244mmaster [±]␛39m⟪ *13⟫␛38;5;244⏎
+mctrl+o expand␛38;5;242m | ctrl-s to add guidance without waiting for the turn to finish
+␛39m⟪ *97⟫␛38;5;253mcontext: 1% (17/97.7k)
 """
 # The line that stood in the composers of "our line" when their screens were taken.
 OUR_TEST_LINE = (
@@ -11836,6 +12334,11 @@ def test_a_screen_that_is_cut_anywhere_is_never_taken_for_empty() -> None:
         (["> \x1b[7mT\x1b[0;2mry this"], 2, 0, "empty"),
         (["> \x1b[90mTry this"], 2, 0, "empty"),
         (["> \x1b[38;5;8mTry this"], 2, 0, "empty"),
+        (["> \x1b[2mTry this or", "  that\x1b[0m"], 2, 0, "empty"),
+        (["> \x1b[90mTry this or", "  that", "  else"], 2, 0, "empty"),
+        (["> \x1b[2mTry this\x1b[0m", "  that"], 2, 0, "draft"),
+        (["> \x1b[2mTry this", "  \x1b[22mthat"], 2, 0, "draft"),
+        (["> \x1b[90mTry this", "  \x1b[39mthat"], 2, 0, "draft"),
         (["┃", "┃  ", "┃", "┃  Build"], 3, 1, "empty"),
         (["> half a thought"], 16, 0, "draft"),
         (["> half a thought"], 2, 0, "draft"),
@@ -11876,6 +12379,10 @@ def test_a_cli_without_a_shape_is_known_by_its_sign(
         (["/x/node_modules/@github/copilot-linux-x64/copilot"], "Copilot CLI"),
         (["node", "/x/node_modules/@qwen-code/qwen-code/cli.js"], "Qwen Code"),
         (["opencode"], "opencode"),
+        (["/x/node_modules/@kilocode/cli-linux-x64/bin/kilo"], "Kilo"),
+        (["pi"], "pi"),
+        (["node", "/x/node_modules/.bin/pi", "--offline"], "pi"),
+        (["node", "/x/node_modules/@moonshot-ai/kimi-code/dist/main.js"], "Kimi Code"),
         (["/home/claude/bin/aider", "--model", "claude"], "Claude Code"),
         (["/home/claude/bin/aider"], ""),
         (["python3", "-q"], ""),
@@ -13712,7 +14219,7 @@ def test_our_extension_in_a_cli_says_what_came_of_a_line(
     assert (outcome["word"], detail in outcome["detail"]) == (word, True), outcome
     assert (outcome["door"] == "extension") is (word != "unavailable")
     assert asked[0]["line"].startswith(a_line("API spec ready"))
-    assert asked[0]["cwd"] == os.getcwd()
+    assert asked[0]["cwd"] == os.getcwd() and asked[0]["session"] == ""
 
 
 def test_an_extension_that_hangs_or_has_gone(kin: Bell, tmp_path: Path) -> None:
@@ -13813,6 +14320,41 @@ def test_the_extension_for_pi_rings_through_a_socket_of_its_users_own(
         pi.stdin.write("end\n")
         pi.stdin.flush()
         assert pi.wait(8) == 0
+    assert not path.exists()
+
+
+COPILOT_HARNESS = """
+process.stdin.on("data", () => process.exit())
+"""
+COPILOT_SDK = """
+export const joinSession = async () => ({
+  sessionId: "s-1",
+  send: async (message) => console.log(JSON.stringify(message)),
+})
+"""
+
+
+def test_the_extension_for_copilot_rings_the_session_that_it_joined(
+    tmp_path: Path,
+) -> None:
+    """A child of the CLI, so the socket has its parent's pid, which is ours here."""
+    package = tmp_path / "node_modules/@github/copilot-sdk"
+    package.mkdir(parents=True)
+    (package / "extension.mjs").write_text(COPILOT_SDK)
+    exports = {"name": "@github/copilot-sdk", "exports": {"./extension": "./extension.mjs"}}
+    (package / "package.json").write_text(json.dumps(exports))
+    text = agent_chat.COPILOT_EXTENSION + "export default 0\n"
+    with node(tmp_path, "copilot", text, COPILOT_HARNESS) as copilot:
+        path = tmp_path / f".agent-chat/doors/{os.getpid()}.sock"
+        eventually(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o600)
+        assert copilot.stdin and copilot.stdout
+        for session, came in (("s-2", "dialog"), ("", "dialog"), ("s-1", "rung")):
+            asked = {"line": "hello", "cwd": "/", "session": session}
+            assert said_to(path, json.dumps(asked) + "\n")["came"] == came
+        assert json.loads(copilot.stdout.readline()) == {"prompt": "hello"}
+        copilot.stdin.write("end\n")
+        copilot.stdin.flush()
+        assert copilot.wait(8) == 0
     assert not path.exists()
 
 
@@ -16142,6 +16684,9 @@ def test_init_and_undo_for_every_cli_in_its_own_place(
     assert snapshot(shell.home) == {}
 
 
+COPILOT_FILE = ".copilot/extensions/agent-chat/extension.mjs"
+
+
 def test_the_extensions_of_init_stand_in_their_clis_lists_and_go_again(
     shell: Shell,
 ) -> None:
@@ -16150,10 +16695,11 @@ def test_the_extensions_of_init_stand_in_their_clis_lists_and_go_again(
     folder = shell.home / ".config/opencode"
     text = '{\n  // mine\n  "plugin": ["./other.js", ["a@1", {}]]\n}\n'
     listed = shell.file(".config/opencode/tui.json", text)
-    shell.run("init", "opencode", "pi", "--hooks", "--yes")
+    shell.run("init", "opencode", "pi", "copilot", "--hooks", "--yes")
     for path, part in (
         (folder / "agent-chat.js", agent_chat.OPENCODE_EXTENSION),
         (shell.home / ".pi/agent/extensions/agent-chat.js", agent_chat.PI_EXTENSION),
+        (shell.home / COPILOT_FILE, agent_chat.COPILOT_EXTENSION),
     ):
         assert path.read_text() == agent_chat.EXTENSION_START + part
     document = agent_chat.JsonText(listed.read_text(), comments=True)
