@@ -2189,6 +2189,10 @@ MIGRATION = f"""
     DROP TABLE old_groups;
     DROP TABLE old_agents;
     """
+UPGRADING = (
+    "bringing {} up to date, half a minute for a million messages; broken off, it is "
+    "as it was before"
+)
 SCHEMA_1_TABLES = ("agents", "messages", "inbox")
 # What the existing Go program of this protocol leaves behind, as the tables
 # of schema 1.
@@ -2334,6 +2338,10 @@ SQL_FUNCTIONS: Sequence[tuple[str, int, Callable[..., str | int | None]]] = (
 )
 
 
+def unheard(_sentence: str) -> None:
+    """For who has nobody to tell it to."""
+
+
 class Store(Log):
     """The one writer. Callers write inside a turn; `commit` ends it, synced to
     disk. Raises ChatErrors only. Any failed write makes the turn fail: `commit`
@@ -2343,10 +2351,10 @@ class Store(Log):
     that it writes with, so a turn sees what it has written itself.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, say: Callable[[str], object] = unheard) -> None:
         """Open the database at this path, or make one: lock it, check it, bring
-        its schema up to date. Raises BadConfig; a file that is refused stays
-        untouched."""
+        its schema up to date. What takes long is told to `say` beforehand.
+        Raises BadConfig; a file that is refused stays untouched."""
         import sqlite3
         import threading
 
@@ -2370,7 +2378,7 @@ class Store(Log):
         self._damaged_since = 0.0
         try:
             super().__init__(self.path, self._connect(), self._lock.check)
-            self._prepare()
+            self._prepare(say)
             self._files = self._identity()
             self._reload()
         except sqlite3.Error as error:
@@ -2397,7 +2405,7 @@ class Store(Log):
             connection.execute("PRAGMA " + pragma)
         return connection
 
-    def _prepare(self) -> None:
+    def _prepare(self, say: Callable[[str], object]) -> None:
         """Check the file, choose durability, bring the schema up to date. A
         file that is refused stays untouched: every check comes before the first
         write. Raises BadConfig."""
@@ -2417,6 +2425,8 @@ class Store(Log):
                 f"{self.path} holds tables of another program; choose another --db"
             )
         self.connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        if tables and version < SCHEMA_VERSION:
+            say(UPGRADING.format(self.path))
         if version < SCHEMA_VERSION:
             self._migrate(migration(version, adopts=bool(tables) and not version))
         self.connection.execute("PRAGMA journal_mode = WAL")
@@ -7575,7 +7585,7 @@ def open_hub(settings: Settings) -> HubServer:
     config = settings.config
     if settings.api_key and config and os.stat(config).st_mode & 0o077:
         log.warning("others can read the key in %s: chmod 600 %s", config, config)
-    store = Store(settings.db)
+    store = Store(settings.db, log.info)
     try:
         listener = bound_listener(settings.host, settings.port)
     except OSError as error:

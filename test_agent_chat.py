@@ -2905,6 +2905,18 @@ def test_a_file_that_stays_unreadable_is_given_up(
 
 @needs("strace")
 @pytest.mark.slow
+def test_a_migration_is_announced_and_only_a_migration(tmp_path: Path) -> None:
+    """Its first start with a large file is silent for long: it says beforehand why."""
+    told: list[str] = []
+    path = str(schema_1(tmp_path / "a.db", 10))
+    for told_before in (0, 1):
+        assert len(told) == told_before
+        Store(path, told.append).close()
+    Store(str(tmp_path / "new.db"), told.append).close()
+    assert len(told) == 1
+    assert path in told[0] and "up to date" in told[0]
+
+
 def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -> None:
     """The writes are counted in a run that ends; then copies are killed at writes all
     along."""
