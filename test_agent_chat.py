@@ -13557,6 +13557,8 @@ def test_a_dead_pane_and_a_reissued_one_are_gone(rig: Rig) -> None:
     rig.rung()
     agent.tmux.run("set-option", "-g", "remain-on-exit", "on")
     agent.tmux.run("respawn-pane", "-k", "-t", agent.pane, "printf '❯ '; cat")
+    alive = ["pgrep", "-f", agent.control]
+    eventually(lambda: subprocess.run(alive, capture_output=True).returncode)
     assert rig.bell.ring() == "gone"
     agent.tmux.run("respawn-pane", "-k", "-t", agent.pane, "true")
     eventually(
