@@ -9473,7 +9473,8 @@ class TmuxState(NamedTuple):
     scroll_position: str
     copy_cursor_x: str
     copy_cursor_y: str
-    selection_present: str
+    selection_present: str  # from 3.5 on only once it covers something
+    selection_active: str
     search_present: str
 
     def says(self, field: str) -> bool:
@@ -9490,10 +9491,12 @@ class TmuxState(NamedTuple):
         """The look that this state and these rows make. ValueError if a number is none."""
         height = int(self.pane_height)
         rows = [*styled, *[""] * height][:height]
-        used = self.says(self.selection_present) or self.says(
-            self.search_present
+        marks = (
+            self.selection_present,
+            self.selection_active,
+            self.search_present,
         )
-        stays = self.pane_mode != "copy-mode" or used
+        stays = self.pane_mode != "copy-mode" or any(map(self.says, marks))
         shared = self.says(self.pane_input_off) or self.says(
             self.pane_synchronized
         )
@@ -10835,10 +10838,10 @@ class TerminalDoor(Door):
     holds. Whatever is not understood ends the ring without a key.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        """No pane is found yet."""
+    def __init__(self, settings: Settings, *terminals: Terminal) -> None:
+        """No pane is found yet. Without terminals it is looked for in all."""
         super().__init__(settings)
-        self.terminals = own_terminals(settings)
+        self.terminals = list(terminals) or own_terminals(settings)
         # The one that has the agent's pane. Until it is found, any.
         self.terminal, *_ = self.terminals
         self.name = self.terminal.name
@@ -15416,7 +15419,7 @@ def remember(mail: UnheardMail, settings: Settings) -> None:
 
 # ======================================================================================
 # DOCTOR -- what has to be right on this machine, and the proof that a bell rings.
-# Knows: Client, the tmux door, SETUP's places, subprocess.  Never: argparse, print, exit.
+# Knows: Client, the terminals, SETUP's places, subprocess.  Never: argparse, print, exit.
 # ======================================================================================
 
 # The user's own hub is asked what it is, and nothing more. What the bell does is proved
@@ -15669,15 +15672,15 @@ def door_check(settings: Settings) -> Check:
     where there are none: mail still arrives, only nobody rings."""
     doors = Doors(settings)
     names = ", ".join(doors.names())
-    pane = environ().get("TMUX_PANE", "none")
-    detail = f"{names or 'none in this terminal'}; tmux pane {pane}"
+    detail = names or "none in this terminal"
     refused = doors.note()
     if refused:
         detail += f"; {refused}"
     if names:
         return Check("doors", "ok", detail)
     return Check("doors", "note", detail,
-                 "start agents inside tmux; elsewhere they learn of mail when they look")
+                 "start agents inside tmux, or in another terminal that the README names; "
+                 "elsewhere they learn of mail when they look")
 
 
 def hub_checks(settings: Settings, client: Client) -> Iterator[Check]:
@@ -15739,20 +15742,21 @@ def chain_checks(settings: Settings) -> Iterator[Check]:
 
 
 def rehearsal(settings: Settings) -> Iterator[str]:
-    """The real thing with a throw-away hub, agent and pane: nothing of it is left
+    """The real thing with a throw-away hub, agent and panes: nothing of it is left
     anywhere. Yields the name of each stage once it is done; what goes wrong is raised.
-    FileNotFoundError is for tmux that is not there, ChatError for everything that the
-    hub or the pane did not do in time. Who stops asking for stages still gets
-    everything removed."""
+    FileNotFoundError is for no terminal to try it in, ChatError for everything that the
+    hub or a pane did not do in time. Who stops asking for stages still gets everything
+    removed."""
     import shutil
     import tempfile
     place = tempfile.mkdtemp(prefix="agent-chat-")
-    tmux = ["tmux", "-uS", f"{place}/tmux"]
-    hub = ThrowAwayHub(place)
-    try:
-        pane = open_pane(tmux, settings)
-        door = TerminalDoor(settings._replace(tmux_override=f"{place}/tmux,{pane}", home=place))
-        yield "pane opened"
+    with contextlib.ExitStack() as end:
+        end.callback(shutil.rmtree, place, ignore_errors=True)
+        stages = [stage for stage in STAGES if stage.is_here()]
+        if not stages:
+            raise FileNotFoundError("no terminal")
+        hub = ThrowAwayHub(place)
+        end.callback(hub.end)
         agent = Client(hub.url())
         agent.register({"name": "doctor"})
         yield "agent registered"
@@ -15760,51 +15764,171 @@ def rehearsal(settings: Settings) -> Iterator[str]:
         sent = human.send(HUMAN, "does the bell ring", "doctor")
         yield "message stored"
         messages, _ = agent.get_messages("doctor")
-        # Tells this ring from every other line that could stand in the pane.
-        nonce = os.urandom(2).hex()
-        ring_until_submitted(door, f"{doorbell_line(messages)} #{nonce}", tmux)
-        yield "line submitted"
+        for kind in stages:
+            stage = kind(place)
+            end.callback(stage.end)
+            terminal = stage.open(prompting_command(settings))
+            door = TerminalDoor(settings._replace(home=place), terminal)
+            # Tells this ring from every other line that could stand in the pane.
+            nonce = os.urandom(2).hex()
+            ring_until_submitted(door, f"{doorbell_line(messages)} #{nonce}")
+            yield f"line submitted in {terminal.name}"
         mark = {"agent_name": "doctor", "message_ids": [sent["id"]]}
         agent.post("/api/messages/read", mark)
         yield "message read"
-    finally:
-        hub.end()
-        with contextlib.suppress(OSError):
-            run_bounded([*tmux, "kill-server"])
-        shutil.rmtree(place, ignore_errors=True)
 
 
-def open_pane(tmux: Sequence[str], settings: Settings) -> str:
-    """A pane with an empty prompt that says each line again; its id. `cat` says again
-    each line that is submitted; the prompt is the first of those that the doors know.
-    Wide, so that the line is not broken into two."""
+def prompting_command(settings: Settings) -> str:
+    """A shell command with an empty prompt that says each line again. `cat` says again
+    each line that is submitted; the prompt is the first of those that the doors know."""
     sign = settings.prompts[0].encode()
     # In octal for printf: whatever the sign is, it has no meaning to the shell then.
     octal = ""
     for byte in sign:
         octal += f"\\{byte:03o}"
-    command = f"printf '{octal} '; exec cat"
-    words = ["-f", os.devnull, "new-session", "-d", "-x250", "-PF#{pane_id}"]
-    _, output, _ = run_bounded([*tmux, *words, command])
-    return output.strip()
+    return f"printf '{octal} '; exec cat"
 
 
-def ring_until_submitted(door: TerminalDoor, line: str, tmux: Sequence[str]) -> None:
+def ring_until_submitted(door: TerminalDoor, line: str) -> None:
     """Rings until the line is submitted; ChatError with the last word if it never is.
     `line` has to be one that stands nowhere in the pane yet."""
-    word = "the pane is not found"
+    outcome = Outcome(Ring.UNAVAILABLE, detail="the pane is not found")
     end = time.monotonic() + RING_SECONDS
     while time.monotonic() < end:
-        _, screen, _ = run_bounded([*tmux, "capture-pane", "-p"])
-        # Once as it was typed, once as `cat` gave it back: the Enter arrived, too.
-        if word == "rung" and screen.count(line) > 1:
-            return
         # It may not have been drawn yet.
-        if word != "rung" and door.available():
+        if outcome.word != Ring.RUNG and door.available():
             outcome = door.ring(line)
-            word = outcome.word
+        if outcome.word == Ring.RUNG:
+            shown = "".join(door.terminal.look().rows)
+            # Once as it was typed, once as `cat` gave it back: the Enter arrived, too.
+            if squeezed(shown).count(squeezed(line)) > 1:
+                return
         time.sleep(0.02)
-    raise ChatError(f"no line submitted in a pane of its own: {word}")
+    raise ChatError(
+        f"no line submitted in a pane of {door.name}: {outcome.word} {outcome.detail}"
+    )
+
+
+class Stage(abc.ABC):
+    """A terminal to rehearse in, with a pane that exists for that moment only. It is
+    taken on our own word: no CLI of an agent runs in it."""
+
+    def __init__(self, place: str) -> None:
+        """`place` is a directory for what it needs."""
+        self.place = place
+
+    @staticmethod
+    @abc.abstractmethod
+    def is_here() -> bool:
+        """Can it be used on this machine, from where we were started?"""
+
+    @abc.abstractmethod
+    def open(self, _command: str) -> Terminal:
+        """The terminal, its pane found, in which that shell command runs."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """Takes away what open() made, also if it got half way only. Raises nothing."""
+
+
+class TmuxStage(Stage):
+    """A server of our own; wide, so that the line is not broken into two."""
+
+    @staticmethod
+    def is_here() -> bool:
+        """Wherever tmux is installed."""
+        import shutil
+        return bool(shutil.which("tmux"))
+
+    def open(self, command: str) -> Terminal:
+        """One pane."""
+        words = ["-f", os.devnull, "new-session", "-d", "-x250", "-PF#{pane_id}", command]
+        _, pane, _ = run_bounded(["tmux", "-uS", f"{self.place}/tmux", *words])
+        return Tmux(f"{self.place}/tmux,{pane.strip()}")
+
+    def end(self) -> None:
+        """Ends the server."""
+        with contextlib.suppress(OSError):
+            run_bounded(["tmux", "-uS", f"{self.place}/tmux", "kill-server"])
+
+
+class KittyStage(Stage):
+    """A tab of the kitty in which we run; the focus stays where it is."""
+
+    window = ""
+
+    @staticmethod
+    def is_here() -> bool:
+        """Where kitty can be asked."""
+        address = Kitty("").address_in(environ())
+        return bool(address and address.socket)
+
+    def address(self) -> PaneAddress:
+        """Where the window that we opened is; before that, where we are."""
+        address = Kitty("").address_in(environ())
+        if not address:
+            raise PaneGone("kitty is not here")
+        return address._replace(pane=self.window)
+
+    def open(self, command: str) -> Terminal:
+        """One window."""
+        kitty = Kitty(self.place)
+        args = ["sh", "-c", command]
+        payload = {"args": args, "type": "tab", "keep_focus": True}
+        self.window = str(kitty.ask(self.address(), "launch", payload))
+        refusal = kitty.try_address(self.address(), None)
+        if refusal:
+            raise PaneGone(refusal)
+        return kitty
+
+    def end(self) -> None:
+        """Closes the window, and the tab with it."""
+        if self.window:
+            match = {"match": f"id:{self.window}"}
+            with contextlib.suppress(OSError):
+                Kitty(self.place).ask(self.address(), "close-window", match)
+
+
+class CmuxStage(Stage):
+    """A server of our own, without a window."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def is_here() -> bool:
+        """Where we run in cmux: another program has the same name."""
+        return bool(Cmux().address_in(environ()))
+
+    def open(self, command: str) -> Terminal:
+        """One terminal. What cmux writes into a home stays in the place."""
+        import subprocess
+        path = f"{self.place}/cmux"
+        self.process = subprocess.Popen(
+            ["cmux", "server", "start", "--headless", "--ephemeral", "--socket", path],
+            env={**environ(), "HOME": self.place}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + DOOR_SECONDS
+        while not os.path.exists(path) and time.monotonic() < end:
+            time.sleep(0.02)
+        words = ["workspace", "create", "--name", "doctor"]
+        run_bounded(["cmux", "--socket", path, *words])
+        words = ["workspace", "current", "run", "--", "sh", "-c", command]
+        _, made, _ = run_bounded(["cmux", "--socket", path, "--json", *words])
+        pane = str(told(json.loads(made or "{}"), "value", "terminal_id"))
+        cmux = Cmux()
+        refusal = cmux.try_address(PaneAddress(path, pane), None)
+        if refusal:
+            raise PaneGone(refusal)
+        return cmux
+
+    def end(self) -> None:
+        """Ends the server, and so the terminal."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+STAGES: tuple[type[Stage], ...] = (TmuxStage, KittyStage, CmuxStage)
 
 
 class ThrowAwayHub:
