@@ -10439,15 +10439,24 @@ def connected(path: str) -> Iterator[socket.socket]:
         yield connection
 
 
+CLAUDE_HINT = (
+    "(check_messages and send_message are tools of agent-chat; SendMessage does not reach "
+    "the sender)"
+)
+
+
 class ClaudeDoor(InboxDoor):
-    """Claude Code's."""
+    """Claude Code's. It tells its model that whatever comes in here is from another of
+    its sessions, which are answered by a tool of its own, SendMessage."""
 
     name = "claude"
     variables = "CLAUDE_CODE"
 
     def frames(self, line: str) -> list[dict[str, object]]:
-        """The token first, where there is one."""
+        """The token first, where there is one. Which tools are meant stands in a line of
+        its own, behind that which the bell says everywhere."""
         token = self.token()
+        line += f"\n{CLAUDE_HINT}"
         frames: list[dict[str, object]] = []
         if token:
             frames.append({"type": "auth", "token": token})

@@ -14071,8 +14071,9 @@ def test_claude_code_is_rung_through_its_inbox(bell: Bell) -> None:
         assert frames[:-1] == (
             [{"type": "auth", "token": "t0ken"}] if token else []
         )
-        text = frames[-1]["message"].pop("content")
+        text, hint = frames[-1]["message"].pop("content").split("\n")
         assert frames[-1] == {"type": "user", "message": {"role": "user"}}
+        assert "send_message are tools of agent-chat; SendMessage does not" in hint
         assert re.fullmatch(
             re.escape(a_line("API spec ready")) + " #[0-9a-f]{4}", text
         )
