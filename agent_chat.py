@@ -10323,7 +10323,8 @@ def own_terminals(settings: Settings) -> list[Terminal]:
 
 # ======================================================================================
 # DOORS -- ways to reach a running agent: its CLI's own inbox, else the terminal it runs in.
-# Knows: inboxes of agents' CLIs, Terminal, Composer.  Never: Client, Plugin, Api, Store.
+# Knows: inboxes and extensions of agents' CLIs, Terminal, Composer.
+# Never: Client, Plugin, Api, Store.
 #
 # The recipe for a terminal stands here once: look, paste, look, Enter, look. A paste
 # needs the agent's own empty composer, seen twice, or once while surely nobody types.
