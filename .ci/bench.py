@@ -8,7 +8,7 @@
     .ci/bench.py --scale         how it grows: connected agents, stored messages, group sizes
     .ci/bench.py --soak 10       50 messages a second for so many minutes: does anything creep?
     .ci/bench.py --markdown      the same rows as a Markdown table, at the end
-    .ci/bench.py --readme        ... written into the README, in the place of the last ones
+    .ci/bench.py --scale --readme   all of it, written into the README for the last ones
 
 The machine's speed drifts by 1.6x, so nothing here is an absolute number: in the same minute
 the bench takes its own yardsticks (a fixed Python loop, the disk's sync rate, a bare http.server,
@@ -31,7 +31,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from load import (
@@ -73,21 +72,21 @@ class Row(NamedTuple):
     ratio: float
     figures: dict[str, Any]
 
-    def markdown(self) -> str:
-        """The row as one of a Markdown table."""
-        cells = (self.work, self.measured, self.goal)
-        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 README_PLACE = re.compile(r"(?s)(?<=<!-- bench -->\n).*(?=<!-- /bench -->)")
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """All rows as one table; what they were measured with comes first."""
-    lines = ["| work | measured | goal |", "|---|---|---|"]
-    lines += [row.markdown() for row in rows]
-    return "\n".join(lines) + "\n"
+class Table(NamedTuple):
+    """A table for the README."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """It as Markdown, a row a line."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write_readme(table: str) -> None:
@@ -138,6 +137,10 @@ class Bench:
     def __init__(self, plan: Plan, folder: str) -> None:
         self.plan, self.folder = plan, folder
         self.rows: list[Row] = []
+        self.connected = Table(("connected agents", "send, 64 connections",
+                                "group message to all", "hub's memory", "idle"), [])
+        self.stored = Table(("stored messages", "20 unread", "send, alone / polled",
+                             "history, recent", "search", "start", "file"), [])
         self.yardsticks: dict[str, Any] = {}
 
     def row(self, work: str, measured: str, goal: str, ratio: float, **figures: Any) -> None:
@@ -146,6 +149,13 @@ class Bench:
         verdict = "" if not goal else "met" if row.ratio >= 1 else "MISSED"
         print(f"{work:44} {measured:34} {goal:32} {verdict and f'{row.ratio:5.2f}'} {verdict}",
               flush=True)
+
+    def markdown(self) -> str:
+        """All that was measured, as Markdown."""
+        rows: list[tuple[str, ...]] = [(row.work, row.measured) for row in self.rows
+                                       if not row.work.endswith((" connected", " stored"))]
+        tables = [Table(("work", "measured"), rows), self.connected, self.stored]
+        return "\n".join(table.markdown() for table in tables if table.rows)
 
     def measure_yardsticks(self) -> None:
         seconds, port = min(self.plan.seconds, 2), free_port()
@@ -384,6 +394,9 @@ def scale(bench: Bench, huge: bool) -> None:
                       f"group of all {last['p50']:.1f} ms, {status['rss']} MiB, "
                       f"{status['threads']} threads, idle {idle:.1%} CPU", "", 1,
                       idle=idle, last=last, **run, **status)
+            bench.connected.rows.append((
+                f"{count:,}", f"{run['rps']:,.0f} per s, p99 {run['p99']:.0f} ms",
+                f"{last['p50']:.1f} ms", f"{status['rss']:.0f} MiB", f"{idle:.1%}"))
             crowd.close()
     for stored in (1000, 100_000, 1_000_000) + ((5_000_000,) if huge else ()):
         with scratch(bench.folder) as folder:
@@ -400,6 +413,14 @@ def scale(bench: Bench, huge: bool) -> None:
             if isinstance(value, dict)) + f" ms; send x 64 {run['rps']:,.0f}/s p99 "
             f"{run['p99']:.1f} ms, {figures['rss']} MiB, start {start * 1000:.0f} ms, file "
             f"{size:,.0f} MiB", "", 1, built=built, start=start, file_mib=size, load=run, **figures)
+        middle = {key: value["p50"] for key, value in figures.items() if isinstance(value, dict)}
+        lists = [middle[key] for key in middle if key.startswith(("history", "recent"))]
+        bench.stored.rows.append((
+            f"{stored:,}", f"{middle['unread 20']:.2f} ms",
+            f"{middle['send']:.1f} / {middle['send while polled']:.1f} ms",
+            f"{min(lists):.1f} to {max(lists):.1f} ms",
+            f"{middle['search']:.1f}, of a common word {middle['search common']:.1f} ms",
+            f"{start:.1f} s", f"{size:,.0f} MiB"))
 
 
 def soak(bench: Bench, minutes: float) -> None:
@@ -466,12 +487,13 @@ def main() -> None:
             scale(bench, flags.huge)
         if flags.soak:
             soak(bench, flags.soak)
-        for name in flags.only or ([] if flags.scale or flags.soak else parts):
+        longer = flags.scale or flags.soak
+        for name in flags.only or ([] if longer and not flags.readme else parts):
             getattr(bench, "part_" + name)()
     if flags.markdown or flags.readme:
-        print(markdown_table(bench.rows))
+        print(bench.markdown())
     if flags.readme:
-        write_readme(markdown_table(bench.rows))
+        write_readme(bench.markdown())
     print(json.dumps({"seconds": round(time.monotonic() - started), "yardsticks": bench.yardsticks,
                       "calib_ms_end": round(calib(), 2), "missed": [
                           row.work for row in bench.rows if row.ratio < 1],
