@@ -10595,7 +10595,8 @@ function openDoor(pid, ring) {
     try {
       return (await ring(JSON.parse(text))) ?? { came: "rung" }
     } catch (error) {
-      return { came: "unavailable", detail: String(error?.message ?? error) }
+      const detail = String(error?.message ?? error).slice(0, 300)
+      return { came: "unavailable", detail }
     }
   }
   const server = createServer((caller) => {
@@ -10630,9 +10631,9 @@ export default {
       const { get, messages } = api.state.session
       let session = get(api.route.current.params?.sessionID ?? "")
       while (session?.parentID) session = get(session.parentID)
+      const { directory } = session ?? api.state.path
+      if (realpathSync(directory) !== realpathSync(cwd)) return ELSEWHERE
       if (!session) throw "no session is on the screen"
-      if (realpathSync(session.directory) !== realpathSync(cwd))
-        return ELSEWHERE
       const last = messages(session.id).findLast((message) => message.role === "user")
       if (!last) throw "nobody has prompted this session yet"
       const { agent, model } = last
@@ -14095,6 +14096,7 @@ AGENT_CLIS = {
         ("kimi",), KIMI_HOME,
         user=(FileTable(KIMI_HOME + "/mcp.json", SERVERS),),
         project=(FileTable(".kimi-code/mcp.json", SERVERS),),
+        tools=ToolSight.SHOWN,
         hooks=HookRow((FileTable(KIMI_HOME + "/config.toml", HOOKS),), (),
                       {Moment.PROMPT: "UserPromptSubmit", Moment.END: "Stop"},
                       Reply(("hookSpecificOutput", "message"),
@@ -14141,6 +14143,7 @@ AGENT_CLIS = {
         keys=OPENCODE_KEYS,
         more={"type": "local"},
         comments=True,
+        tools=ToolSight.SHOWN,
         extension=ExtensionRow(
             CONFIG_HOME + "/kilo/agent-chat.js", OPENCODE_EXTENSION,
             (FileTable("${KILO_TUI_CONFIG}", ("plugin",)),

@@ -14470,13 +14470,13 @@ const model = { providerID: "p", modelID: "m", variant: "high" }
 const told = [{ role: "user", agent: "plan", model }, { role: "assistant" }]
 const api = {
   route: { current: { name: "home" } },
-  state: { session: {
+  state: { path: { directory: process.cwd() }, session: {
     get: (id) => sessions[id],
     messages: (id) => (id === "new" ? [] : told),
   } },
   client: { session: { promptAsync: async (prompt) => {
     console.log(JSON.stringify(prompt))
-    return { error: prompt.parts[0].text === "fail" ? { name: "busy" } : undefined }
+    return { error: prompt.parts[0].text === "fail" ? { name: "x".repeat(999) } : undefined }
   } } },
   lifecycle: { onDispose: () => {} },
 }
@@ -14500,16 +14500,17 @@ def test_the_extension_for_opencode_rings_the_session_on_the_screen(
         eventually(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o600)
         assert opencode.stdin and opencode.stdout
 
-        def rung(shown: str, line: str = "hello") -> Any:
+        def rung(shown: str, line: str = "hello", cwd: Path = tmp_path) -> Any:
             """What comes of a ring while that session is shown."""
             if shown and opencode.stdin and opencode.stdout:
                 opencode.stdin.write(f"{shown}\n")
                 opencode.stdin.flush()
                 assert opencode.stdout.readline() == "shown\n"
-            asked = {"line": line, "cwd": str(tmp_path)}
+            asked = {"line": line, "cwd": str(cwd)}
             return said_to(path, json.dumps(asked) + "\n")
 
         assert rung("")["detail"] == "no session is on the screen"
+        assert rung("", cwd=tmp_path.parent)["came"] == "dialog"
         assert rung("far")["came"] == "dialog"
         assert rung("new")["came"] == "unavailable"
         for shown in ("top", "sub"):
@@ -14521,8 +14522,8 @@ def test_the_extension_for_opencode_rings_the_session_on_the_screen(
                 "variant": "high",
                 "parts": [{"type": "text", "text": "hello"}],
             }
-        failed = {"came": "unavailable", "detail": '{"name":"busy"}'}
-        assert rung("top", "fail") == failed
+        failed = rung("top", "fail")
+        assert failed["came"] == "unavailable" and failed["detail"].startswith('{"name"')
         opencode.kill()
 
 
