@@ -7142,6 +7142,7 @@ def test_hostile_json_is_400_with_a_sentence_and_changes_nothing(
 # -- many, slow and too many
 
 
+@pytest.mark.load
 def test_two_hundred_clients_at_once_are_all_served(hub: Hub) -> None:
     """They all connect in the same moment."""
     hub.register("bob")
@@ -7902,6 +7903,7 @@ def test_no_body_is_collected_from_who_has_no_key(
     assert {wire.answer().status for wire in wires} <= {401, 0}
 
 
+@pytest.mark.load
 def test_readers_that_do_not_read_are_bounded_in_all(hub: Hub) -> None:
     """Memory and time have a total, not only a bound for each connection."""
     hub.register("bob")
