@@ -6948,7 +6948,7 @@ def close_reason(error: ChatError) -> str:
 # Knows: selectors, http.server, Connection, Api.  Never: Store, any desk, sqlite3.
 # ======================================================================================
 
-TURN_SECONDS = 0.015  # after which a turn takes up nothing more
+TURN_SECONDS = 0.03  # after which a turn takes up nothing more
 TURN_BYTES = 16 << 20  # said in one turn, likewise
 ACCEPTED_AT_ONCE = 256
 COMPLAINT_SECONDS = 60  # between two lines of the log about the same trouble
