@@ -15025,8 +15025,7 @@ def blocks_for(path: str, scope: Scope, settings: Settings) -> str:
         return ""
     blocks = []
     for name in scope.names:
-        alone = scope._replace(names=(name,))
-        if path in planned_changes(alone, settings):
+        if path in dict(server_changes(name, scope, settings)):
             blocks.append(printed_block(name, settings))
     return "\n".join(blocks)
 
