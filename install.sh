@@ -9,6 +9,7 @@
 #     sh install.sh install http://HUB:9420                   the same, by name
 #     sh install.sh uninstall           takes out what init wrote; messages in ~/.agent-chat stay
 #     sh install.sh test [pytest args]  test tools in an environment of their own, then the tests
+#     sh install.sh test -m 'not browser and not load and not install'       the quick part of them
 HUB_URL=""
 
 main() {
