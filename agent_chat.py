@@ -13866,13 +13866,14 @@ def is_yaml_block(value: object) -> bool:
 
 ENTRY_NAME = "agent-chat"  # of our entry in a table of MCP servers
 OWN_PROGRAMS = ("agent-chat", "agent_chat.py")
-STARTERS = ("python", "pypy", "uv")
+STARTERS = ("python", "pypy", "uv", "env")
 FILE_NAME = Pattern(r"[\\/]")  # what parts it from its directory
 BACKUP_SUFFIX = ".agent-chat-backup"
 STRANGER_KEYS = ("command", "cmd", "url", "httpUrl", "serverUrl", "transport")
 PLACE_VARIABLE = Pattern(r"\$\{(\w+)(?::-([^}]*))?\}")
 OWN_VARIABLES = {"AGENT_CHAT_SERVER", "AGENT_CHAT_API_KEY", "AGENT_TYPE"}  # in our entry
 PYTHON_FLAGS = ("-E", "-P")  # a project's PYTHON* variables and modules stay out
+PYTHON_GUARD = ("/usr/bin/env", "-u", "PYTHONPATH", "-u", "PYTHONHOME", "PYTHONSAFEPATH=1")
 PROBE_SECONDS = 10  # for a Python that only says what it can import
 # Run by another Python: it looks for the packages and loads neither, which is the fast
 # way to know. Exit code 0 = both are there.
@@ -13881,6 +13882,7 @@ PROBE = ("from importlib.util import find_spec; "
 # Where most CLIs keep their servers and hooks, as keys from the root of the file.
 SERVERS = ("mcpServers",)
 HOOKS = ("hooks",)
+PLUGINS = ("enabledPlugins",)
 
 
 class FileTable(NamedTuple):
@@ -13971,6 +13973,8 @@ class AgentCli(NamedTuple):
     tools: ToolSight = ToolSight.UNKNOWN
     hooks: HookRow | None = None
     extension: ExtensionRow | None = None
+    # Where it notes that it has a plugin. () as the table: the file comes with ours.
+    plugins: tuple[FileTable, ...] = ()
 
     @property
     def events(self) -> tuple[str, ...]:
@@ -14005,7 +14009,10 @@ AGENT_CLIS = {
         alone=False,
         tools=ToolSight.ASKED_BY_TOOL,
         hooks=HookRow((FileTable(CLAUDE_HOME + "/settings.json", HOOKS),),
-                      (FileTable(".claude/settings.json", HOOKS),), CLAUDE_EVENTS)),
+                      (FileTable(".claude/settings.json", HOOKS),), CLAUDE_EVENTS),
+        plugins=(FileTable(CLAUDE_HOME + "/settings.json", PLUGINS),
+                 FileTable(".claude/settings.json", PLUGINS),
+                 FileTable(".claude/settings.local.json", PLUGINS))),
     # It hands on only the variables that are named, gives a tool up after 60 s, and asks
     # before each tool call. Nothing keeps it from deferring tools. Grok can read its file.
     "codex": AgentCli(
@@ -14018,7 +14025,8 @@ AGENT_CLIS = {
         alone=False,
         tools=ToolSight.DEFERRED,
         hooks=HookRow((FileTable(CODEX_HOME + "/hooks.json", HOOKS),),
-                      (FileTable(".codex/hooks.json", HOOKS),), CLAUDE_EVENTS)),
+                      (FileTable(".codex/hooks.json", HOOKS),), CLAUDE_EVENTS),
+        plugins=(FileTable(CODEX_HOME + "/config.toml", ("plugins",)),)),
     # It starts no server in a folder that it does not trust, and strips comments.
     "gemini": AgentCli(
         ("gemini",), GEMINI_HOME + "/settings.json",
@@ -14030,7 +14038,9 @@ AGENT_CLIS = {
                       (FileTable(".gemini/settings.json", HOOKS),),
                       {Moment.PROMPT: "BeforeAgent", Moment.TOOL: "AfterTool",
                        Moment.END: "AfterAgent"},
-                      Reply(verdict={"decision": "deny"}))),
+                      Reply(verdict={"decision": "deny"})),
+        plugins=(FileTable(
+            GEMINI_HOME + "/extensions/agent-chat/.gemini-extension-install.json", ()),)),
     # OPENCODE_CONFIG names one more file, which wins over the others. Version 2 has its
     # servers one table deeper.
     "opencode": AgentCli(
@@ -14051,7 +14061,7 @@ AGENT_CLIS = {
              FileTable(CONFIG_HOME + "/opencode/tui.jsonc", ("plugin",)),
              FileTable(CONFIG_HOME + "/opencode/tui.json", ("plugin",))))),
     # A project's file is Claude's, so its entry there has only what Claude overlooks. Its
-    # hooks have a file of our own. What a hook says to a prompt it may drop. It starts
+    # hooks have a file of our own; it runs those of Claude's settings, too. It starts
     # extensions in its experimental mode alone.
     "copilot": AgentCli(
         ("copilot",), COPILOT_HOME,
@@ -14064,11 +14074,12 @@ AGENT_CLIS = {
         tools=ToolSight.ASKED_BY_ENTRY,
         hooks=HookRow((FileTable(COPILOT_HOME + "/hooks/agent-chat.json", HOOKS),),
                       (FileTable(".github/hooks/agent-chat.json", HOOKS),),
-                      {Moment.TOOL: "PostToolUse", Moment.END: "Stop"},
+                      CLAUDE_EVENTS,
                       Reply(context=("additionalContext",)),
                       grouped=False, version=1),
         extension=ExtensionRow(
-            COPILOT_HOME + "/extensions/agent-chat/extension.mjs", COPILOT_EXTENSION)),
+            COPILOT_HOME + "/extensions/agent-chat/extension.mjs", COPILOT_EXTENSION),
+        plugins=(FileTable(COPILOT_HOME + "/settings.json", PLUGINS),)),
     # One unknown event in its hooks file, and it overlooks the whole file.
     "cursor": AgentCli(
         ("cursor-agent",), "~/.cursor",
@@ -14089,7 +14100,9 @@ AGENT_CLIS = {
         comments=True,
         tools=ToolSight.ASKED_BY_ENTRY,
         hooks=HookRow((FileTable(QWEN_HOME + "/settings.json", HOOKS),),
-                      (FileTable(".qwen/settings.json", HOOKS),), CLAUDE_EVENTS)),
+                      (FileTable(".qwen/settings.json", HOOKS),), CLAUDE_EVENTS),
+        plugins=(FileTable(
+            QWEN_HOME + "/extensions/agent-chat/.qwen-extension-install.json", ()),)),
     # Its hooks are an array of tables. It only listens at a prompt and at the end of a
     # turn.
     "kimi": AgentCli(
@@ -14132,7 +14145,8 @@ AGENT_CLIS = {
         hooks=HookRow((FileTable(DROID_HOME + "/hooks.json", ()),
                        FileTable(DROID_HOME + "/settings.json", HOOKS)),
                       (FileTable(".factory/hooks.json", ()),
-                       FileTable(".factory/settings.json", HOOKS)), CLAUDE_EVENTS)),
+                       FileTable(".factory/settings.json", HOOKS)), CLAUDE_EVENTS),
+        plugins=(FileTable(DROID_HOME + "/settings.json", PLUGINS),)),
     # A descendant of opencode, version 1.
     "kilo": AgentCli(
         ("kilo",), CONFIG_HOME + "/kilo",
@@ -14274,6 +14288,48 @@ def installed_clis() -> list[str]:
     return names
 
 
+# -- our plugin: the directory `.claude-plugin`, which a CLI installs by its own command
+
+
+def plugin_note(name: str) -> str:
+    """The file in which that CLI notes that it has our plugin, "" if it has none. Then
+    it starts our server by itself, and an entry of ours would make it two agents. What
+    cannot be read says nothing here; doctor tells of it."""
+    row = AGENT_CLIS[name].plugins
+    for path, place in existing_places(row, os.getcwd()).items():
+        if not place.table:
+            return path
+        with contextlib.suppress(OSError, ValueError):
+            plugins = table_in(path, place.table)
+            if any(is_own_plugin(key, value) for key, value in plugins.items()):
+                return path
+    return ""
+
+
+def table_in(path: str, table: tuple[str, ...]) -> Mapping[str, Json]:
+    """The table in that file, an empty one if there is none. Comments in JSON may pass,
+    since nothing is written. Raises OSError, and FileTrouble for a file that cannot be
+    read."""
+    text = started_text(read_file(path), path)
+    if path.endswith(".toml"):
+        found = toml_data(text)
+        for key in table:
+            found = found.get(key, {})
+    else:
+        found = JsonText(text, comments=True).get(table)
+    return found if isinstance(found, dict) else {}
+
+
+def is_own_plugin(key: str, value: object) -> bool:
+    """True for the line of a list of plugins that says that ours is switched on. It is
+    called `agent-chat@` and what its source was called."""
+    plugin, _, _ = key.partition("@")
+    is_on = bool(value)
+    if isinstance(value, Mapping):
+        is_on = value.get("enabled") is not False
+    return plugin == ENTRY_NAME and is_on
+
+
 # -- our entry
 
 
@@ -14292,10 +14348,22 @@ def own_command(portable: bool) -> list[str]:
         return [launcher]
     # Where `uv run` keeps its throw-away environments.
     if "environments-v" in sys.prefix:
-        return ["uv", "run", "--script", here]
+        return uv_command(here, portable)
     if needs_python_variables():
         return [sys.executable, here]
     return [sys.executable, *PYTHON_FLAGS, here]
+
+
+def uv_command(here: str, portable: bool) -> list[str]:
+    """How to start this file by uv, which brings its packages along. The Python of such
+    a script takes no flags, so `env` does what PYTHON_FLAGS do elsewhere."""
+    uv = "uv"
+    if not portable:
+        uv = environ().get("UV", uv)
+    words = [uv, "run", "--script", here]
+    if os.name != "posix":
+        return words
+    return [*PYTHON_GUARD, *words]
 
 
 @functools.cache
@@ -14939,19 +15007,28 @@ def planned_changes(scope: Scope, settings: Settings) -> dict[str, list[Change]]
     file, or reach it by a link, meet in one edit and one backup."""
     changes: dict[str, list[Change]] = {}
     for name in scope.names:
-        cli = AGENT_CLIS[name]
-        if not cli.written and scope.undo:
-            continue
-        if not cli.written:
-            raise BadRequest(f"init does not write {name}'s file; see: init --print {name}")
-        for path, change in server_changes(name, scope, settings):
-            changes.setdefault(path, []).append(change)
+        wanted: list[tuple[str, Change]] = []
+        if is_written(name, scope):
+            wanted += server_changes(name, scope, settings)
+            if scope.hooks or scope.undo:
+                wanted += hook_changes(name, scope)
         if scope.hooks or scope.undo:
-            for path, change in hook_changes(name, scope):
-                changes.setdefault(path, []).append(change)
-            for path, change in extension_changes(name, scope):
-                changes.setdefault(path, []).append(change)
+            wanted += extension_changes(name, scope)
+        for path, change in wanted:
+            changes.setdefault(path, []).append(change)
     return changes
+
+
+def is_written(name: str, scope: Scope) -> bool:
+    """True for a CLI in whose files server and hooks are put or looked for: not if it
+    has them from our plugin, and undo finds nothing where init never writes. Raises
+    BadRequest if init should write what it does not."""
+    is_known = AGENT_CLIS[name].written
+    if scope.undo:
+        return is_known
+    if not is_known:
+        raise BadRequest(f"init does not write {name}'s file; see: init --print {name}")
+    return not plugin_note(name)
 
 
 def server_changes(name: str, scope: Scope, settings: Settings) -> list[tuple[str, Change]]:
@@ -15192,6 +15269,7 @@ def apply_edit(edit: Edit) -> None:
 # The agent waits while its hook runs. So a hook has one deadline for everything, and
 # whatever goes wrong is silence.
 
+ANY_CLI = "any"  # in the plugin that several CLIs install: whichever of them calls
 HOOK_SECONDS = 2
 MAX_EVENT_BYTES = 8 << 20  # an event quotes what a tool returned
 MAX_ANCESTORS = 8  # a CLI starts its hooks itself, or through a shell or two
@@ -15253,33 +15331,57 @@ def within(deadline: float, work: Callable[[], Result]) -> Result | None:
 
 def hook_answer(cli: str, event: Mapping[str, object], settings: Settings,
                 deadline: float | None = None) -> dict[str, object] | None:
-    """What that CLI's hook protocol wants to read after this event; None is silence. It
-    is the doorbell line for mail that no hook spoke of yet. The end of a turn is held
-    up once at most. A hook that another CLI runs, because it reads this one's files, is
-    silent. `deadline` is a moment of time.monotonic, by default HOOK_SECONDS from
+    """What the calling CLI's hook protocol wants to read after this event; None is
+    silence. It is the doorbell line for mail that no hook spoke of yet. The end of a
+    turn is held up once at most. `cli` is the one that the hook was written for, or
+    ANY_CLI. `deadline` is a moment of time.monotonic, by default HOOK_SECONDS from
     now."""
-    row = AGENT_CLIS[cli].hooks
+    speaker = answering_cli(cli)
+    if not speaker:
+        return None
+    row = AGENT_CLIS[speaker].hooks
     moment = moment_of(row, event)
     if row is None or moment is None:
         return None
-    # Grok, for one, reads Claude's hooks: it would hear of mail in a form that is not
-    # its own.
-    caller = calling_cli(os.getppid())
-    if caller not in ("", cli):
-        return None
     if deadline is None:
         deadline = time.monotonic() + HOOK_SECONDS
-    mail = within(deadline, lambda: unheard_mail(cli, event, settings))
+    mail = within(deadline, lambda: unheard_mail(speaker, event, settings))
     if not mail:
         return None
     remember(mail, settings)
     # A prompt that is our own line: the bell rang in the terminal just now.
-    prompt = str(event.get("prompt", ""))
+    prompt = prompt_text(event.get("prompt"))
     if prompt.lstrip().startswith(DOORBELL):
         return None
     line = doorbell_line(mail.fresh, preview=settings.preview)
     name = str(event["hook_event_name"])
     return reply(row.reply, name, moment, line)
+
+
+def answering_cli(written_for: str) -> str:
+    """The CLI in whose form the answer is given, "" for silence. Some run the hooks of
+    others, too: Copilot and Grok those of Claude. Such a one would hear of mail in a
+    form that is not its own, or twice. The hook in our plugin is for whoever calls; a
+    caller that nobody knows is taken for Claude, whose form is the common one."""
+    caller = calling_cli(os.getppid())
+    if caller and written_for == ANY_CLI:
+        return caller
+    if written_for == ANY_CLI:
+        return "claude"
+    if caller in ("", written_for):
+        return written_for
+    return ""
+
+
+def prompt_text(prompt: object) -> str:
+    """The text of a prompt. Kimi's is a list of parts, some of which have text."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    text = ""
+    for part in prompt:
+        if isinstance(part, Mapping):
+            text += str(part.get("text", ""))
+    return text
 
 
 def moment_of(row: HookRow | None, event: Mapping[str, object]) -> Moment | None:
@@ -15539,18 +15641,50 @@ def cli_checks(settings: Settings) -> Iterator[Check]:
                 yield Check("agents", "note", detail, "see the README")
         usable = [entry for entry in entries if entry.entry]
         known += len(usable)
-        yield cli_check(name, versions.get(name, ""), usable, settings)
+        version = versions.get(name, "")
+        title = f"{name} {version}".rstrip()
+        place = plugin_note(name)
+        if place:
+            known += 1
+            title += f" has the plugin ({place})"
+            yield plugin_check(name, title, usable)
+        else:
+            yield cli_check(name, title, usable, settings)
     if not known:
         yield Check("agents", "note", "no agent CLI knows agent-chat yet",
                     "agent-chat init")
 
 
-def cli_check(name: str, version: str, entries: Sequence[KnownEntry],
+def plugin_check(name: str, detail: str, entries: Sequence[KnownEntry]) -> Check:
+    """What is to be said of a CLI that has our plugin, which `detail` tells already. An
+    entry besides would start a second server, and make one session two agents."""
+    import shutil
+    for known in entries:
+        advice = f"agent-chat init {name} --undo"
+        if is_projects(name, known.path):
+            advice += " --project ."
+        detail += f", and an entry in {known.path}"
+        return Check("agents", "note", detail, advice)
+    launcher = os.path.expanduser("~/.local/bin/agent-chat")
+    if not shutil.which(launcher) and not shutil.which("agent-chat"):
+        detail += ", but not the program that it starts"
+        return Check("agents", "note", detail, "sh install.sh")
+    sight = AGENT_CLIS[name].tools
+    return Check("agents", "ok", f"{detail}; {sight}")
+
+
+def is_projects(name: str, path: str) -> bool:
+    """True if a file that CLI reads is the project's, not the user's own."""
+    home = os.path.expanduser("~")
+    return path not in existing_places(AGENT_CLIS[name].user, home)
+
+
+def cli_check(name: str, title: str, entries: Sequence[KnownEntry],
               settings: Settings) -> Check:
-    """What is to be said of one CLI that is here. The first of the entries stands for
-    all when its keys are looked at, as the project's comes before the user's."""
+    """What is to be said of one CLI that is here, of which `title` is name and version.
+    The first of the entries stands for all when its keys are looked at, as the
+    project's comes before the user's."""
     cli = AGENT_CLIS[name]
-    title = f"{name} {version}".rstrip()
     advice = f"agent-chat init {name}"
     if not entries:
         detail = f"{title} does not know agent-chat"
@@ -15571,11 +15705,8 @@ def missing_keys(name: str, known: KnownEntry, settings: Settings) -> list[str]:
     """What today's init writes for that CLI and the entry does not have: it is of an
     earlier time, or by hand. Only the names of keys are compared: values are a person's
     to change."""
-    home = os.path.expanduser("~")
-    cli = AGENT_CLIS[name]
-    own_files = existing_places(cli.user, home)
-    is_projects = known.path not in own_files
-    wanted = plugin_entry(name, settings, portable=is_projects)
+    portable = is_projects(name, known.path)
+    wanted = plugin_entry(name, settings, portable)
     lacking = wanted.keys() - known.entry.keys()
     return sorted(lacking)
 
@@ -17506,8 +17637,18 @@ def wanted_edits(given: Given) -> list[Edit]:
     if not names:
         raise NotFound("no agent CLI found on this machine; name one of "
                        f"{', '.join(AGENT_CLIS)}")
+    if not given.has("undo"):
+        tell_of_plugins(names)
     return planned_edits(names, project, given.has("hooks"), given.has("undo"),
                          given.settings())
+
+
+def tell_of_plugins(names: Iterable[str]) -> None:
+    """Says for which of these CLIs no server is written, since they have our plugin."""
+    for name in names:
+        place = plugin_note(name)
+        if place:
+            note(f"{name} has agent-chat as a plugin, with server and hooks ({place})")
 
 
 def print_difference(edit: Edit) -> None:
@@ -17602,7 +17743,7 @@ def command_completion(given: Given) -> int:
 # -- all commands: one row for each, and one for each option. The help is their only manual.
 
 
-CLIS_WITH_HOOKS = tuple(name for name in AGENT_CLIS if AGENT_CLIS[name].events)
+CLIS_WITH_HOOKS = (*(name for name in AGENT_CLIS if AGENT_CLIS[name].events), ANY_CLI)
 # A name means the same everywhere, since Given knows values by name alone. `Given.settings`
 # finds those of Settings among them.
 OPTIONS = (  # in the order of the help; each means the same in every command that has it

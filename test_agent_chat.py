@@ -17253,6 +17253,160 @@ def test_a_projects_python_variables_do_not_kill_the_entry(
         plugin.stdin.close()
 
 
+def test_an_entry_by_uv_is_as_safe(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uv gives its Python no flags, so the variables are taken out before it. A Python that
+    gets the same words stands in for uv here."""
+    for name in ("json.py", "sitecustomize.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')\n")
+    copy = tmp_path / "agent_chat.py"
+    shutil.copy(agent_chat.__file__, copy)
+    uv = shell.file("uv", f'#!/bin/sh\nshift 2\nexec {shlex.quote(PYTHON)} "$@"\n')
+    uv.chmod(0o700)
+    monkeypatch.setenv("UV", str(uv))
+    for portable in (False, True):
+        words = agent_chat.uv_command(str(copy), portable)
+        entry = {"command": words[0], "args": [*words[1:], "mcp"]}
+        assert agent_chat.is_own_entry(entry)
+    assert "uv" in words and str(uv) not in words
+    env = clean_environment(shell.home, PYTHONPATH=str(tmp_path), PYTHONHOME=str(tmp_path))
+    command = [*agent_chat.uv_command(str(copy), portable=False), "version"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith("agent-chat "), done
+
+
+# -- the plugin directory, which agents' CLIs install by their own commands
+
+PLUGIN_HOME = HERE / ".claude-plugin"
+PLUGIN = PLUGIN_HOME / "agent-chat"
+# How each notes that it has our plugin, as the real programs wrote it.
+NOTED = {
+    "claude": (".claude/settings.json", '{"enabledPlugins": {"agent-chat@agent-chat": true}}'),
+    "codex": (".codex/config.toml", '[plugins."agent-chat@agent-chat"]\nenabled = true\n'),
+    "copilot": (
+        ".copilot/settings.json",
+        '{"enabledPlugins": {"agent-chat@agent-chat": true}}',
+    ),
+    "droid": (".factory/settings.json", '{"enabledPlugins": {"agent-chat@clone": true}}'),
+    "qwen": (".qwen/extensions/agent-chat/.qwen-extension-install.json", "{}"),
+    "gemini": (".gemini/extensions/agent-chat/.gemini-extension-install.json", "{}"),
+}
+
+
+def plugin_json(path: Path) -> Any:
+    """What a file of the plugin directory says."""
+    return json.loads(path.read_text())
+
+
+def test_the_plugin_directory_says_what_the_program_is() -> None:
+    """One version in all manifests, one source, and a hook for each event that the rows of
+    SETUP name."""
+    manifests = [
+        PLUGIN / ".claude-plugin/plugin.json",
+        PLUGIN / ".codex-plugin/plugin.json",
+        PLUGIN_HOME / "gemini/gemini-extension.json",
+    ]
+    for path in manifests:
+        manifest = plugin_json(path)
+        assert (manifest["name"], manifest["version"]) == (
+            agent_chat.ENTRY_NAME,
+            agent_chat.__version__,
+        )
+    (listed,) = plugin_json(PLUGIN_HOME / "marketplace.json")["plugins"]
+    assert HERE / listed["source"] == PLUGIN and listed["name"] == agent_chat.ENTRY_NAME
+    for folder, rows in ((PLUGIN, NOTED.keys() - {"gemini"}), (PLUGIN_HOME / "gemini", ["gemini"])):
+        events = tuple(plugin_json(folder / "hooks/hooks.json")["hooks"])
+        assert {CLIS[name].events for name in rows} == {events}
+    codex = plugin_json(manifests[1])["mcpServers"]["agent-chat"]
+    more: dict[str, Any] = dict(CLIS["codex"].more)
+    # There is no `env` in it, so the hub's address has to come from outside.
+    assert codex.pop("env_vars") == [*more.pop("env_vars"), "AGENT_CHAT_SERVER"]
+    assert more.items() <= codex.items()
+
+
+@pytest.mark.parametrize("on_the_path", [True, False])
+def test_the_plugin_starts_the_program_that_install_sh_made(
+    shell: Shell, on_the_path: bool
+) -> None:
+    """Every command in the directory, with the launcher's folder on the PATH and without; a
+    blank in that PATH is no trouble."""
+    launcher = shell.file(".local/bin/agent-chat", '#!/bin/sh\necho "started $*"\n')
+    launcher.chmod(0o700)
+    env = {"HOME": str(shell.home), "PATH": "/usr/bin:/bin:/no such folder"}
+    if on_the_path:
+        env["PATH"] += f":{launcher.parent}"
+    said = set()
+    for path in PLUGIN_HOME.rglob("*.json"):
+        manifest = plugin_json(path)
+        servers = manifest.get("mcpServers", {})
+        commands = [[entry["command"], *entry["args"]] for entry in servers.values()]
+        for groups in manifest.get("hooks", {}).values():
+            commands += [["sh", "-c", hook["command"]] for hook in groups[0]["hooks"]]
+        for command in commands:
+            said.add(subprocess.check_output(command, env=env, text=True).strip())
+    assert said == {"started mcp", "started hook any", "started hook gemini"}
+
+
+@pytest.mark.parametrize("cli", NOTED)
+def test_init_writes_nothing_for_a_cli_that_has_the_plugin(shell: Shell, cli: str) -> None:
+    """It says so, and does the rest. Else one session would be two agents. An extension is
+    no part of the plugin."""
+    shell.file(*NOTED[cli])
+    before = snapshot(shell.home)
+    assert shell.run("init", cli, "--yes") == "nothing to change\n"
+    assert f"{cli} has agent-chat as a plugin, with server and hooks (/" in shell.errors
+    assert snapshot(shell.home) == before
+    shell.run("init", cli, "kimi", "--hooks", "--yes")
+    added = set(snapshot(shell.home)) - set(before)
+    assert added >= {".kimi-code/mcp.json", ".kimi-code/config.toml"}
+    extension = CLIS[cli].extension
+    assert len(added) == 2 + (extension is not None)
+
+
+@pytest.mark.parametrize(
+    ("cli", "text"),
+    [
+        ("claude", '{"enabledPlugins": {"agent-chat@agent-chat": false}}'),
+        ("claude", '{"enabledPlugins": {"agent-chat-x@y": true, "x@agent-chat": true}}'),
+        ("claude", '{"enabledPlugins": ["agent-chat@agent-chat"]}'),
+        ("claude", '{"enabledPlugins": '),
+        ("codex", '[plugins."agent-chat@agent-chat"]\nenabled = false\n'),
+        ("codex", "plugins = 5\n"),
+    ],
+)
+def test_what_is_not_our_plugin_or_is_switched_off_does_not_count(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, cli: str, text: str
+) -> None:
+    """Nor does a file that cannot be read: init and doctor speak of it elsewhere."""
+    monkeypatch.setenv("HOME", str(shell.home))
+    file, _ = NOTED[cli]
+    shell.file(file, text)
+    assert agent_chat.plugin_note(cli) == ""
+
+
+def test_an_entry_beside_the_plugin_can_be_undone_and_doctor_asks_for_it(
+    shell: Shell,
+) -> None:
+    """First the entry, then the plugin: init cannot have known."""
+    paths = {"PATH": "/usr/bin:/bin"}
+    shell.run("init", "claude", "--yes")
+    shell.run("init", "codex", "--project", ".", "--yes")
+    for cli in ("claude", "codex", "droid"):
+        shell.file(*NOTED[cli])
+    told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
+    said = {check["detail"].split()[0]: check for check in told if check["name"] == "agents"}
+    assert f"and an entry in {shell.home}/.claude.json" in said["claude"]["detail"]
+    assert said["claude"]["advice"] == "agent-chat init claude --undo"
+    assert said["droid"]["detail"].endswith("but not the program that it starts")
+    shell.run("init", "claude", "--undo", "--yes")
+    shell.file(".local/bin/agent-chat", "#!/bin/sh\n").chmod(0o700)
+    told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
+    said = {check["detail"].split()[0]: check for check in told if check["name"] == "agents"}
+    assert said["claude"]["state"] == said["droid"]["state"] == "ok"
+    assert "has the plugin" in said["claude"]["detail"]
+
+
 # What each says of our entry, without an account.
 REAL_PROGRAMS = {
     "claude": ["claude", "mcp", "list"],
@@ -17267,6 +17421,7 @@ REAL_PROGRAMS = {
     "grok": ["grok", "mcp", "list"],
     "pi": ["pi", "mcp", "list"],
     "auggie": ["auggie", "mcp", "list"],
+    "amp": ["amp", "mcp", "list"],
 }
 
 
@@ -17290,7 +17445,42 @@ def test_the_real_program_reads_our_file(
         timeout=100,
         stdin=subprocess.DEVNULL,
     )
-    assert "agent-chat" in done.stdout, done
+    # Gemini lists its servers on standard error.
+    assert "agent-chat" in done.stdout + done.stderr, done
+
+
+# How each installs the plugin directory; {} is the folder that it lies in. Gemini asks
+# whether it may trust that folder.
+PLUGIN_COMMANDS = {
+    "claude": ["plugin marketplace add {}", "plugin install agent-chat@agent-chat"],
+    "codex": ["plugin marketplace add {}", "plugin add agent-chat@agent-chat"],
+    "copilot": ["plugin marketplace add {}", "plugin install agent-chat@agent-chat"],
+    "qwen": ["extensions install {}:agent-chat --consent"],
+    "droid": ["plugin marketplace add {}", "plugin install agent-chat@plugins"],
+    "gemini": ["extensions install {}/.claude-plugin/gemini --consent"],
+}
+
+
+@pytest.mark.parametrize(
+    "cli", [pytest.param(name, marks=only_with(name)) for name in PLUGIN_COMMANDS]
+)
+def test_the_real_program_installs_the_plugin(caller: Shell, cli: str, tmp_path: Path) -> None:
+    """For each agent CLI that this machine happens to have: it lists the server, and init
+    knows of the plugin by what that program noted."""
+    folder = tmp_path / "plugins"
+    shutil.copytree(PLUGIN_HOME, folder / ".claude-plugin")
+    env = {key: value for key, value in caller.env.items() if not key.startswith("PYTHON")}
+    said = ""
+    for words in (*PLUGIN_COMMANDS[cli], "mcp list"):
+        command = [cli, *words.format(folder).split()]
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, input="y\n", capture_output=True, text=True, timeout=100
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+    assert "agent-chat" in said
+    caller.run("init", cli, "--yes")
+    assert "as a plugin" in caller.errors
 
 
 # -- hooks
@@ -17338,6 +17528,7 @@ HOOK_SHAPES = [
     ("qwen", "Stop", ["reason"]),
     ("droid", "PostToolUse", CONTEXT),
     ("droid", "Stop", ["reason"]),
+    ("copilot", "UserPromptSubmit", ["additionalContext"]),
     ("copilot", "PostToolUse", ["additionalContext"]),
     ("copilot", "Stop", ["reason"]),
     ("cursor", "postToolUse", ["additional_context"]),
@@ -17498,6 +17689,45 @@ def test_a_hook_that_another_cli_runs_is_silent(
         text=True,
     )
     assert bool(done.stdout) is speaks and not done.stderr
+    bob.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "path"),
+    [("copilot", ["additionalContext"]), ("qwen", CONTEXT), ("make", CONTEXT), ("pi", None)],
+)
+def test_the_plugins_hook_speaks_as_whoever_calls_it(
+    caller: Shell, hub: Hub, program: str, path: list[str] | None
+) -> None:
+    """An unknown caller is taken for Claude; one that has no hooks hears nothing."""
+    bob = live_agent(hub, caller, "bob")
+    caller.env["AGENT_NAME"] = "bob"
+    hub.send("human", "bob", "hello")
+    command = shlex.join([*COMMAND, "hook", "any"])
+    script = caller.file(f"bin/{program}", f"#!/bin/sh\nsh -c {shlex.quote(command)}; exit 0\n")
+    script.chmod(0o700)
+    event = {"hook_event_name": "PostToolUse", "cwd": str(caller.home)}
+    answer: Any = subprocess.check_output(
+        [script], env=caller.env, input=json.dumps(event), text=True
+    )
+    if path is None:
+        assert answer == ""
+    else:
+        answer = json.loads(answer)
+        for key in path:
+            answer = answer[key]
+        assert "hello" in answer
+    bob.close()
+
+
+def test_a_prompt_in_parts_is_known_as_our_own_line(caller: Shell, hub: Hub) -> None:
+    """As Kimi gives it. What the bell has just typed is not told once more."""
+    bob = live_agent(hub, caller, "bob", type="kimi")
+    event: dict[str, Any] = {"hook_event_name": "UserPromptSubmit"}
+    for rung, heard in (("[agent-chat] Call it #1a2b", False), ("and now?", True)):
+        hub.send("human", "bob", "hello")
+        event["prompt"] = [{"type": "image"}, 5, {"type": "text", "text": rung}]
+        assert bool(hook_event(caller, "kimi", **event)) is heard
     bob.close()
 
 
