@@ -8574,6 +8574,7 @@ class Shape(NamedTuple):
     hint_colour: str = ""  # or in this colour
     always_hint: bool = False  # an empty composer is never without one
     open_end: bool = False  # the first blank row ends it
+    needs_caret: bool = False  # by it alone a search beside the composer is seen
 
 
 # A CLI that stands here is rung in the composer described, and in no other. A new one
@@ -8596,6 +8597,7 @@ SHAPES = {
         "  |\xa0 *$",
         (RULE,),
         faint_hint=True,
+        needs_caret=True,
     ),
     "Codex": Shape(
         ("codex",),
@@ -8606,6 +8608,7 @@ SHAPES = {
         faint_hint=True,
         always_hint=True,
         open_end=True,
+        needs_caret=True,
     ),
     "Gemini CLI": Shape(
         ("gemini", "gemini-cli"),
@@ -8959,11 +8962,14 @@ def with_caret_at_prompt(screen: Screen, cli: str) -> Screen:
     """The screen with its caret where the text of the lowest composer begins.
 
     For a terminal that tells of no caret: an empty composer has it there, and text that
-    stands behind it counts as a draft. Without a composer the caret is in none.
+    stands behind it counts as a draft. Without a composer the caret is in none. The
+    screen as it is, for a CLI of which that does not say enough.
     """
     shape = SHAPES[cli]
+    if shape.needs_caret:
+        return screen
     for place in range(screen.height - 1, -1, -1):
-        row = screen.rows[place].ljust(4)
+        row = screen.rows[place] + "    "
         prompt = re.search(shape.prompt, row)
         if prompt:
             column = sum(map(cells_of, row[: prompt.end()]))

@@ -12381,6 +12381,25 @@ def test_a_real_screen_is_what_it_is(real: RealScreen) -> None:
     assert verdict_on(real.screen, real.cli) == real.verdict
 
 
+def test_without_a_caret_a_real_screen_is_never_more_than_it_is() -> None:
+    """It is found where it can be told without, and else counts as a draft or a dialog. A
+    search beside an empty composer shows itself by the caret alone in some CLIs."""
+    seen = set()
+    for real in REAL_SCREENS:
+        if real.cli not in agent_chat.SHAPES:
+            continue
+        lost = real.screen._replace(x=0, y=0, has_caret=False)
+        screen = agent_chat.with_caret_at_prompt(lost, real.cli)
+        if agent_chat.SHAPES[real.cli].needs_caret:
+            assert screen == lost
+            continue
+        verdict = verdict_on(screen, real.cli)
+        assert verdict in (real.verdict, "draft", "dialog"), (real.cli, real.scene)
+        seen.add((real.cli, verdict == real.verdict == "empty"))
+    known = {name for name, shape in agent_chat.SHAPES.items() if not shape.needs_caret}
+    assert {cli for cli, empty in seen if empty} == known
+
+
 def test_every_shape_has_screens_of_all_kinds() -> None:
     """A shape that was never seen with a draft, or in shell mode, is a guess."""
     for cli in agent_chat.SHAPES:
@@ -14987,7 +15006,7 @@ def seat(terminal: Any, tmp_path: Path) -> Iterator[Rig]:
         bell.command,
         env={"HOME": str(tmp_path)},
         # herdr is used with a CLI that is known, by the name of its program
-        program="claude" if terminal.name == "herdr" else "tui.py",
+        program="copilot" if terminal.name == "herdr" else "tui.py",
     )
     bell.do("names")
     yield Rig(agent, bell)
@@ -15035,7 +15054,7 @@ def test_herdr_is_asked_to_prompt_an_agent_at_its_empty_composer(seat: Rig) -> N
     """It tells of no caret, so only a composer that is known as a whole will do. It refuses
     dialogs itself; its word goes into the receipt."""
     agent = seat.agent
-    agent.do("set", look="rules")
+    agent.do("set", look="rules", hint="")
     assert seat.bell.do("names") == {"names": ["herdr"], "note": ""}
     seat.rung()
     seat.rung("接口规范已经准备好了 " * 9)
