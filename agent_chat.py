@@ -9133,7 +9133,7 @@ def is_folded(composer: Composer | None) -> bool:
 
 # ======================================================================================
 # TERMINALS -- terminals that can be looked at and typed into, and which pane is ours.
-# Knows: tmux and others, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
+# Knows: terminals, ttys, Process, Screen.  Never: Client, Plugin, Api, Store, Composer.
 #
 # A pane is the agent's only if its CLI lives in it and no other terminal lies between:
 # the CLI's controlling terminal is the pane's, it leads back to the pane's first

@@ -15182,31 +15182,37 @@ def test_doctor_rehearses_in_the_terminal_in_which_it_is_run(
 
 
 # What the environment says of a pane, and the address in it.
-ADDRESSES = [
-    ("Cmux", {"CMUX_TUI_SOCKET": "/s", "CMUX_TUI_TERMINAL_ID": "term_1"}, ("/s", "term_1")),
-    ("Cmux", {"CMUX_TUI_SOCKET": "/s"}, None),
-    ("Herdr", {"HERDR_SOCKET_PATH": "/s", "HERDR_PANE_ID": "w1:p2"}, ("/s", "w1:p2")),
-    ("Herdr", {"HERDR_PANE_ID": "w1:p2"}, None),
-    ("WezTerm", {"WEZTERM_UNIX_SOCKET": "/s", "WEZTERM_PANE": "0"}, ("/s", "0")),
-    ("WezTerm", {"WEZTERM_PANE": "0"}, ("", "0")),
-    ("WezTerm", {"WEZTERM_PANE": "--help"}, None),
-    ("Zellij", {"ZELLIJ_SESSION_NAME": "a b", "ZELLIJ_PANE_ID": "3"}, ("a b", "3")),
-    ("Zellij", {"ZELLIJ_SESSION_NAME": "a b", "ZELLIJ_PANE_ID": ""}, None),
-    ("Kitty", {"KITTY_WINDOW_ID": "7", "KITTY_LISTEN_ON": "unix:@k-1"}, ("@k-1", "7")),
-    ("Kitty", {"KITTY_WINDOW_ID": "7", "KITTY_LISTEN_ON": "tcp:localhost:1"}, ("", "7")),
-    ("Kitty", {"KITTY_WINDOW_ID": "7"}, ("", "7")),
-    ("Kitty", {"KITTY_LISTEN_ON": "unix:/k"}, None),
-]
+ADDRESSES = """
+Cmux: CMUX_TUI_SOCKET=/s ; CMUX_TUI_TERMINAL_ID=term_1 -> socket=/s pane=term_1
+Cmux: CMUX_TUI_SOCKET=/s -> none
+Herdr: HERDR_SOCKET_PATH=/s ; HERDR_PANE_ID=w1:p2 -> socket=/s pane=w1:p2
+Herdr: HERDR_PANE_ID=w1:p2 -> none
+WezTerm: WEZTERM_UNIX_SOCKET=/s ; WEZTERM_PANE=0 -> socket=/s pane=0
+WezTerm: WEZTERM_PANE=0 -> socket= pane=0
+WezTerm: WEZTERM_PANE=--help -> none
+Zellij: ZELLIJ_SESSION_NAME=a b ; ZELLIJ_PANE_ID=3 -> socket=a b pane=3
+Zellij: ZELLIJ_SESSION_NAME=a b ; ZELLIJ_PANE_ID= -> none
+Kitty: KITTY_WINDOW_ID=7 ; KITTY_LISTEN_ON=unix:@k-1 -> socket=@k-1 pane=7
+Kitty: KITTY_WINDOW_ID=7 ; KITTY_LISTEN_ON=tcp:localhost:1 -> socket= pane=7
+Kitty: KITTY_WINDOW_ID=7 -> socket= pane=7
+Kitty: KITTY_LISTEN_ON=unix:/k -> none
+"""
 
 
-@pytest.mark.parametrize(("kind", "variables", "address"), ADDRESSES)
-def test_what_an_environment_says_of_a_pane(
-    kind: str, variables: dict[str, str], address: tuple[str, str] | None
-) -> None:
-    terminals = agent_chat.own_terminals(agent_chat.Settings())
-    (one,) = [terminal for terminal in terminals if type(terminal).__name__ == kind]
-    expected = agent_chat.PaneAddress(*address) if address else None
-    assert one.address_in(variables) == expected
+@pytest.mark.parametrize("case", ADDRESSES.strip().splitlines())
+def test_what_an_environment_says_of_a_pane(case: str) -> None:
+    """Each case is a terminal, variables, and the address in them."""
+    kind, given, expected = re.split(": | -> ", case)
+    variables = dict(pair.split("=", 1) for pair in given.split(" ; "))
+    terminals = {
+        type(terminal).__name__: terminal
+        for terminal in agent_chat.own_terminals(agent_chat.Settings())
+    }
+    address = terminals[kind].address_in(variables)
+    found = "none"
+    if address:
+        found = f"socket={address.socket} pane={address.pane}"
+    assert found == expected
 
 
 def test_a_terminal_that_cannot_be_asked_says_what_to_do(tmp_path: Path) -> None:
