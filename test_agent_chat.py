@@ -17410,26 +17410,35 @@ def test_what_is_not_our_plugin_or_is_switched_off_does_not_count(
     assert agent_chat.plugin_note(cli) == ""
 
 
+def what_doctor_says_of_clis() -> dict[str, agent_chat.Check]:
+    """Its checks of the agents' CLIs, by their names."""
+    checks = agent_chat.cli_checks(agent_chat.Settings(server="http://127.0.0.1:9"))
+    return {check.detail.split()[0]: check for check in checks}
+
+
 def test_an_entry_beside_the_plugin_can_be_undone_and_doctor_asks_for_it(
-    shell: Shell,
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First the entry, then the plugin: init cannot have known."""
-    paths = {"PATH": "/usr/bin:/bin"}
+    monkeypatch.setenv("HOME", str(shell.home))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    project = shell.home / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
     shell.run("init", "claude", "--yes")
-    shell.run("init", "codex", "--project", ".", "--yes")
+    shell.run("init", "codex", "--project", project, "--yes")
     for cli in ("claude", "codex", "droid"):
         shell.file(*NOTED[cli])
-    told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
-    said = {check["detail"].split()[0]: check for check in told if check["name"] == "agents"}
-    assert f"and an entry in {shell.home}/.claude.json" in said["claude"]["detail"]
-    assert said["claude"]["advice"] == "agent-chat init claude --undo"
-    assert said["droid"]["detail"].endswith("but not the program that it starts")
+    said = what_doctor_says_of_clis()
+    assert f"and an entry in {shell.home}/.claude.json" in said["claude"].detail
+    assert said["claude"].advice == "agent-chat init claude --undo"
+    assert said["codex"].advice == "agent-chat init codex --undo --project ."
+    assert said["droid"].detail.endswith("but not the program that it starts")
     shell.run("init", "claude", "--undo", "--yes")
     shell.file(".local/bin/agent-chat", "#!/bin/sh\n").chmod(0o700)
-    told = shell.json("doctor", "--server", "http://127.0.0.1:9", code=1, **paths)
-    said = {check["detail"].split()[0]: check for check in told if check["name"] == "agents"}
-    assert said["claude"]["state"] == said["droid"]["state"] == "ok"
-    assert "has the plugin" in said["claude"]["detail"]
+    said = what_doctor_says_of_clis()
+    assert said["claude"].state == said["droid"].state == "ok"
+    assert "has the plugin" in said["claude"].detail
 
 
 # What each says of our entry, without an account.
