@@ -9874,7 +9874,11 @@ KITTY_IS_SHUT = (
 
 
 class Kitty(Terminal):
-    """A window of kitty, by its remote control."""
+    """A window of kitty, by its remote control.
+
+    No mode of kitty's takes the keys of a window: what it lays over one, such as its
+    pager, is a window with a number of its own.
+    """
 
     name = "kitty"
 
@@ -9964,7 +9968,10 @@ class Kitty(Terminal):
 
 
 class Cmux(Terminal):
-    """A terminal of cmux, by the protocol that its own command speaks."""
+    """A terminal of cmux, by the protocol that its own command speaks.
+
+    Modes and scrolling belong to the windows that show it, not to the terminal itself.
+    """
 
     name = "cmux"
 
