@@ -699,7 +699,7 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
 import io  # noqa: E402
 import statistics  # noqa: E402
 import tokenize  # noqa: E402
-from functools import cached_property  # noqa: E402
+from functools import cache, cached_property  # noqa: E402
 
 # The rooms in their order. Between these, and only there, a room may stand as several.
 ROOM_ORDER = (
@@ -1051,6 +1051,7 @@ BRANCHES = (
 )
 
 
+@cache
 def complexity(function: ast.AST) -> int:
     """Ways through a function, counted with ternaries, and/or and comprehension filters."""
     count = 1 + len(list(within(function, *BRANCHES)))
@@ -1068,6 +1069,7 @@ def length(function: Function) -> int:
     return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
+@cache
 def line_kinds(room: Room) -> tuple[set[int], set[int]]:
     """The numbers of the lines that hold code, and of those that hold prose alone."""
     prose: set[int] = set()
@@ -1106,13 +1108,31 @@ def percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 1) if whole else 100.0
 
 
-def density(room: Room) -> dict[str, float]:
-    """How much stands in a line, and how many lines are prose."""
-    code, prose = line_kinds(room)
-    nodes = len(room.nodes) - len(room.all(ast.Load, ast.Store, ast.Del))
+def density(*rooms: Room) -> dict[str, float]:
+    """How much stands in a line of these rooms, and how many lines are prose."""
+    nodes, code_lines, prose_lines, lines = 0, 0, 0, 0
+    for room in rooms:
+        code, prose = line_kinds(room)
+        nodes += len(room.nodes) - len(room.all(ast.Load, ast.Store, ast.Del))
+        code_lines += len(code)
+        prose_lines += len(prose)
+        lines += len(room.text.splitlines())
     return {
-        "syntax nodes per code line": round(nodes / max(1, len(code)), 1),
-        "prose in %": percent(len(prose), len(room.text.splitlines())),
+        "syntax nodes per code line": round(nodes / max(1, code_lines), 1),
+        "prose in %": percent(prose_lines, lines),
+    }
+
+
+def figures_of_all(rooms: list[Room]) -> dict[str, float]:
+    """What is asked of the whole file, put together from its rooms."""
+    lengths: list[int] = []
+    ways: list[int] = []
+    for room in rooms:
+        lengths += map(length, room.functions)
+        ways += map(complexity, room.functions)
+    return density(*rooms) | {
+        "functions over complexity 10": sum(way > 10 for way in ways),
+        "median function": statistics.median(lengths),
     }
 
 
@@ -1410,7 +1430,7 @@ def lines_of_constants(room: Room) -> set[int]:
 def remark_at_the_end_of_a_line(room: Room, house: House) -> Iterator[Finding]:
     """A comment behind code, unless a constant or a field stands there."""
     code, _ = line_kinds(room)
-    code -= lines_of_constants(room)
+    code = code - lines_of_constants(room)
     for token in room.tokens:
         for_a_tool = re.match("# (type:|noqa)", token.string)
         if (
@@ -1505,7 +1525,6 @@ def name_made_twice(room: Room, house: House) -> Iterator[Finding]:
 HOUSE = House(rooms_of(SOURCE))
 TESTS = rooms_of(Path(__file__).read_text(encoding="utf-8"))
 ROOM_NAMES = [name for name in HOUSE.rooms if name != "MAP"]
-WHOLE_FILE = Room("the file", SOURCE)
 
 
 def test_the_rooms_stand_in_their_order() -> None:
@@ -1538,8 +1557,9 @@ def test_a_room_has_no_refused_idiom(name: str) -> None:
 
 
 def test_the_file_as_a_whole_keeps_its_figures() -> None:
+    found = figures_of_all(list(HOUSE.rooms.values()))
     allowed = NOT_YET.get("the file", {})
-    assert missed(figures(WHOLE_FILE), MOST_OF_ALL, LEAST_OF_ALL, allowed) == []
+    assert missed(found, MOST_OF_ALL, LEAST_OF_ALL, allowed) == []
 
 
 @pytest.mark.parametrize("name", [name for name in TESTS if name != "MAP"])
@@ -2448,14 +2468,14 @@ def test_a_send_costs_few_bytes_of_disk(writer: Writer) -> None:
         text = " ".join(dice.choices(words, k=20))
         writer.send(sender, recipient, text=text, client_id=client_id)
 
-    for number in range(20_000):
+    for number in range(8_000):
         send()
         if number % 200 == 199:
             store.commit()
     store.index_words()
     store.commit()
     store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert writer.path.stat().st_size / 20_000 <= 350
+    assert writer.path.stat().st_size / 8_000 <= 350
     before = bytes_written()
     for number in range(200):
         send(f"{number:x}")
