@@ -12327,6 +12327,7 @@ UNCOUNTED_PAGE = 50  # read from a hub that does not count
 KNOWN_IDS = 20_000  # messages that are remembered as pushed before
 YOUNG_SECONDS = 0.5
 LATE_HANDOVERS = 8  # answers that may still be cancelled
+CROSSING_SECONDS = 0.3  # a cancellation that comes later has not crossed the answer
 POSTS = {
     "read_messages": "/api/messages/read",
     "update_status": "/api/agents/status",
@@ -12395,6 +12396,13 @@ class Handover(NamedTuple):
     settled: asyncio.Event
 
 
+class Departed(NamedTuple):
+    """A handover whose answer has left, and when, by the monotonic clock."""
+
+    handover: Handover
+    at: float
+
+
 class Plugin:
     """One agent at the hub, and the Guest of its Host.
 
@@ -12441,7 +12449,7 @@ class Plugin:
         self.unread = 0  # as the hub said last
         self.waits = 0  # calls of check_messages that wait: the agent needs no bell
         self.handovers: dict[str, Handover] = {}  # by request, not settled yet
-        self.late: dict[str, Handover] = {}  # by request, settled lately
+        self.late: dict[str, Departed] = {}  # by request
         self.owed: dict[str, None] = {}  # ids that were seen, and the hub does not know it
         self.parts: dict[str, set[int]] = {}  # of long messages, as far as they left
         self.ended = False
@@ -12977,7 +12985,7 @@ class Plugin:
             return
         seen = handover.whole if self.unread else [*self.bell.mail]
         self.bell.seen(seen, time.monotonic())
-        self.late[request] = handover
+        self.late[request] = Departed(handover, time.monotonic())
         if len(self.late) > LATE_HANDOVERS:
             del self.late[next(iter(self.late))]
         task = asyncio.get_running_loop().create_task(self.settled(request, handover))
@@ -12995,15 +13003,20 @@ class Plugin:
 
     def cancelled(self, request: str) -> None:
         """The host gave a call up. If its answer had just left, the host threw
-        it away: the mail rings again. What was not handed over rings as
-        ever."""
+        it away: the mail rings again. What was not handed over rings as ever.
+
+        Kimi Code cancels each call once more when the turn is over, long after it
+        took the answer; that means nothing.
+        """
         import asyncio
         handover = self.handovers.pop(request, None)
         if handover:
             handover.settled.set()
-        lost = self.late.pop(request, None)
-        if lost:
-            self.bell.again(lost.messages, time.monotonic())
+        departed = self.late.pop(request, None)
+        now = time.monotonic()
+        if departed and now - departed.at < CROSSING_SECONDS:
+            lost = departed.handover
+            self.bell.again(lost.messages, now)
             if lost.mark_read:
                 asyncio.get_running_loop().create_task(self.take_back(lost.whole))
         self.stirred.set()

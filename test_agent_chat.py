@@ -9376,6 +9376,21 @@ def test_an_answer_that_is_cancelled_with_its_request_is_not_seen(desk: Desk) ->
     assert [message["content"] for message in desk.bob.mail()] == ["crossed"]
 
 
+def test_a_call_that_is_cancelled_long_after_its_answer_was_answered(
+    desk: Desk,
+) -> None:
+    """Kimi Code does that at the end of each turn: it has read the mail all the same."""
+    sent = desk.alice.tool("send_message", to="bob", content="well read")
+    eventually(lambda: len(desk.inbox.about("well read")) == 1)
+    number = start_call(desk.bob, "check_messages", mark_read=True)
+    assert "well read" in str(read_answers(desk.bob, [number]))
+    time.sleep(agent_chat.CROSSING_SECONDS + 0.1)
+    cancel(desk.bob, number)
+    assert desk.bob.mail() == []
+    assert desk.hub.receipts(sent["id"])["bob"]["read_at"]
+    assert len(desk.inbox.about("well read")) == 1
+
+
 def test_eight_waits_at_once_hold_nobody_up_and_all_end_with_the_mail(
     desk: Desk,
 ) -> None:
