@@ -14992,17 +14992,27 @@ class Herdr(StandInTerminals):
         super().kill()
 
 
-Opened = dict[str, Any]
+class Opened:
+    """The terminals that are open already, one of each kind: kitty takes seconds to start."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
+        self.terminals: dict[str, Any] = {}
+
+    def get(self, kind: Any) -> Any:
+        """The one of this kind."""
+        if kind.name not in self.terminals:
+            folder = self.factory.mktemp(kind.name)
+            self.terminals[kind.name] = kind(folder)
+        return self.terminals[kind.name]
 
 
 @pytest.fixture(scope="session")
-def opened_terminals(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Opened]:
-    """Terminals that are open already: kitty takes seconds to start."""
-    opened: Opened = {}
+def opened_terminals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """They end with the session."""
+    opened = Opened(tmp_path_factory)
     yield opened
-    for terminal in opened.values():
+    for terminal in opened.terminals.values():
         terminal.kill()
 
 
@@ -15018,17 +15028,9 @@ TERMINALS = [*REAL_TERMINALS, *STAND_INS]
 
 
 @pytest.fixture
-def terminal(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    opened_terminals: Opened,
-) -> Any:
+def terminal(request: pytest.FixtureRequest, opened_terminals: Opened) -> Any:
     """A terminal of the kind that the test is given."""
-    kind = request.param
-    if kind.name not in opened_terminals:
-        folder = tmp_path_factory.mktemp(kind.name)
-        opened_terminals[kind.name] = kind(folder)
-    return opened_terminals[kind.name]
+    return opened_terminals.get(request.param)
 
 
 @pytest.fixture
@@ -15195,24 +15197,32 @@ def test_a_caret_that_is_hidden_is_no_caret(seat: Rig) -> None:
     assert outcome["detail"] == "zellij does not tell where the caret is"
 
 
-@pytest.mark.parametrize("terminal", REAL_TERMINALS, indirect=True)
-def test_doctor_rehearses_in_the_terminal_in_which_it_is_run(
-    terminal: Any, caller: Shell
+@needs_all("tmux", "kitty", "Xvfb", "cmux")
+def test_doctor_rehearses_in_each_terminal_that_is_here(
+    opened_terminals: Opened, caller: Shell
 ) -> None:
-    """In a tab or a server of its own, which is gone afterwards."""
-    pane = terminal.pane("sleep 60", caller.home)
+    """In a server or a tab of its own, which is gone afterwards."""
+    kitty = opened_terminals.get(Kitty)
+    cmux = opened_terminals.get(Cmux)
+    folder = os.path.dirname(beside_python("cmux"))
     variables = {
-        "kitty": {"KITTY_WINDOW_ID": pane, "KITTY_LISTEN_ON": f"unix:{terminal.socket}"},
-        "cmux": {"CMUX_TUI_TERMINAL_ID": pane, "CMUX_TUI_SOCKET": str(terminal.socket)},
+        "PATH": os.pathsep.join([folder, os.environ["PATH"]]),
+        "KITTY_WINDOW_ID": "1",
+        "KITTY_LISTEN_ON": f"unix:{kitty.socket}",
+        "CMUX_TUI_TERMINAL_ID": "term_1",
+        "CMUX_TUI_SOCKET": str(cmux.socket),
     }
-    folder = os.path.dirname(beside_python(terminal.name))
-    path = os.pathsep.join([folder, os.environ["PATH"]])
-    checks = caller.json("doctor", code=None, PATH=path, **variables[terminal.name])
+    checks = caller.json("doctor", code=None, **variables)
     chain = [check["detail"] for check in checks if check["name"] == "chain"]
-    assert f"line submitted in {terminal.name}" in chain
-    assert chain[-1] == "message read"
-    if terminal.name == "kitty":
-        assert "exec cat" not in str(terminal.ask("ls"))
+    assert chain == [
+        "agent registered",
+        "message stored",
+        "line submitted in tmux",
+        "line submitted in kitty",
+        "line submitted in cmux",
+        "message read",
+    ]
+    assert "exec cat" not in str(kitty.ask("ls"))
     assert snapshot(caller.home) == {}
 
 
