@@ -15335,6 +15335,22 @@ class Shell:
             assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
         return done.stdout
 
+    def inside(self, *words: str, code: int = 0) -> str:
+        """The same in this process, for tables of many rows."""
+        from unittest import mock
+
+        said, errors = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.env, clear=True),
+            contextlib.chdir(self.home),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(errors),
+        ):
+            self.code = agent_chat.main(words)
+        self.errors = errors.getvalue()
+        assert self.code == code, (words, self.code, said.getvalue(), self.errors)
+        return said.getvalue()
+
     def on_terminal(self, *words: object) -> str:
         """The same with a terminal for standard output."""
         import pty
@@ -16996,7 +17012,7 @@ def test_undo_touches_nothing_that_is_not_ours(shell: Shell, what: str) -> None:
     for name in (".claude.json", ".claude/settings.json"):
         shell.file(name, OTHERS_ONLY[what])
     before = snapshot(shell.home)
-    assert "nothing to change" in shell.run("init", "claude", "--undo", "--yes")
+    assert "nothing to change" in shell.inside("init", "claude", "--undo", "--yes")
     assert snapshot(shell.home) == before
 
 
@@ -17137,7 +17153,7 @@ def test_a_file_that_is_not_understood_is_left_alone(
     """The block to put in by hand is printed instead."""
     shell.file(name, text)
     before = snapshot(shell.home)
-    said = shell.run("init", "--yes", cli, code=1)
+    said = shell.inside("init", "--yes", cli, code=1)
     assert f"{name} is left alone: " in shell.errors
     assert shell.errors.count("\n") == 1
     assert agent_chat.ENTRY_NAME in said.partition("to put in by hand:\n")[2]
@@ -17191,7 +17207,7 @@ def test_init_prints_the_block_of_every_cli_and_writes_nothing(
     shell: Shell, cli: str
 ) -> None:
     """In the syntax of its file; for those whose file we do not edit it is all there is."""
-    block = shell.run("init", "--print", cli)
+    block = shell.inside("init", "--print", cli)
     assert snapshot(shell.home) == {}
     assert agent_chat.ENTRY_NAME in block and "AGENT_CHAT_SERVER" in block
     file = CLIS[cli].user[-1].file
@@ -17202,7 +17218,7 @@ def test_init_prints_the_block_of_every_cli_and_writes_nothing(
     else:
         assert block.startswith(CLIS[cli].user[-1].table[0] + ":\n")
     if cli in PRINTED_ONLY:
-        shell.run("init", cli, "--yes", code=1)
+        shell.inside("init", cli, "--yes", code=1)
         assert f"init --print {cli}" in shell.errors
 
 
