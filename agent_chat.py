@@ -11923,6 +11923,7 @@ def foreign(character: str) -> bool:
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
+NO_SUCH_METHOD = -32601
 DEEPEST = 64  # levels of lists and objects in a request; far below Python's own limit
 ACQUAINTED_SECONDS = 2  # a host that has not said more by then will not
 DRAIN_CALLS_SECONDS = 1.5  # for calls that are being answered when stdin ends
@@ -12171,25 +12172,44 @@ class Host:
         rest = b""
         while data := read_some(self.input):
             *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._deliver(line)
-        self._deliver(rest)
+            self.loop.call_soon_threadsafe(self._arrived, lines)
+        self.loop.call_soon_threadsafe(self._arrived, [rest])
         self.loop.call_soon_threadsafe(self._ended)
 
-    def _deliver(self, line: bytes) -> None:
-        """From the reading thread into the loop."""
-        text = line.decode("utf-8", "replace").strip()
-        if text:
-            self.loop.call_soon_threadsafe(self._arrived, text)
+    def _arrived(self, lines: Iterable[bytes]) -> None:
+        """Passes the messages of these lines on, or answers them. Lines that
+        were read together are looked at before the SDK gets any of them."""
+        for line in lines:
+            text = line.decode("utf-8", "replace").strip()
+            messages = read_line(text) if text else []
+            for message in messages:
+                self._pass_on(message)
 
-    def _arrived(self, line: str) -> None:
-        """Passes the messages of a line on, or answers them."""
-        for message in read_line(line):
-            if isinstance(message, Refusal):
-                self.loop.create_task(self._send(message.to_json()))
+    def _pass_on(self, message: JsonObject | Refusal) -> None:
+        """To the SDK, or back to the host as the answer that it is."""
+        if isinstance(message, Refusal):
+            self.loop.create_task(self._send(message.to_json()))
+            return
+        self._note(message)
+        if message["method"] == "initialize":
+            self._drop_discovery()
+        self.lines.put_nowait(json.dumps(message))
+
+    def _drop_discovery(self) -> None:
+        """The host begins in the older way, since our start took longer than it
+        waits for `server/discover`. The SDK serves one way alone, the first that
+        it hears of: so what it has not fetched yet of the other is refused."""
+        queued = []
+        while not self.lines.empty():
+            queued.append(self.lines.get_nowait())
+        for line in queued:
+            request = json.loads(line)
+            if request["method"] != "server/discover":
+                self.lines.put_nowait(line)
                 continue
-            self._note(message)
-            self.lines.put_nowait(json.dumps(message))
+            self.waiting.discard(request_key(request.get("id")))
+            refusal = Refusal(request.get("id"), NO_SUCH_METHOD, "initialize came after it")
+            self.loop.create_task(self._send(refusal.to_json()))
 
     def _note(self, message: JsonObject) -> None:
         """What we learn of the host from this message.

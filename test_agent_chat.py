@@ -9472,6 +9472,33 @@ def test_every_request_with_an_id_gets_an_answer_from_the_real_plugin(
     assert message["content"] == "half \ufffd \u2028"
 
 
+def test_a_host_that_waited_too_long_for_discovery_is_served_in_the_older_way(
+    desk: Desk, tmp_path: Path
+) -> None:
+    """As Copilot does after 10 s: both requests are there when the plugin begins to read,
+    and the SDK would serve the first and refuse the second."""
+    plugin = Session(desk.hub.url, tmp_path / "late")
+    assert plugin.process.stdin and plugin.process.stdout
+    version = {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}
+    discover = {"id": "d", "method": "server/discover", "params": {"_meta": version}}
+    hello = {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "copilot-cli", "version": "1"},
+    }
+    initialize = {"id": "i", "method": "initialize", "params": hello}
+    both = [json.dumps({"jsonrpc": "2.0", **request}) for request in (discover, initialize)]
+    plugin.process.stdin.write("\n".join([*both, ""]))
+    plugin.process.stdin.flush()
+    lines = [plugin.process.stdout.readline() for _ in both]
+    answers = {answer["id"]: answer for answer in map(json.loads, lines)}
+    assert answers["d"]["error"]["code"] == agent_chat.NO_SUCH_METHOD
+    assert answers["i"]["result"]["protocolVersion"] == "2025-11-25"
+    plugin.write({"method": "notifications/initialized"})
+    assert len(plugin.ask("tools/list")["result"]["tools"]) == len(TOOL_NAMES)
+    plugin.end()
+
+
 def test_stdin_that_ends_ends_the_plugin_whatever_it_waits_for(
     hub: Hub, session: Callable[..., Session]
 ) -> None:
