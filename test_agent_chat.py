@@ -17793,11 +17793,13 @@ def test_a_hook_does_not_speak_for_another_agent(
     ],
 )
 def test_a_hook_that_another_cli_runs_is_silent(
-    caller: Shell, hub: Hub, program: str, speaks: bool
+    shell: Shell, shared_hub: Hub, program: str, speaks: bool
 ) -> None:
     """Copilot, Cursor and Grok read Claude's hooks, too. The nearest CLI above decides."""
-    bob = live_agent(hub, caller, "bob")
-    hub.send("human", "bob", "hello")
+    hub, caller, name = shared_hub, shell, f"below-{program}"
+    caller.env["AGENT_CHAT_SERVER"] = hub.url
+    bob = live_agent(hub, caller, name)
+    hub.send("human", name, "hello")
     command = shlex.join([*COMMAND, "hook", "claude"])
     path = caller.file(
         f"bin/{program}", f"#!/bin/sh\nsh -c {shlex.quote(command)}; exit 0\n"
