@@ -13641,7 +13641,7 @@ def test_a_mode_is_not_ended_under_the_eyes_of_its_user(
     command = [
         "script",
         "-qc",
-        f"env -u TMUX tmux -S {agent.tmux.socket} attach",
+        f"env -u TMUX TERM=xterm tmux -S {agent.tmux.socket} attach",
         "/dev/null",
     ]
     with subprocess.Popen(
