@@ -9381,14 +9381,13 @@ def test_a_call_that_is_cancelled_long_after_its_answer_was_answered(
 ) -> None:
     """Kimi Code does that at the end of each turn: it has read the mail all the same."""
     sent = desk.alice.tool("send_message", to="bob", content="well read")
-    eventually(lambda: len(desk.inbox.about("well read")) == 1)
     number = start_call(desk.bob, "check_messages", mark_read=True)
     assert "well read" in str(read_answers(desk.bob, [number]))
     time.sleep(agent_chat.CROSSING_SECONDS + 0.1)
     cancel(desk.bob, number)
+    desk.bob.tool("list_groups")
     assert desk.bob.mail() == []
     assert desk.hub.receipts(sent["id"])["bob"]["read_at"]
-    assert len(desk.inbox.about("well read")) == 1
 
 
 def test_eight_waits_at_once_hold_nobody_up_and_all_end_with_the_mail(
