@@ -74,6 +74,7 @@ import collections
 import contextlib
 import errno
 import functools
+import gc
 import io
 import itertools
 import json
@@ -17977,6 +17978,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:]
     if argv is not None:
         words = list(argv)
+    # All this stays as long as the process: the collector need not look through it at each
+    # round that the imports of a command set off. That is 15 ms of each `send`.
+    gc.freeze()
     try:
         for stream in (sys.stdout, sys.stderr):
             # Names may hold what the terminal's encoding has not.
