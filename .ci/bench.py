@@ -153,7 +153,7 @@ class Bench:
     def markdown(self) -> str:
         """All that was measured, as Markdown."""
         rows: list[tuple[str, ...]] = [(row.work, row.measured) for row in self.rows
-                                       if not row.work.endswith((" connected", " stored"))]
+                                       if not row.work[0].isdigit()]
         tables = [Table(("work", "measured"), rows), self.connected, self.stored]
         return "\n".join(table.markdown() for table in tables if table.rows)
 
