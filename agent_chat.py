@@ -9172,6 +9172,15 @@ class PaneAddress(NamedTuple):
     pane: str
     server: str = ""  # pid of the server, where it is told
 
+    @classmethod
+    def named(
+        cls, variables: Mapping[str, str], socket: str, pane: str
+    ) -> PaneAddress | None:
+        """What the variables of these two names say; None if one of them is missing."""
+        if not variables.get(socket) or not variables.get(pane):
+            return None
+        return cls(variables[socket], variables[pane])
+
 
 class Claim(NamedTuple):
     """What a terminal says of a pane of its own."""
@@ -9716,15 +9725,28 @@ class Tmux(Terminal):
         return False
 
 
+@contextlib.contextmanager
+def connected(path: str) -> Iterator[socket.socket]:
+    """A connection to a Unix socket, of which every call ends within DOOR_SECONDS.
+
+    Raises OSError, also where the system has no such sockets.
+    """
+    import socket
+
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError("this system has no Unix sockets")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DOOR_SECONDS)
+        connection.connect(path)
+        yield connection
+
+
 def server_at(path: str) -> int:
     """The pid of the process that listens at a Unix socket, 0 if that cannot be told.
 
     Nothing is sent to it.
     """
-    import socket
-
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
+    with contextlib.suppress(OSError), connected(path) as client:
         return peer_of(client)
     return 0
 
@@ -9758,15 +9780,11 @@ def ask_socket(path: str, request: bytes, end: bytes) -> bytes:
     "@name" is an abstract socket of Linux. PaneGone if nobody is there, another OSError
     if it hangs.
     """
-    import socket
-
     if path.startswith("@"):
         path = path.replace("@", "\0", 1)
     answer = b""
     try:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(DOOR_SECONDS)
-            client.connect(path)
+        with connected(path) as client:
             client.sendall(request)
             while not answer.endswith(end) and len(answer) < MOST_ANSWER:
                 part = client.recv(1 << 16)
@@ -9775,6 +9793,13 @@ def ask_socket(path: str, request: bytes, end: bytes) -> bytes:
                 answer += part
     except (FileNotFoundError, ConnectionError) as error:
         raise PaneGone(f"nobody listens at its socket: {error}") from None
+    return answer
+
+
+def ask_line(path: str, request: Mapping[str, object]) -> JsonObject:
+    """The same, for servers to which request and answer are one line of JSON each."""
+    text = json.dumps(request) + "\n"
+    answer: JsonObject = json.loads(ask_socket(path, text.encode(), b"\n"))
     return answer
 
 
@@ -9980,11 +10005,7 @@ class Cmux(Terminal):
         self, variables: Mapping[str, str]
     ) -> PaneAddress | None:
         """Both variables are set in every terminal of cmux."""
-        socket = variables.get("CMUX_TUI_SOCKET", "")
-        terminal = variables.get("CMUX_TUI_TERMINAL_ID", "")
-        if not socket or not terminal:
-            return None
-        return PaneAddress(socket, terminal)
+        return PaneAddress.named(variables, "CMUX_TUI_SOCKET", "CMUX_TUI_TERMINAL_ID")
 
     def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
         """The first process."""
@@ -10013,8 +10034,7 @@ class Cmux(Terminal):
         }
         if operation.startswith("input."):
             request["idempotency_key"] = f"agent-chat-{os.urandom(8).hex()}"
-        text = json.dumps(request) + "\n"
-        answer = json.loads(ask_socket(address.socket, text.encode(), b"\n"))
+        answer = ask_line(address.socket, request)
         if not told(answer, "ok"):
             raise PaneGone(f"cmux says: {told(answer, 'error', 'message')}")
         return told(answer, "result")
@@ -10086,11 +10106,7 @@ class Herdr(Terminal):
         self, variables: Mapping[str, str]
     ) -> PaneAddress | None:
         """Both variables are set in every pane of herdr."""
-        socket = variables.get("HERDR_SOCKET_PATH", "")
-        pane = variables.get("HERDR_PANE_ID", "")
-        if not socket or not pane:
-            return None
-        return PaneAddress(socket, pane)
+        return PaneAddress.named(variables, "HERDR_SOCKET_PATH", "HERDR_PANE_ID")
 
     def claim(self, address: PaneAddress, _cli: Process | None) -> Claim:
         """The first process."""
@@ -10105,8 +10121,7 @@ class Herdr(Terminal):
         """What herdr answers. PaneGone for a pane that it does not know, else NotTyped,
         with what it complains of."""
         request = {"id": "agent-chat", "method": method, "params": params}
-        text = json.dumps(request) + "\n"
-        answer = json.loads(ask_socket(address.socket, text.encode(), b"\n"))
+        answer = ask_line(address.socket, request)
         if "error" not in answer:
             return told(answer, "result")
         code = told(answer, "error", "code")
@@ -10436,22 +10451,6 @@ class InboxDoor(Door, abc.ABC):
                 Ring.UNAVAILABLE, f"the session inbox refused: {error}"
             )
         return self.came(Ring.RUNG)
-
-
-@contextlib.contextmanager
-def connected(path: str) -> Iterator[socket.socket]:
-    """A connection to a Unix socket, of which every call ends within DOOR_SECONDS.
-
-    Raises OSError, also where the system has no such sockets.
-    """
-    import socket
-
-    if not hasattr(socket, "AF_UNIX"):
-        raise OSError("this system has no Unix sockets")
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(DOOR_SECONDS)
-        connection.connect(path)
-        yield connection
 
 
 CLAUDE_HINT = (
