@@ -69,11 +69,16 @@ def changed_program(changes: str) -> list[str]:
     return [PYTHON, "-P", "-c", "\n".join(lines)]
 
 
-def needs(tool: str) -> pytest.MarkDecorator:
-    """Skip on a laptop that lacks a tool; in CI its absence is a failure."""
-    return pytest.mark.skipif(
-        not CI and shutil.which(tool) is None, reason=f"{tool} not installed"
-    )
+def beside_python(tool: str) -> str:
+    """A program on the PATH or of this environment; "" if there is none."""
+    folder = os.path.dirname(PYTHON)
+    return shutil.which(tool) or shutil.which(tool, path=folder) or ""
+
+
+def needs(*tools: str) -> pytest.MarkDecorator:
+    """Skip on a laptop that lacks one of these; in CI its absence is a failure."""
+    lacking = [tool for tool in tools if not beside_python(tool)]
+    return pytest.mark.skipif(not CI and bool(lacking), reason=f"lacks {lacking}")
 
 
 def only_with(tool: str) -> pytest.MarkDecorator:
@@ -124,6 +129,23 @@ def clean_environment(home: Path, **more: str) -> dict[str, str]:
         if not name.startswith(foreign):
             env[name] = value
     return {**env, "HOME": str(home), **more}
+
+
+@contextlib.contextmanager
+def traced(pid: int, *words: str) -> Iterator[None]:
+    """Until the block ends, strace is attached to a process, with these words. Skips the
+    test where nobody may do that."""
+    spy = subprocess.Popen(
+        ["strace", "-f", *words, "-p", str(pid)], stderr=subprocess.PIPE, text=True
+    )
+    assert spy.stderr
+    if "attached" not in spy.stderr.readline():
+        pytest.skip("no right to trace a process")
+    try:
+        yield
+    finally:
+        spy.terminate()
+        spy.wait(10)
 
 
 class Answer(NamedTuple):
@@ -2813,30 +2835,9 @@ class StoreProcess:
     @contextlib.contextmanager
     def failing(self, call: str, how: str) -> Iterator[None]:
         """Within it, a system call of this process fails."""
-        spy = subprocess.Popen(
-            [
-                "strace",
-                "-f",
-                "-o",
-                "/dev/null",
-                "-e",
-                f"trace={call}",
-                "-e",
-                f"inject={call}:{how}",
-                "-p",
-                str(self.process.pid),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert spy.stderr
-        if "attached" not in spy.stderr.readline():
-            pytest.skip("no right to trace a process")
-        try:
+        fault = ("-e", f"trace={call}", "-e", f"inject={call}:{how}")
+        with traced(self.process.pid, "-o", "/dev/null", *fault):
             yield
-        finally:
-            spy.terminate()
-            spy.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -2886,7 +2887,7 @@ FAULTS = [
 ]
 
 
-@needs("strace")
+@NEEDS_STRACE
 @pytest.mark.parametrize("call, how", FAULTS)
 def test_what_a_failing_disk_refused_is_gone_and_what_it_took_is_there(
     process: StoreProcess, tmp_path: Path, call: str, how: str
@@ -2911,7 +2912,7 @@ def test_what_a_failing_disk_refused_is_gone_and_what_it_took_is_there(
     again.store.close()
 
 
-@needs("strace")
+@NEEDS_STRACE
 def test_after_a_failed_sync_nothing_is_committed_before_all_of_it_is_on_disk(
     process: StoreProcess, tmp_path: Path
 ) -> None:
@@ -2981,7 +2982,7 @@ def test_a_migration_is_announced_and_only_a_migration(tmp_path: Path) -> None:
     assert path in told[0] and "up to date" in told[0]
 
 
-@needs("strace")
+@NEEDS_STRACE
 def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -> None:
     """The writes are counted in a run that ends; then copies are killed at writes all
     along."""
@@ -3205,36 +3206,17 @@ def test_everything_acknowledged_survives_the_end_of_the_process(
     assert contents(hub.unread("bob", session)) == ["two"]
 
 
+@NEEDS_STRACE
 def test_no_answer_leaves_before_its_message_is_synced(
     hub: Hub, tmp_path: Path
 ) -> None:
     """The order of the system calls themselves: written to the log, synced, and only
     then answered. Tried with twenty sends under strace."""
-    if not CI and not shutil.which("strace"):
-        pytest.skip("strace not installed")
     trace = tmp_path / "trace"
-    spy = subprocess.Popen(
-        [
-            "strace",
-            "-f",
-            "-y",
-            "-e",
-            "trace=pwrite64,fdatasync,fsync,sendto",
-            "-o",
-            trace,
-            "-p",
-            str(hub.pid),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert spy.stderr
-    if "attached" not in spy.stderr.readline():
-        pytest.skip("no right to trace a process")
-    for number in range(20):
-        hub.send("alice", "human", str(number))
-    spy.terminate()
-    spy.wait(10)
+    calls = "trace=pwrite64,fdatasync,fsync,sendto"
+    with traced(hub.pid, "-y", "-e", calls, "-o", str(trace)):
+        for number in range(20):
+            hub.send("alice", "human", str(number))
     state, answers = "nothing written", []
     for line in trace.read_text().splitlines():
         if "pwrite64" in line and "-wal>" in line:
@@ -3643,30 +3625,13 @@ def injected(
     names = {
         name for fault in faults for name in fault.partition(":")[0].split(",")
     }
-    words = [
-        "strace",
-        "-f",
-        "-y",
-        "-o",
-        str(trace),
-        "-e",
-        f"trace={','.join(sorted(names))}",
-    ]
+    words = ["-y", "-o", str(trace), "-e", f"trace={','.join(sorted(names))}"]
     for fault in faults:
         words += ["-e", f"inject={fault}"]
     for file in (path, path and path.with_name(path.name + "-wal")):
         words += ["-P", str(file)] if file else []
-    spy = subprocess.Popen(
-        [*words, "-p", str(hub.pid)], stderr=subprocess.PIPE, text=True
-    )
-    assert spy.stderr
-    if "attached" not in spy.stderr.readline():
-        pytest.skip("no right to trace a process")
-    try:
+    with traced(hub.pid, *words):
         yield trace
-    finally:
-        spy.terminate()
-        spy.wait(10)
 
 
 class Reporter:
@@ -14704,18 +14669,6 @@ def test_one_door_rings_and_a_closed_one_falls_through(rig: Rig) -> None:
 # which nobody inside knows.
 
 
-def needs_all(*tools: str) -> pytest.MarkDecorator:
-    """Skip on a laptop that lacks one of them; in CI its absence is a failure."""
-    lacking = [tool for tool in tools if not beside_python(tool)]
-    return pytest.mark.skipif(not CI and bool(lacking), reason=f"lacks {lacking}")
-
-
-def beside_python(tool: str) -> str:
-    """A program on the PATH or of this environment; "" if there is none."""
-    folder = os.path.dirname(PYTHON)
-    return shutil.which(tool) or shutil.which(tool, path=folder) or ""
-
-
 class Screens:
     """An X server without a screen."""
 
@@ -15046,8 +14999,8 @@ def opened_terminals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opene
 
 
 REAL_TERMINALS = [
-    pytest.param(Kitty, marks=needs_all("kitty", "Xvfb"), id="kitty"),
-    pytest.param(Cmux, marks=needs_all("cmux"), id="cmux"),
+    pytest.param(Kitty, marks=needs("kitty", "Xvfb"), id="kitty"),
+    pytest.param(Cmux, marks=needs("cmux"), id="cmux"),
 ]
 STAND_INS = [
     pytest.param(WezTerm, marks=NEEDS_TMUX, id="wezterm"),
@@ -15193,7 +15146,7 @@ def test_nothing_is_touched_that_moved_in_a_terminal(
 
 
 @pytest.mark.parametrize("terminal", [Kitty, Herdr], indirect=True)
-@needs_all("kitty", "Xvfb", "tmux")
+@needs("kitty", "Xvfb", "tmux")
 def test_a_tmux_inside_another_terminal_is_the_one_that_rings(
     terminal: Any, tmp_path: Path
 ) -> None:
@@ -15226,7 +15179,7 @@ def test_a_caret_that_is_hidden_is_no_caret(seat: Rig) -> None:
     assert outcome["detail"] == "zellij does not tell where the caret is"
 
 
-@needs_all("tmux", "kitty", "Xvfb", "cmux")
+@needs("tmux", "kitty", "Xvfb", "cmux")
 def test_doctor_rehearses_in_each_terminal_that_is_here(
     opened_terminals: Opened, caller: Shell
 ) -> None:
