@@ -100,7 +100,6 @@ from typing import (
     NotRequired,
     Protocol,
     TextIO,
-    TypedDict,
     TypeVar,
     cast,
 )
@@ -113,9 +112,8 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     from concurrent.futures import Executor, ThreadPoolExecutor
-    from http.server import HTTPServer
     from selectors import SelectorKey
-    from typing import NamedTuple
+    from typing import NamedTuple, TypedDict
 
     from websockets.asyncio.client import ClientConnection
 
@@ -181,6 +179,12 @@ if not TYPE_CHECKING:
         """typing's NamedTuple, as far as it is used here. That one compiles each annotation
         to check it, which type checkers have done: of the 450 annotations of our records
         half the time of every start came."""
+
+    class TypedDict:
+        """typing's TypedDict likewise: what is annotated with it are plain dicts."""
+
+        def __init__(self, name: str, fields: dict[str, Any]) -> None:
+            """The form of it for fields whose names are words of Python."""
 
 
 class Pattern:
@@ -6946,12 +6950,13 @@ def close_reason(error: ChatError) -> str:
 
 # ======================================================================================
 # SERVER -- one thread that owns all sockets: the loop, its turns, its end.
-# Knows: selectors, http.server, Connection, Api.  Never: Store, any desk, sqlite3.
+# Knows: selectors, socket, Connection, Api.  Never: Store, any desk, sqlite3.
 # ======================================================================================
 
 TURN_SECONDS = 0.03  # after which a turn takes up nothing more
 TURN_BYTES = 16 << 20  # said in one turn, likewise
 ACCEPTED_AT_ONCE = 256
+LISTEN_QUEUE = 1024  # clients that wait in the kernel to be accepted
 COMPLAINT_SECONDS = 60  # between two lines of the log about the same trouble
 TROUBLE_SECONDS = 30  # in which the file cannot be read back; then the hub gives up
 SWEEP_SECONDS = 1
@@ -6960,9 +6965,9 @@ MISTAKE = "the hub made a mistake; its log says which"
 
 
 class HubServer:
-    """The I/O thread. http.server's HTTPServer binds and accepts; instead of a thread for
-    each connection, one selectors loop serves them all: 5,000 idle sockets cost 15 MiB, no
-    lock is needed, and order is simply the order in which things happen.
+    """The I/O thread. Where http.server has a thread for each connection, one selectors
+    loop serves them all: 5,000 idle sockets cost 15 MiB, no lock is needed, and order is
+    simply the order in which things happen.
 
     A turn takes what all sockets have, lets the Api work, commits once, and only then
     sends: no answer and no push leaves before the commit that holds its message.
@@ -6971,12 +6976,12 @@ class HubServer:
     `result_of`; what they have to say waits in `done` for a turn.
     """
 
-    def __init__(self, settings: Settings, api: Api, listener: HTTPServer) -> None:
+    def __init__(self, settings: Settings, api: Api, listener: socket.socket) -> None:
         """Takes over the Api and a listener that is bound already: `close` closes both.
         Nobody is served before `serve_forever`."""
         import logging
         import selectors
-        import socket
+        import socket as sockets
 
         self.settings = settings
         self.api = api
@@ -6985,14 +6990,14 @@ class HubServer:
         self.fingerprint = fingerprint()
         self.wants_key = bool(settings.api_key)
         self.debugging = settings.log_level == "debug"
-        port = int(listener.server_address[1])
+        port = int(listener.getsockname()[1])
         self.url = own_url(settings.host, port)
         self.hosts = own_hosts(settings, port)
         # Threads and signals wake the loop with it.
-        self.bell, self.waker = socket.socketpair()
+        self.bell, self.waker = sockets.socketpair()
         self.selector = selectors.DefaultSelector()
         self.waker.setblocking(False)
-        for sock in (listener.socket, self.bell):
+        for sock in (listener, self.bell):
             sock.setblocking(False)
             self.selector.register(sock, READABLE)
         self.limit = connection_limit()
@@ -7334,12 +7339,12 @@ class HubServer:
         sweep, and clients wait in the kernel's queue."""
         for _ in range(ACCEPTED_AT_ONCE):
             try:
-                sock, _address = self.listener.get_request()
+                sock, _address = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError:
                 # Out of file descriptors: do not spin.
-                self.selector.unregister(self.listener.socket)
+                self.selector.unregister(self.listener)
                 return
             self.welcome(turn, sock)
 
@@ -7375,9 +7380,9 @@ class HubServer:
         self.heads.clear()
         for connection in [one for one in self.connections if one.deadline < turn.clock]:
             self.attend(turn, connection, connection.expire)
-        if self.listener.socket not in self.selector.get_map():
+        if self.listener not in self.selector.get_map():
             # There may be room again.
-            self.selector.register(self.listener.socket, READABLE)
+            self.selector.register(self.listener, READABLE)
         if self.trouble:
             self.recover(turn)
         else:
@@ -7485,7 +7490,7 @@ class HubServer:
             connection.drop(turn)
         for pool in self.pools.values():
             pool.shutdown(cancel_futures=True)
-        self.listener.server_close()
+        self.listener.close()
         self.api.close()
 
 
@@ -7533,25 +7538,23 @@ def connection_limit() -> int:
     return max(8, min(soft, MAX_CONNECTIONS) - 32)
 
 
-def bound_listener(host: str, port: int) -> HTTPServer:
-    """A socket that listens there. Raises OSError, and leaves nothing open then. The
-    handler that HTTPServer wants is never made: the loop takes its connections."""
-    import socket
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    from socketserver import TCPServer
+def bound_listener(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises OSError, and leaves nothing open then. It comes
+    from `socket` alone: http.server's HTTPServer does the same, and then asks the DNS for
+    our name; to import it costs each hub 3 MiB, and 40 ms of its start."""
+    import socket as sockets
 
-    listener = HTTPServer((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
-    if ":" in host:
-        listener.address_family = socket.AF_INET6
-        listener.socket.close()
-        listener.socket = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    listener.request_queue_size = 1024
+    family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+    listener = sockets.socket(family)
     try:
-        # HTTPServer's own asks the DNS for our name.
-        TCPServer.server_bind(listener)
-        listener.server_activate()
+        if os.name == "posix":
+            # The connections of a hub that has just ended need not run out first. Windows
+            # means by the same word that two programs may share the port.
+            listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(LISTEN_QUEUE)
     except OSError:
-        listener.server_close()
+        listener.close()
         raise
     return listener
 

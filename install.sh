@@ -270,8 +270,10 @@ run_tests() {
     patiently add_packages "$tools" $(requirements) pytest pytest-timeout pytest-xdist hypothesis \
         playwright axe-playwright-python cmux mypy ruff
     cd -- "$folder"
-    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . -n 2 \
-        test_agent_chat.py "$@"
+    # Half of a test is waiting for a process or a clock: twice as many workers as the two
+    # cores of a small machine.
+    PATH="$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c .ci/pytest.ini --rootdir . \
+        -n 4 --dist worksteal test_agent_chat.py "$@"
 }
 
 # Debian's packages, if this user may install them; it is said what happens.
