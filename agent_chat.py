@@ -189,49 +189,35 @@ if not TYPE_CHECKING:
 
 class Pattern:
     """A regular expression that is compiled when it is first used. All of them compiled at
-    import would cost each `send` and each hook ten milliseconds. The methods are those of
-    `re.Pattern`."""
+    import would cost each `send` and each hook ten milliseconds. From then on its methods
+    are those of its `re.Pattern` themselves, with nothing in between."""
+
+    match: Callable[..., re.Match[str] | None]
+    fullmatch: Callable[..., re.Match[str] | None]
+    search: Callable[..., re.Match[str] | None]
+    finditer: Callable[..., Iterator[re.Match[str]]]
+    findall: Callable[..., list[str]]
+    sub: Callable[..., str]
+    split: Callable[..., list[str]]
 
     def __init__(self, text: str, flags: int = 0) -> None:
         self.text = text
         self.flags = flags
 
-    @functools.cached_property
-    def compiled(self) -> re.Pattern[str]:
-        """The expression itself."""
-        return re.compile(self.text, self.flags)
-
-    def match(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """What the text begins with, from there on."""
-        return self.compiled.match(text, start)
-
-    def fullmatch(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """The whole text, from there on."""
-        return self.compiled.fullmatch(text, start)
-
-    def search(
-        self, text: str, start: int = 0, end: int = sys.maxsize
-    ) -> re.Match[str] | None:
-        """The first place between there and there that fits."""
-        return self.compiled.search(text, start, end)
-
-    def finditer(
-        self, text: str, start: int = 0, end: int = sys.maxsize
-    ) -> Iterator[re.Match[str]]:
-        """All places between there and there that fit, one after the other."""
-        return self.compiled.finditer(text, start, end)
-
-    def findall(self, text: str) -> list[str]:
-        """The texts of all places that fit; for an expression of at most one group."""
-        return list(self.compiled.findall(text))
-
-    def sub(self, put: str, text: str) -> str:
-        """The text with each such place replaced."""
-        return self.compiled.sub(put, text)
-
-    def split(self, text: str) -> list[str]:
-        """The text cut at each such place."""
-        return list(self.compiled.split(text))
+    def __getattr__(self, method: str) -> object:
+        """Compiles. Python asks here for what the object does not have yet, and so at most
+        once. Raises AttributeError for what no expression has."""
+        if method not in Pattern.__annotations__:
+            raise AttributeError(method)
+        compiled = re.compile(self.text, self.flags)
+        self.match = compiled.match
+        self.fullmatch = compiled.fullmatch
+        self.search = compiled.search
+        self.finditer = compiled.finditer
+        self.findall = compiled.findall
+        self.sub = compiled.sub
+        self.split = compiled.split
+        return vars(self)[method]
 
 
 class Settings(NamedTuple):

@@ -56,6 +56,10 @@ T = TypeVar("T")
 sys.path.insert(0, str(HERE))
 import agent_chat  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script that runs this in its background has Ctrl-C ignored by all that is started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The program as its installer starts it, from compiled bytecode. A script is compiled at each
 # start, which costs half a second; tests of that start name PROGRAM.
 compileall.compile_file(PROGRAM, quiet=2)
