@@ -3443,6 +3443,9 @@ class AgentJson(TypedDict):
     quiet: int
 
 
+NO_NAMES: frozenset[str] = frozenset()
+
+
 class Agent:
     """A registered agent as the hub remembers it: its row in the Store, and its presence.
 
@@ -3493,9 +3496,12 @@ class Agent:
         self.last_ring = before.last_ring
 
 
-def lower_case(names: Iterable[str]) -> frozenset[str]:
+def lower_case(names: Sequence[str]) -> frozenset[str]:
     """Names as they are compared: one, whatever their case. Kept per agent, for a
     message to a group looks at the groups of all."""
+    if not names:
+        # One for all who have none: each empty set takes 216 bytes.
+        return NO_NAMES
     return frozenset(name.lower() for name in names)
 
 
