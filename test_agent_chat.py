@@ -13,6 +13,7 @@ import compileall
 import contextlib
 import errno
 import fcntl
+import functools
 import http.client
 import itertools
 import json
@@ -51,6 +52,7 @@ PROGRAM = HERE / "agent_chat.py"
 PAGE = HERE / "agent_chat_web.html"
 PYTHON = sys.executable
 CI = os.environ.get("CI") == "true"
+FULL = os.environ.get("AGENT_CHAT_FULL") == "1"
 T = TypeVar("T")
 
 sys.path.insert(0, str(HERE))
@@ -417,6 +419,183 @@ class Socket:
         self.sock.close()
 
 
+# -- processes of the program, forked from one that has imported what it imports
+#
+# Hundreds of tests start a hub or a plugin. From bytecode that is a tenth of a second of the
+# processor, with the SDK nearly one, and hardly anything of it is the program's own. So most of
+# them are forks of a process that has imported all that and has done nothing else: its own
+# memory, files, environment, session and end. With AGENT_CHAT_FULL=1, and in the tests of
+# starting itself, they are started from the disk.
+
+NURSERY_IMPORTS = f"""
+from __future__ import annotations
+import json, os, select, signal, socket, sys
+from typing import Any
+sys.path.insert(0, {str(HERE)!r})
+import agent_chat
+import argparse, asyncio, base64, concurrent.futures.thread, datetime, difflib, email.utils
+import fcntl, hashlib, hmac, http.client, ipaddress, logging, random, resource, selectors, sqlite3
+import subprocess, traceback, urllib.parse, uuid
+import mcp.server.lowlevel, mcp.server.stdio, mcp.types
+import websockets.asyncio.client, websockets.server
+"""
+# Variables that a process looks at while it starts: another value needs a start of its own.
+LOOKED_AT_EARLY = ("PYTHON", "LD_", "LC_", "LANG", "TZ", "FAKETIME")
+
+
+def nursery() -> None:
+    """Forks itself for each order that comes over the channel, answers with the pid, and
+    writes the exit code into the order's last file once that child has ended. Ends with the
+    channel. It never has a second thread, so a fork is whole."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    bell, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    endings: dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([channel, bell], [], [])
+        if bell in ready:
+            bell.recv(4096)
+            tell_endings(endings)
+            continue
+        data, files, _, _ = socket.recv_fds(channel, 1 << 20, 4)
+        if not data:
+            return
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for end in (channel, bell, waker):
+                end.close()
+            for file in (files.pop(), *endings.values()):
+                os.close(file)
+            become_the_program(json.loads(data), files)
+        endings[pid] = files.pop()
+        for file in files:
+            os.close(file)
+        channel.send(str(pid).encode())
+
+
+def tell_endings(endings: dict[int, int]) -> None:
+    """Writes the exit code of each child that has ended into its file, by pid."""
+    for pid in list(endings):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            file = endings.pop(pid)
+            os.write(file, str(os.waitstatus_to_exitcode(status)).encode())
+            os.close(file)
+
+
+def become_the_program(order: dict[str, Any], files: list[int]) -> None:
+    """What is left to do between a fork and the program's first line. Never returns."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    if order["own_session"]:
+        os.setsid()
+    os.umask(order["umask"])
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["env"])
+    # What they knew of the nursery's own files does not hold.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    sys.argv[1:] = order["words"]
+    raise SystemExit(agent_chat.main())
+
+
+@functools.cache
+def nursery_channel() -> socket.socket:
+    """To this process's own nursery, which is started when it is first asked for."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parts = map(source_of, (tell_endings, become_the_program, nursery))
+    with theirs:
+        subprocess.Popen(
+            [PYTHON, "-P", "-c", "\n".join([NURSERY_IMPORTS, *parts, "nursery()"]),
+             str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return ours
+
+
+class Fork:
+    """The program, forked from the nursery; what these tests want of a Popen."""
+
+    def __init__(
+        self,
+        words: list[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        files: tuple[int, int, int],
+        own_session: bool = False,
+    ) -> None:
+        """`files` are the descriptors of its standard input, output and errors."""
+        self.args = words
+        self.returncode: int | None = None
+        self.stdin: Any = None
+        self.stdout: Any = None
+        self.ending, child_end = os.pipe()
+        os.set_blocking(self.ending, False)
+        umask = os.umask(0)
+        os.umask(umask)
+        order = {
+            "words": words, "env": dict(env), "cwd": str(cwd),
+            "umask": umask, "own_session": own_session,
+        }
+        channel = nursery_channel()
+        socket.send_fds(channel, [json.dumps(order).encode()], [*files, child_end])
+        os.close(child_end)
+        self.pid = int(channel.recv(20))
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        if self.returncode is None:
+            try:
+                code = os.read(self.ending, 20)
+            except BlockingIOError:
+                return None
+            os.close(self.ending)
+            self.returncode = int(code)
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        """The exit code. Raises TimeoutExpired."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Nothing happens to what has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+Started = subprocess.Popen[Any] | Fork
+
+
+def may_be_forked(env: Mapping[str, str]) -> bool:
+    """Would a start from the disk make no difference?"""
+    names = {name for name in {*env, *os.environ} if name.startswith(LOOKED_AT_EARLY)}
+    return not FULL and all(env.get(name) == os.environ.get(name) for name in names)
+
+
 class Hub:
     """A real hub process on a port of its own."""
 
@@ -440,7 +619,7 @@ class Hub:
         self.patience = 70.0  # seconds for one answer
         self.flags = {"port": 0, "db": self.db, **flags}
         self.env = clean_environment(home, **(env or {}))
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Started | None = None
         if key:
             self.env["AGENT_CHAT_API_KEY"] = key
         if config:
@@ -462,19 +641,24 @@ class Hub:
         assert self.process
         return self.process.pid
 
-    def launch(self) -> subprocess.Popen[bytes]:
+    def launch(self) -> Started:
         """A process, with its words in the log file; it may or may not come up."""
-        argv = [*(self.program or INSTALLED), "serve"]
+        words = ["serve"]
         for key, value in {
             **self.flags,
             "port": self.port or self.flags["port"],
         }.items():
-            argv += [f"--{key.replace('_', '-')}", str(value)]
-        with open(self.log, "ab") as log:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        with open(self.log, "ab") as log, open(os.devnull, "rb") as nothing:
+            if not self.program and may_be_forked(self.env):
+                files = (nothing.fileno(), log.fileno(), log.fileno())
+                return Fork(
+                    words, env=self.env, cwd=self.home, files=files, own_session=True
+                )
             return subprocess.Popen(
-                argv,
+                [*(self.program or INSTALLED), *words],
                 env=self.env,
-                stdin=subprocess.DEVNULL,
+                stdin=nothing,
                 stdout=log,
                 stderr=log,
                 cwd=self.home,
@@ -3015,7 +3199,7 @@ def test_a_migration_killed_at_any_write_is_whole_or_not_begun(tmp_path: Path) -
         return path
 
     trace = Path(f"{migrate('whole')}.trace").read_text()
-    kills = 20 if os.environ.get("AGENT_CHAT_FULL") == "1" else 8
+    kills = 20 if FULL else 8
     for number in range(kills):
         call = ("fdatasync", "unlink", "pwrite64", "pwrite64")[number % 4]
         when = 1 + trace.count(call + "(") * number // kills
@@ -5895,7 +6079,6 @@ from hypothesis.stateful import (  # noqa: E402
     run_state_machine_as_test,
 )
 
-FULL = os.environ.get("AGENT_CHAT_FULL") == "1"
 FAKETIME = next(
     Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None
 )
@@ -7245,7 +7428,7 @@ def test_connections_over_the_limit_are_told_503(tmp_path: Path) -> None:
     """So that a client knows to come again."""
     class Tight(Hub):
         """A hub that may hold few files from its start."""
-        def launch(self) -> subprocess.Popen[bytes]:
+        def launch(self) -> Started:
             """With the limit set before it serves."""
             process = super().launch()
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
@@ -8381,10 +8564,8 @@ def test_at_the_end_every_socket_is_closed_with_1001(hub: Hub) -> None:
 
 # -- the Autobahn fuzzing client against the hub's own frame loop
 
-ECHO = f"""
-import collections, sys
-sys.path.insert(0, {str(HERE)!r})
-import agent_chat
+ECHO = """
+import collections
 
 class Echo(agent_chat.WebSocket):
     # The hub's own loop, which also sends back what it took, as the kind of frame it came in.
@@ -8406,7 +8587,6 @@ class Echo(agent_chat.WebSocket):
             self.protocol.send_text(whole) if text else self.protocol.send_binary(whole)
 
 agent_chat.WebSocket = Echo
-raise SystemExit(agent_chat.main())
 """
 
 
@@ -8438,7 +8618,6 @@ def python27() -> str:
 @pytest.mark.load
 @pytest.mark.timeout(400)
 def test_autobahn_finds_nothing_beyond_the_librarys_own(
-    monkeypatch: pytest.MonkeyPatch,
     make_hub: Callable[..., Hub],
     tmp_path: Path,
 ) -> None:
@@ -8455,10 +8634,7 @@ def test_autobahn_finds_nothing_beyond_the_librarys_own(
             subprocess.run(
                 words.split(), check=True, capture_output=True, timeout=300
             )
-    (tmp_path / "echo.py").write_text(ECHO)
-    echo = [PYTHON, str(tmp_path / "echo.py")]
-    monkeypatch.setattr(sys.modules[__name__], "INSTALLED", echo)
-    hub = make_hub()
+    hub = make_hub(changes=ECHO)
     (tmp_path / "spec.json").write_text(
         json.dumps(
             {
@@ -8695,6 +8871,8 @@ class Inbox:
 class Session:
     """One plugin process, spoken to in raw JSON-RPC. Whatever is on stdout must be that."""
 
+    process: Started
+
     def __init__(
         self,
         url: str,
@@ -8706,18 +8884,33 @@ class Session:
         cwd.mkdir(exist_ok=True)
         door = {"CLAUDE_CODE_MESSAGING_SOCKET": str(inbox.path)} if inbox else {}
         self.errors = cwd / f"stderr-{os.urandom(4).hex()}"
+        whole = clean_environment(cwd, AGENT_CHAT_SERVER=url, **door, **env)
         with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                argv or (*INSTALLED, "mcp"),
-                cwd=cwd,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                encoding="utf-8",
-                env=clean_environment(cwd, AGENT_CHAT_SERVER=url, **door, **env),
-            )
+            if not argv and may_be_forked(whole):
+                self.process = self.fork(whole, cwd, errors.fileno())
+            else:
+                self.process = subprocess.Popen(
+                    argv or (*INSTALLED, "mcp"),
+                    cwd=cwd,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    encoding="utf-8",
+                    env=whole,
+                )
         self.number = 0
+
+    def fork(self, env: dict[str, str], cwd: Path, errors: int) -> Fork:
+        """A plugin from the nursery, with pipes for what it hears and says."""
+        heard, say = os.pipe()
+        hear, said = os.pipe()
+        process = Fork(["mcp"], env=env, cwd=cwd, files=(heard, said, errors))
+        os.close(heard)
+        os.close(said)
+        process.stdin = os.fdopen(say, "w", encoding="utf-8")
+        process.stdout = os.fdopen(hear, encoding="utf-8")
+        return process
 
     def open(self, client: str = "test") -> Session:
         hello = self.ask(
@@ -15414,7 +15607,7 @@ def alive(pid: int) -> bool:
 
 def words_of(pid: int) -> list[str]:
     """The command line of a process."""
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
 
 
 def test_a_daemon_answers_before_its_command_returns(shell: Shell) -> None:
@@ -15590,10 +15783,20 @@ def test_the_hub_ends_gracefully_at_once_when_asked_twice(hub: Hub) -> None:
     assert "Traceback" not in hub.log.read_text()
 
 
-def test_what_runs_for_hours_runs_as_a_module(hub: Hub) -> None:
-    words = words_of(hub.pid)
+def test_what_runs_for_hours_runs_as_a_module(shell: Shell) -> None:
+    hub = subprocess.Popen(
+        [PYTHON, str(PROGRAM), "serve", "--port", "0"],
+        env=shell.env,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(lambda: "-P" in words_of(hub.pid))
+        words = words_of(hub.pid)
+    finally:
+        hub.kill()
+        hub.wait()
     assert words[1:3] == ["-P", "-c"]
-    assert "serve" in words
+    assert words[4:] == ["serve", "--port", "0"]
 
 
 def test_an_isolated_start_stays_isolated(shell: Shell) -> None:
