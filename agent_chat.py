@@ -2123,18 +2123,30 @@ def micros_of(column: str) -> str:
 
 # Schema 1, its tables renamed to old_*, as rows of the tables of LOG. What is
 # done with goes at once, so that the file hardly grows.
+#
+# Two names that differ in their case alone are one from here on. What one of
+# them has not read is unread.
 MIGRATION = f"""
+    INSERT INTO names (name) VALUES ('{HUMAN}'), ('{SERVER_NAME}');
     INSERT OR IGNORE INTO names (name) SELECT name FROM old_agents ORDER BY rowid;
     INSERT OR IGNORE INTO names (name)
         SELECT DISTINCT from_agent FROM old_messages
         UNION ALL SELECT DISTINCT agent FROM old_inbox
         UNION ALL SELECT DISTINCT to_agent FROM old_messages WHERE to_agent != ''
         UNION ALL SELECT DISTINCT '#' || grp FROM old_messages WHERE grp != '';
-    INSERT INTO agents
+    INSERT OR IGNORE INTO agents
         SELECT n.id, agent_record(o.name, o.status, o.registered_at, o.last_seen_at,
             o.session_hash, o.verified, o.type, o.host, o.cwd, o.groups, o.doors, o.mute,
             o.allow)
-        FROM old_agents o JOIN names n ON n.name = o.name;
+        FROM old_agents o JOIN names n ON n.name = o.name ORDER BY o.rowid;
+    DELETE FROM old_inbox WHERE agent COLLATE NOCASE IN (
+        SELECT agent FROM (SELECT DISTINCT agent FROM old_inbox)
+        GROUP BY agent COLLATE NOCASE HAVING count(*) > 1
+    ) AND EXISTS (
+        SELECT 1 FROM old_inbox i
+        WHERE i.seq = old_inbox.seq AND i.agent = old_inbox.agent COLLATE NOCASE
+            AND (i.read_at IS NOT NULL, i.agent)
+                < (old_inbox.read_at IS NOT NULL, old_inbox.agent));
     CREATE TABLE old_groups (seq INTEGER PRIMARY KEY, recipients TEXT);
     INSERT INTO old_groups
         SELECT i.seq, json_group_array(n.id)
@@ -2196,13 +2208,15 @@ GO_MIGRATION = """
                 SELECT group_concat(group_name, ' ') FROM go_agent_groups
                 WHERE agent_name = name AND is_name(group_name)), '') AS groups,
             '' AS doors, '' AS mute, '' AS allow
-        FROM go_agents WHERE is_name(name);
+        FROM go_agents WHERE may_be_agent(name);
     CREATE TABLE old_messages (
         seq INTEGER PRIMARY KEY, id, from_agent, to_agent, grp, content, in_reply_to,
         created_at, verified, thread, depth, client_id);
     INSERT INTO old_messages
-        SELECT row_number() OVER (ORDER BY created_at, rowid), id, from_agent, to_agent,
-            grp, content, in_reply_to, adopted_time(created_at), 0, '', 0, NULL
+        SELECT row_number() OVER (ORDER BY created_at, rowid), id,
+            coalesce(from_agent, ''), coalesce(to_agent, ''), coalesce(grp, ''),
+            coalesce(content, ''), coalesce(in_reply_to, ''), adopted_time(created_at),
+            0, '', 0, NULL
         FROM go_messages;
     CREATE UNIQUE INDEX old_ids ON old_messages (id);
     CREATE TABLE old_inbox (
@@ -2287,13 +2301,11 @@ def set_aside(prefix: str, tables: Iterable[str]) -> str:
     return "\n".join(["DROP INDEX IF EXISTS quieted;", *renamed])
 
 
-def adopted_time(text: str | None) -> str | None:
+def adopted_time(text: object) -> str:
     """A time as another program wrote it, in any usual form, in RFC 3339;
     1970 if it is none."""
-    if text is None:
-        return None
     form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d(?:\.\d+)?))? ?([+-]\d\d:?\d\d)?"
-    match = re.match(form, text)
+    match = re.match(form, str(text))
     if match is None:
         return rfc3339(0)
     date, clock, zone = match.groups()
@@ -2320,10 +2332,17 @@ def is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
+def may_be_agent(text: str) -> bool:
+    """Whether an agent may have this name: not that of the human, or of the hub, as
+    which somebody could write then."""
+    return is_name(text) and text.lower() not in RESERVED
+
+
 # What MIGRATION and GO_MIGRATION call, with the number of arguments.
 SQL_FUNCTIONS: Sequence[tuple[str, int, Callable[..., str | int | None]]] = (
     ("adopted_time", 1, adopted_time),
     ("is_name", 1, is_name),
+    ("may_be_agent", 1, may_be_agent),
     ("packed", 1, packed),
     ("agent_record", 13, agent_record),
 )

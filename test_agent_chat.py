@@ -2918,6 +2918,36 @@ def test_a_database_of_the_go_program_is_adopted(tmp_path: Path) -> None:
     writer.store.close()
 
 
+def test_odd_rows_of_the_go_program_are_adopted_too(tmp_path: Path) -> None:
+    """Agents that differ in their case alone become one, and what one of them had not read
+    is unread; the names of the human and the hub go to nobody; what is missing is empty."""
+    path = sqlite_file(
+        tmp_path / "a.db",
+        GO_SCHEMA,
+        agents=[(name, "", "", GO_TIME) for name in ("Bob", "bob", "Human", "SERVER")],
+        agent_groups=[("Bob", "team"), ("bob", "team")],
+        messages=[
+            ("msg-1", "alice", "", "team", "one", "", GO_TIME),
+            ("msg-2", "alice", "", "team", "two", "", GO_TIME),
+            ("msg-3", "bob", "Human", None, "three", None, None),
+        ],
+        message_reads=[
+            ("msg-1", "Bob", GO_TIME),
+            ("msg-2", "Bob", GO_TIME),
+            ("msg-2", "bob", GO_TIME),
+        ],
+    )
+    writer = Writer(path)
+    store = writer.store
+    assert [record.name for record, _ in store.load_agents()] == ["Bob"]
+    (unread,) = store.unread("bob", 9)[0]
+    assert store.mark_read("bob", store.seqs_of(["msg-1", "msg-2"]), clock(9)) == 1
+    assert (unread.id, store.count_unread("bob")) == ("msg-1", 0)
+    assert store.unread("human", 9)[0][0].to_agent == agent_chat.HUMAN
+    assert writer.sound()
+    store.close()
+
+
 # -- a Store in a process of its own, that can be killed and whose disk can be made to fail
 
 
