@@ -1021,7 +1021,8 @@ def printable(text: str) -> str:
 # The index of words holds no positions and no sizes of texts: neither phrases
 # nor a rank are asked for, and it is much smaller without. An accent makes no
 # other word.
-WORDS = """detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 2" """
+TOKENS = """tokenize="unicode61 remove_diacritics 2" """
+WORDS = f"detail=none, columnsize=0, {TOKENS}"
 SCHEMA = """
     -- Everybody who ever wrote or was written to, one whatever its case. A group has a # in
     -- front of its name, which no agent can have. A number is never given a second time.
@@ -1231,11 +1232,28 @@ def words_of(text: str) -> str:
     none. With a * at its end the last word may be the beginning of one, if it
     has three letters: with fewer it could be a large part of the index. All is
     quoted, so nothing that somebody types is syntax."""
-    words = re.findall(r"[^\W_]+", text)
+    words = tokens_of(text)
     asked = " ".join(f'"{word}"' for word in words)
     if words and text.endswith("*") and len(words[-1]) > 2:
         asked += "*"
     return asked
+
+
+@functools.lru_cache(16)
+def tokens_of(text: str) -> tuple[str, ...]:
+    """The words of a text as the index has them. Beyond ASCII SQLite itself tells:
+    where a word ends, and which mark is only an accent, its tables say, which are
+    of another year than Python's. Kept, for one search asks several times."""
+    if text.isascii():
+        return tuple(re.findall(r"[A-Za-z0-9]+", text))
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute(f"CREATE VIRTUAL TABLE words USING fts5 (content, {TOKENS})")
+        memory.execute("CREATE VIRTUAL TABLE terms USING fts5vocab (words, instance)")
+        memory.execute("INSERT INTO words VALUES (?)", [text])
+        terms = memory.execute("SELECT term FROM terms ORDER BY offset")
+        return tuple(term for (term,) in terms)
 
 
 class Side(NamedTuple):

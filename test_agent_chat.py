@@ -5333,7 +5333,7 @@ def test_recent_pages_backwards_and_forwards_and_live(hub: Hub) -> None:
 # fmt: off
 SAID = ["Die Straße ist naß", "deploy FAILED in api-gateway.ts:42", "the café is open",
         "cafe\u0301 decomposed", "snake_case_name", "日本語 テスト", 'price: 100% ("final")',
-        "emoji 🚀 rocket", "deploy worked"]
+        "emoji 🚀 rocket", "deploy worked", "a re\u0301sume\u0301 at the gate"]
 # fmt: on
 
 
@@ -5375,6 +5375,10 @@ def searched_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         ("deploy&agent=bob&limit=1", [8]),
         ("deploy&before=9", [1]),
         ("deploy&since=2100-01-01", []),
+        ("résumé", [9]),
+        ("re\u0301sume\u0301", [9]),
+        ("gate", [9]),
+        ("gate&before=10", []),
     ],
 )
 def test_search_finds(searched_hub: Hub, query: str, found: list[int]) -> None:
@@ -5411,6 +5415,7 @@ def test_search_takes_any_text(searched_hub: Hub) -> None:
         "a\u0301",
         "\U0001e900\U0001e901",
         "a\U0001e900b",
+        "ᦎ\u19b1ᦑ",
         "🚀",
         "½²",
         "हिन्दी",
