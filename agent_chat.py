@@ -778,6 +778,8 @@ class Query(NamedTuple):
     # low <= seq < high: cursors and times of day alike are such bounds.
     low: int = 0
     high: int = END
+    # Where the last page ended: seq < before. What is looked for does not depend on it.
+    before: int = END
     # The newest of them, newest first; else the oldest, oldest first.
     newest: bool = True
     most_bytes: int = MAX_PAGE_BYTES
@@ -1768,6 +1770,7 @@ class Log:
         # Read first: what is indexed meanwhile is found twice, and given once.
         indexed = self.fact("indexed")
         order = "DESC" if query.newest else "ASC"
+        high = min(query.high, query.before)
         branches: list[str] = []
         values: list[object] = []
         for side in search.sides:
@@ -1777,7 +1780,7 @@ class Log:
             for stream in streams:
                 conditions = search.conditions(side, stream.key)
                 branches.append(stream.branch(conditions, order))
-                values += [*stream.values, query.low, query.high]
+                values += [*stream.values, query.low, high]
                 values += [value for _, value in conditions]
                 values.append(query.limit)
         union = " UNION ".join(branches)
@@ -4794,8 +4797,9 @@ class Archive:
         return self.history(self.searched(query))
 
     def searched(self, query: Query) -> Query:
-        """The query with whole words if they are found, else with a beginning."""
-        one = query._replace(limit=1)
+        """The query with whole words if they are found, else with a beginning: on each of
+        its pages the same."""
+        one = query._replace(limit=1, before=END)
         if self.log.find(one):
             return query
         return query._replace(text=query.text + "*")
@@ -5426,9 +5430,9 @@ class Api:
         low = 0
         if since:
             low = log.seq_at(since)
-        high = ask.number("before", END)
+        high = END
         if until:
-            high = min(high, log.seq_at(until, after=True))
+            high = log.seq_at(until, after=True)
         agent = ask.text("agent")
         other = ask.text("with")
         # `with` alone asks for one agent too.
@@ -5445,6 +5449,7 @@ class Api:
             group=ask.text("group"),
             low=low,
             high=high,
+            before=ask.number("before", END),
         )
 
     def history(self, turn: Turn, ask: Ask) -> Job:
