@@ -755,11 +755,14 @@ class AgentRecord(NamedTuple):
     def rings_for(self, sender: str) -> bool:
         """False where the agent's own lists say that this sender's mail waits silently. The
         human is always heard; notices of the hub are, unless they are muted."""
-        if sender == HUMAN:
+        key = sender.lower()
+        if key == HUMAN:
             return True
-        if EVERYBODY in self.mute or sender in self.mute:
+        muted = [name.lower() for name in self.mute]
+        if EVERYBODY in muted or key in muted:
             return False
-        return sender == SERVER_NAME or not self.allow or sender in self.allow
+        allowed = [name.lower() for name in self.allow]
+        return key == SERVER_NAME or not allowed or key in allowed
 
 
 class Query(NamedTuple):

@@ -4847,14 +4847,14 @@ def test_of_two_sockets_with_the_session_only_the_newest_rings(
 
 
 def test_muted_mail_is_stored_and_unread_but_does_not_ring(hub: Hub) -> None:
-    """Muted senders, allowed senders, everybody: the human always comes through, unless
-    everybody is muted by name."""
+    """Muted senders, allowed senders, everybody, in any spelling: the human always comes
+    through, unless everybody is muted by name."""
     session = hub.register("bob")["session"]
     push, rang = hub.socket("bob", session), []
     for body in (
-        {"mute": ["alice"]},
+        {"mute": ["Alice"]},
         {"mute": ["*"]},
-        {"allow": ["alice"]},
+        {"allow": ["ALICE"]},
         {},
     ):
         hub.post("/api/agents/bell", {"agent_name": "bob", **body}, session)
