@@ -2400,6 +2400,7 @@ class Store(Log):
         self.failed: ChatError | None = None
         self.lately: dict[int, Message] = {}
         self._name_ids: dict[str, int] = {}
+        self._spellings: dict[int, str] = {}
         # What this turn has written so far, in its order.
         self.statements: list[tuple[str, Sequence[Sequence[object]]]] = []
         # Where `forget_names` goes on.
@@ -2680,6 +2681,7 @@ class Store(Log):
         self._unindexed = 0
         self.lately.clear()
         self._name_ids.clear()
+        self._spellings.clear()
 
     def close(self) -> None:
         """Give the file back: from here on another hub may have it. What is not
@@ -2699,13 +2701,26 @@ class Store(Log):
                 self._name_ids[name] = known
         return known
 
+    def _name(self, number: int) -> str:
+        """As in Log, and kept."""
+        known = self._spellings.get(number)
+        if known is None:
+            known = super()._name(number)
+            self._spellings[number] = known
+        return known
+
     def _intern(self, name: str) -> int:
         """The number that a name is stored as from now on: its own, or a new
-        one."""
+        one. From now on it is spelt so everywhere: who follows the log as it
+        grows, and who reads it later, must not see two names."""
         known = self._id(name)
         if not known:
             self._write("INSERT INTO names (name) VALUES (?)", name)
             known = self._id(name)
+        if self._name(known) != name:
+            self._write("UPDATE names SET name = ? WHERE id = ?", name, known)
+            self._spellings[known] = name
+            self.lately.clear()
         return known
 
     # -- messages
@@ -2960,9 +2975,6 @@ class Store(Log):
         """Store an agent. Its name is spelt everywhere as this record spells
         it."""
         number = self._intern(record.name)
-        if self._name(number) != record.name:
-            self._write("UPDATE names SET name = ? WHERE id = ?", record.name, number)
-            self.lately.clear()
         self._write(
             "INSERT OR REPLACE INTO agents VALUES (?,?)",
             number,
@@ -3034,6 +3046,7 @@ class Store(Log):
             self._write_many("DELETE FROM clients WHERE sender = ?", unused)
             self._write_many("DELETE FROM names WHERE id = ?", unused)
             self._name_ids.clear()
+            self._spellings.clear()
         return len(unused)
 
     def _forget_chains(self) -> int:
@@ -3637,6 +3650,15 @@ class Directory:
             raise not_found("group", name, self.groups())
         return found
 
+    def spelt_group(self, group: str) -> str:
+        """The name of a group as `groups` spells it; as it is given if nobody is in it."""
+        key = group.lower()
+        for agent in self.agents.values():
+            for name in agent.record.groups:
+                if name.lower() == key:
+                    return name
+        return group
+
     def groups(self) -> list[str]:
         """The names of all groups, each as the first agent of it spells it. A group is gone
         with its last agent."""
@@ -4221,7 +4243,7 @@ class Mail:
             id=new_id(seq),
             from_agent=sender,
             to_agent=recipients[0].name if request.to else "",
-            group=request.group,
+            group=self.directory.spelt_group(request.group),
             content=request.content,
             in_reply_to=request.in_reply_to,
             created_at=turn.now,

@@ -2542,7 +2542,7 @@ def test_mail_follows_to_another_name(writer: Writer) -> None:
     store.index_words()
     store.commit()
     assert (store.count_unread("old"), store.count_unread("new")) == (0, 1)
-    assert store.recipients(group) == ["new", "y"] and len(store.receipts(group)) == 2
+    assert store.recipients(group) == ["NEW", "y"] and len(store.receipts(group)) == 2
     assert writer.found(sender="x", recipient="new") == [2]
     assert writer.found(recipient="old") == [3]
     assert writer.sound()
@@ -4643,6 +4643,21 @@ def test_names_are_one_whatever_their_case(hub: Hub) -> None:
     assert (
         len(hub.get("/api/agents")) == 1 and len(hub.unread("bob.dev-1")) == 2
     )
+
+
+def test_who_follows_the_log_and_who_reads_it_later_see_the_same_names(
+    hub: Hub,
+) -> None:
+    """A group is spelt as its members spell it, a script as it spelt itself last."""
+    hub.register("bob", ("dev-team",))
+    watch = hub.watch()
+    for sender, group in (("Script", "DEV-Team"), ("script", "dev-TEAM")):
+        hub.send(sender, group=group, content="hi")
+        assert watch.mail()["group"] == "dev-team"
+    hub.restart()
+    assert {
+        (m["from_agent"], m["group"]) for m in hub.get("/api/messages/recent")
+    } == {("script", "dev-team")}
 
 
 def test_group_membership_is_that_of_the_moment_of_sending(hub: Hub) -> None:
