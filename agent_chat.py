@@ -692,17 +692,21 @@ class Receipt(NamedTuple):
     outcome: str | None  # its word, a Ring
     quiet: str  # "", LOOPING or MUTED: stored, but no bell
 
+    def reached(self) -> tuple[Reach, str]:
+        """The farthest step that has a time, and that time."""
+        if self.read_at:
+            return Reach.READ, self.read_at
+        if self.seen_at:
+            return Reach.SEEN, self.seen_at
+        if self.rung_at:
+            return Reach.RUNG, self.rung_at
+        if self.pushed_at:
+            return Reach.PUSHED, self.pushed_at
+        return Reach.STORED, self.stored_at
+
     def step(self) -> Reach:
         """The farthest step that has a time."""
-        if self.read_at:
-            return Reach.READ
-        if self.seen_at:
-            return Reach.SEEN
-        if self.rung_at:
-            return Reach.RUNG
-        if self.pushed_at:
-            return Reach.PUSHED
-        return Reach.STORED
+        return self.reached()[0]
 
     def to_json(self) -> ReceiptJson:
         """The receipt on the wire."""
@@ -1434,8 +1438,12 @@ SEEN_SAMPLE = f"""
     WHERE x.seen IS NOT NULL ORDER BY 1"""
 
 RECEIVED = f"""
-    SELECT x.seq FROM json_each(?2) j CROSS JOIN inbox x
-        ON x.agent = ?1 AND x.{IS_ANY} AND x.seq = j.value
+    SELECT x.seq, m.created, n.name, x.pushed, x.rung, x.seen, x.read, x.door, x.outcome,
+        x.quiet
+    FROM json_each(?2) j
+        CROSS JOIN inbox x ON x.agent = ?1 AND x.{IS_ANY} AND x.seq = j.value
+        CROSS JOIN messages m ON m.seq = x.seq
+        CROSS JOIN names n ON n.id = x.agent
     ORDER BY 1"""
 # Of the part of a thread that is indexed the newest replies count, of the tail
 # all.
@@ -1484,7 +1492,7 @@ def store_error(error: Exception, path: str) -> ChatError:
 
 
 def receipt(
-    message: Message,
+    stored: int,
     agent: str,
     pushed: int | None,
     rung: int | None,
@@ -1494,16 +1502,16 @@ def receipt(
     outcome: str | None,
     quiet: str | None,
 ) -> Receipt:
-    """A row of RECEIPTS as people read it. Times are stored as delays since the
-    message was created, and become times here."""
-    stored = micros(message.created_at)
+    """A row of RECEIPTS as people read it, of a message that was `stored` so many
+    microseconds after 1970. Times are stored as delays since then, and become
+    times here."""
 
     def at(delay: int | None) -> str | None:
         return None if delay is None else rfc3339(stored + delay)
 
     return Receipt(
         agent,
-        message.created_at,
+        rfc3339(stored),
         at(pushed),
         at(rung),
         at(seen),
@@ -1701,7 +1709,8 @@ class Log:
             rows = self._rows(RECEIPT, message.to_agent, message.seq)
         else:
             rows = self._rows(RECEIPTS, message.seq, limit)
-        return [receipt(message, *row) for row in rows]
+        stored = micros(message.created_at)
+        return [receipt(stored, *row) for row in rows]
 
     def thread(self, root: str, limit: int) -> list[Message]:
         """A thread, oldest first: the message of that id, and so many of
@@ -1885,11 +1894,12 @@ class Log:
                 ids[seq] = message.id
         return ids
 
-    def received(self, agent: str, seqs: Iterable[int]) -> list[int]:
-        """Those of these messages that were for this agent, in their order:
-        nobody marks another's mail."""
+    def received(self, agent: str, seqs: Iterable[int]) -> dict[int, Receipt]:
+        """How far those of these messages got that were for this agent, in their
+        order, by seq: nobody marks another's mail."""
         listed = json.dumps(list(seqs))
-        return self._seqs(RECEIVED, self._id(agent), listed)
+        rows = self._rows(RECEIVED, self._id(agent), listed)
+        return {seq: receipt(*row) for seq, *row in rows}
 
     def count_unread(self, agent: str) -> int:
         """How much unread mail an agent has."""
@@ -4480,7 +4490,7 @@ class Mail:
     def seen(self, turn: Turn, agent: Agent, mail: Mapping[int, str]) -> int:
         """These have arrived at who asked for them (seq -> id); how many had not before."""
         marked = turn.store.mark_seen(agent.name, mail, turn.now)
-        self.tell_receipts(turn, agent, mail, Reach.SEEN)
+        self.tell_receipts(turn, agent, mail)
         self.tell_unread(turn, agent)
         return marked
 
@@ -4490,7 +4500,7 @@ class Mail:
         mail = self.log.seqs_of(ids)
         marked = turn.store.mark_read(agent.name, mail, turn.now)
         agent.unread -= marked
-        self.tell_receipts(turn, agent, mail, Reach.READ)
+        self.tell_receipts(turn, agent, mail)
         self.tell_unread(turn, agent)
         return marked
 
@@ -4500,7 +4510,7 @@ class Mail:
         mail = self.log.seqs_of(ids)
         marked = turn.store.mark_unread(agent.name, mail)
         agent.unread += marked
-        self.tell_receipts(turn, agent, mail, Reach.SEEN)
+        self.tell_receipts(turn, agent, mail)
         self.tell_unread(turn, agent)
         return marked
 
@@ -4517,36 +4527,25 @@ class Mail:
             turn.tell_watchers("waiting", {"id": one, "waiting": False})
         return dismissed
 
-    def tell_receipts(
-        self,
-        turn: Turn,
-        agent: Agent,
-        mail: Mapping[int, str],
-        step: Reach,
-        report: Report | None = None,
-    ) -> None:
-        """Mail got so far with an agent: the watchers hear of it, of a ring also what its
-        doorbell reported."""
+    def tell_receipts(self, turn: Turn, agent: Agent, mail: Mapping[int, str]) -> None:
+        """Something has become of this mail of an agent: the watchers hear how far it got.
+        They are told what stands in the log, for what is reported late, as a ring for mail
+        that was seen meanwhile, takes no receipt back."""
         self.directory.changed[agent.key] = agent
         if not turn.board.watchers:
             return
         # A client may name messages that were never for this agent.
-        mine = self.log.received(agent.name, mail)
-        door = None
-        outcome = None
-        if report:
-            door = report.door
-            outcome = report.outcome
-        for seq in mine:
-            receipt = {
+        for seq, receipt in self.log.received(agent.name, mail).items():
+            step, at = receipt.reached()
+            told = {
                 "id": mail[seq],
                 "agent": agent.name,
                 "state": step,
-                "at": turn.now,
-                "door": door,
-                "outcome": outcome,
+                "at": at,
+                "door": receipt.door,
+                "outcome": receipt.outcome,
             }
-            turn.tell_watchers("receipt", receipt)
+            turn.tell_watchers("receipt", told)
 
     def tell_unread(self, turn: Turn, agent: Agent) -> None:
         """The agent's own plugin hears what is left, and so need not ring for it. Older
@@ -4642,10 +4641,7 @@ class Mail:
         mail = {message.seq: message.id for message in page}
         rung = not listener.shows_session
         turn.store.mark_pushed(agent.name, mail, turn.now, rung=rung)
-        step = Reach.PUSHED
-        if rung:
-            step = Reach.RUNG
-        self.tell_receipts(turn, agent, mail, step)
+        self.tell_receipts(turn, agent, mail)
 
     def heard(self, turn: Turn, listener: Listener, frame: Mapping[str, object]) -> None:
         """A frame from an agent's socket: what its doorbell did. Others are ignored, for a
@@ -4656,9 +4652,7 @@ class Mail:
         if agent is None or report is None:
             return
         mail = self.log.seqs_of(report.ids)
-        step = Reach.PUSHED
         if report.outcome == Ring.RUNG:
-            step = Reach.RUNG
             turn.store.mark_rung(agent.name, mail, turn.now, report.door)
         else:
             turn.store.mark_blocked(agent.name, mail, report.door, report.outcome)
@@ -4668,7 +4662,7 @@ class Mail:
             "at": turn.now,
             "detail": report.detail,
         }
-        self.tell_receipts(turn, agent, mail, step, report)
+        self.tell_receipts(turn, agent, mail)
 
     def ring_again(self, turn: Turn, agent: Agent) -> tuple[int, bool]:
         """Offer the newest unread mail of an agent to its door once more, whatever came of
@@ -4676,6 +4670,7 @@ class Mail:
         is there to ring."""
         mail = self.log.waiting_unread(agent.name, RUNG_AGAIN)
         turn.store.unring(agent.name, mail)
+        self.tell_receipts(turn, agent, mail)
         owner = turn.board.owner(agent.key)
         if owner:
             turn.tell([owner], "ring", {"ids": list(mail.values())})
@@ -4687,6 +4682,7 @@ class Mail:
         mail = self.log.waiting_unseen(agent.name)
         if mail:
             turn.store.unring(agent.name, mail)
+            self.tell_receipts(turn, agent, mail)
 
 
 def new_id(seq: int) -> str:

@@ -4280,6 +4280,7 @@ def test_a_receipt_stands_at_its_farthest_step(
     assert (
         receipt.step() == receipt.to_json()["state"] == reached
     )
+    assert receipt.reached() == (reached, getattr(receipt, f"{reached}_at"))
 
 
 # Is there a socket, how long ago was the last request (None: never), what was declared.
@@ -4790,16 +4791,19 @@ def test_a_receipt_says_how_far_a_message_got(hub: Hub) -> None:
     mark = {"agent_name": "bob", "message_ids": [one]}
     assert hub.post("/api/messages/read", mark, bob)["marked"] == 1
     reached("read")
+    push.send({"type": "rung", "ids": [one], "door": "late"})
+    hub.post("/api/messages/seen", mark, bob)
     told = [
-        watch.until(lambda f: f["type"] == "receipt")["data"] for _ in range(5)
+        watch.until(lambda f: f["type"] == "receipt")["data"] for _ in range(7)
     ]
     assert [(t["id"], t["state"], t["outcome"]) for t in told] == [
         (one, "pushed", None),
         (one, "pushed", "draft"),
         (one, "rung", "rung"),
-        (one, "seen", None),
-        (one, "read", None),
-    ]
+        (one, "seen", "rung"),
+        *[(one, "read", "rung")] * 3,
+    ], "what is reported late takes no step back"
+    assert len({t["at"] for t in told[4:]}) == 1
     assert push.until(
         lambda f: f["type"] == "unread" and not f["data"]["unread"]
     )
