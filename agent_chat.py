@@ -2063,6 +2063,14 @@ MOVE_MESSAGES = (
     DELETE FROM routes WHERE target = ?1 AND seq = ?3
         AND sender = (SELECT sender FROM messages m WHERE m.seq = ?3)""",
 )
+# What else hangs on a name, as that of ?1 instead of ?2. What both have is
+# needed once.
+MOVE_NAME = (
+    "UPDATE OR IGNORE quieted SET agent = ?1 WHERE agent = ?2",
+    "UPDATE OR IGNORE quieted SET sender = ?1 WHERE sender = ?2",
+    "DELETE FROM quieted WHERE ?2 IN (agent, sender) AND ?1 != ?2",
+    "UPDATE questions SET agent = ?1 WHERE agent = ?2",
+)
 
 # The trees that lag, for what came after the seq ?1.
 INDEX_SENT = """
@@ -2924,8 +2932,9 @@ class Store(Log):
         return left
 
     def move_mail(self, old: str, new: str) -> int:
-        """What one name has unread is the other's from now on; how much that
-        is. What both got stays with the other as it is there."""
+        """What one name has unread is the other's from now on, and so are its
+        quiet pairs and what it asked the human; how much mail that is. What
+        both got stays with the other as it is there."""
         giver = self._intern(old)
         taker = self._intern(new)
         unread = self._seqs(
@@ -2938,10 +2947,9 @@ class Store(Log):
             moved = self._write_many(MOVE_MAIL, rows)
             for statement in MOVE_MESSAGES:
                 self._write_many(statement, rows)
-            self._write(
-                "UPDATE OR IGNORE quieted SET agent = ? WHERE agent = ?", taker, giver
-            )
             self.lately.clear()
+        for statement in MOVE_NAME:
+            self._write(statement, taker, giver)
         return moved
 
     # -- what is asked of the human
@@ -4515,9 +4523,19 @@ class Mail:
         return marked
 
     def move(self, turn: Turn, old: Agent, new: Agent) -> None:
-        """What one name has unread is the other's from now on: the agent was renamed."""
+        """What one name has unread is the other's from now on: the agent was renamed. A
+        bell that is quiet stays so, and can be resumed under the new name."""
+        ended = self.guard.around([old.key])
         new.unread += turn.store.move_mail(old.name, new.name)
         old.unread = 0
+        if not ended:
+            return
+        self.load()
+        for loop in ended:
+            turn.tell_watchers("loop", {**loop.to_json(), "quiet": False})
+        for loop in self.guard.around([new.key]):
+            turn.tell_watchers("loop", {**loop.to_json(), "quiet": True})
+            self.changed_pair(loop)
 
     def dismiss(self, turn: Turn, ids: Iterable[str]) -> list[str]:
         """The human will not answer these; the ids of those that waited for it. Nothing is

@@ -2548,6 +2548,22 @@ def test_mail_follows_to_another_name(writer: Writer) -> None:
     assert writer.sound()
 
 
+def test_quiet_pairs_and_questions_follow_to_another_name(writer: Writer) -> None:
+    """On both sides of a pair, also where nothing is unread any more."""
+    store = writer.store
+    question = writer.send("old", "human")
+    store.ask_human(question)
+    writer.send("x", "old", quiet=agent_chat.LOOPING)
+    writer.send("old", "y", quiet=agent_chat.LOOPING)
+    writer.send("z", "old", "new", group="team", quiet=agent_chat.LOOPING)
+    store.mark_read("old", [2, 4], clock(9))
+    assert store.move_mail("old", "new") == 0
+    store.commit()
+    pairs = {(pair.sender, pair.agent) for pair in store.quiet_pairs()}
+    assert pairs == {("x", "new"), ("new", "y"), ("z", "new")}
+    assert store.answered("old") == [] and store.answered("new") == [question.id]
+
+
 def test_retention_goes_by_bytes_and_spares_what_is_open(writer: Writer) -> None:
     """Unread mail and open questions stay, however old they are; what goes, goes from
     the trees and from the words, too."""
@@ -6116,6 +6132,26 @@ def test_a_quiet_pair_stays_quiet_through_a_restart_also_when_its_mail_is_read(
         ["alice", "bob"]
     ]
     assert hub.send("alice", "bob", "still", circle.sessions["alice"])["quiet"]
+
+
+def test_a_quiet_bell_follows_a_renamed_agent_and_can_be_resumed(hub: Hub) -> None:
+    """What waits without a ring rings once a human speaks to the new name."""
+    circle, watch = Circle(hub, "alice", "bob"), hub.watch()
+    circle.rings(60)
+    alice, bob = circle.sessions["alice"], circle.sessions["bob"]
+    hub.send("alice", "bob", "held back", alice)
+    renamed = hub.register("robert", (), bob, rename_from="bob")
+    (loop,) = hub.get("/api/loops")
+    assert loop["agents"] == ["alice", "robert"]
+    assert watch.until(
+        lambda f: f["type"] == "loop" and f["data"]["agents"] == loop["agents"]
+    )["data"]["quiet"]
+    push = hub.socket("robert", renamed["session"])
+    hub.send("human", "robert", "go on")
+    assert push.until(
+        lambda f: f["type"] == "new_message" and f["data"]["content"] == "held back"
+    )
+    assert hub.get("/api/loops") == []
 
 
 # ======================================================================================
