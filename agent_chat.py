@@ -4321,7 +4321,6 @@ class Mail:
         reason = ""
         deliveries: list[Delivery] = []
         for agent in recipients:
-            agent.unread += 1
             hush = self.hush(turn, agent, message, sender)
             if hush.quiet:
                 deliveries.append(Delivery(agent.name, quiet=hush.quiet))
@@ -4330,6 +4329,8 @@ class Mail:
                 deliveries.append(Delivery(agent.name, pushed, rung))
             reason = hush.reason or reason
         turn.store.append(message, deliveries)
+        for agent in recipients:
+            agent.unread += 1
         turn.announce(message.seq, recipients)
         # The rows of agents show how much waits; they are told with the next tick.
         if turn.board.watchers:
