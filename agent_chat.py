@@ -895,6 +895,8 @@ class RegisterRequest(NamedTuple):
         old_name = body.get("rename_from") or ""
         if old_name:
             old_name = checked_name(old_name, "rename_from")
+            if old_name.lower() in RESERVED:
+                raise BadRequest(f"the name {old_name!r} is nobody's to give")
         # Any client may send these; only those of the plugin are known to be short.
         return cls(
             name=name,

@@ -4415,6 +4415,7 @@ DIRECT, GROUP = (
     ("register", {"name": "new", "groups": "g"}, 400, "list"),
     ("register", {"name": "new", "groups": [""]}, 400, "group"),
     ("register", {"name": "new", "groups": ["a,b"]}, 400, "group"),
+    ("register", {"name": "new", "rename_from": "Human"}, 400, "nobody's"),
     ("send", {**DIRECT, "from": "stranger"}, 200, "msg-"),
     ("send", {**DIRECT, "to": "BOB", "in_reply_to": "msg-unknown", "group": ""}, 200, "msg-"),
     ("send", {**DIRECT, "to": "human"}, 200, "msg-"),
