@@ -6095,6 +6095,24 @@ def test_the_same_client_id_to_a_group_of_eighty_answers_the_same_twice(
 # -- the guard is fair
 
 
+def test_what_could_not_be_sent_is_not_counted(make_hub: Callable[..., Hub]) -> None:
+    """The thread of a reply cannot be read: nobody gets it, and nobody has more unread."""
+    hub = make_hub(config="chain_limit: 1")
+    hub.register("alice")
+    hub.register("bob")
+    one = hub.send("alice", "bob")["id"]
+    two = hub.send("bob", "alice", in_reply_to=one)["id"]
+    reply = {"from": "alice", "to": "bob", "content": "x", "in_reply_to": two}
+    indexed = "SELECT value FROM facts WHERE key = 'indexed' AND value = 2"
+    eventually(lambda: look(Path(hub.db), indexed))
+    with contextlib.closing(sqlite3.connect(hub.db, isolation_level=None)) as other:
+        other.execute("ALTER TABLE threads RENAME TO gone")
+        assert hub.call("POST", "/api/send", reply)[0] == 503
+        other.execute("ALTER TABLE gone RENAME TO threads")
+    assert hub.agent("bob")["unread"] == len(hub.unread("bob")) == 1
+    assert hub.call("POST", "/api/send", reply)[0] == 200
+
+
 def test_who_joins_a_deep_chain_is_heard(hub: Hub) -> None:
     """The chain belongs to those who speak in it."""
     circle = Circle(hub, "alice", "bob")
