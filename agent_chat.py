@@ -5244,12 +5244,14 @@ class Api:
         if request.rename_from:
             old = self.directory.acting(turn, request.rename_from, ask.session)
         agent = self.directory.register(turn, request, ask.session)
-        was_verified = agent.record.verified
+        created = agent.record.registered_at == turn.now
+        # An older client registers at each of its connections.
+        rings_anew = agent.record.verified or created
         session = self.directory.open_session(turn, agent, ask.session)
         inherited = 0
         if session != ask.session:
             inherited = agent.unread
-            if was_verified:
+            if rings_anew:
                 self.mail.ring_anew(turn, agent)
         renamed = old is not None and old is not agent
         if old is not None and renamed:
@@ -5263,7 +5265,7 @@ class Api:
             "unread": agent.unread,
             "inherited": inherited,
             "renamed": renamed,
-            "created": agent.record.registered_at == turn.now,
+            "created": created,
             "version": __version__,
         }
 

@@ -5946,10 +5946,15 @@ def test_who_leaves_as_bob_and_comes_back_as_BOB_finds_the_mail(
         ("Ärger".encode("ascii", "ignore").decode(), "RGER"),
     ):
         session = hub.register(first, ("crew",))["session"]
+        push = hub.socket(first, session)
         one = hub.send("alice", first)["id"]
+        push.send({"type": "rung", "ids": [one], "door": "tmux"})
+        eventually(lambda: hub.receipts(one)[first]["rung_at"])
         hub.post("/api/deregister", {"agent_name": second}, session)
         answer = hub.register(second, ("crew",), session)
         assert answer["unread"] == 1
+        again = hub.socket(first, answer["session"]).mail()
+        assert again["id"] == one, "in which terminal it rang before, nobody knows"
         assert [m["id"] for m in hub.unread(first, answer["session"])] == [one]
         mark = {"agent_name": first.swapcase(), "message_ids": [one]}
         assert (
