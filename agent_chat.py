@@ -2041,10 +2041,12 @@ UNQUIET = f"""
     UPDATE inbox SET state = {UNRUNG}, quiet = NULL
     WHERE agent = ? AND state = {SILENT} AND seq = ?
         AND quiet = '{LOOPING}' AND seen IS NULL"""
-# What was unread of the name ?1 is that of ?2, by seq ?3.
+# What was unread of the name ?1 is that of ?2, by seq ?3. Of what both got one row
+# stays, unread as it is for one of them.
+DROP_READ = f"DELETE FROM inbox WHERE agent = ?2 AND state = {READ} AND seq = ?3"
 DROP_SHARED = f"""
     DELETE FROM inbox WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3 AND EXISTS (
-        SELECT 1 FROM inbox i WHERE i.agent = ?2 AND i.{IS_ANY} AND i.seq = ?3)"""
+        SELECT 1 FROM inbox i WHERE i.agent = ?2 AND i.{IS_UNREAD} AND i.seq = ?3)"""
 MOVE_MAIL = f"UPDATE inbox SET agent = ?2 WHERE agent = ?1 AND {IS_UNREAD} AND seq = ?3"
 MOVE_MESSAGES = (
     """
@@ -2935,8 +2937,8 @@ class Store(Log):
 
     def move_mail(self, old: str, new: str) -> int:
         """What one name has unread is the other's from now on, and so are its
-        quiet pairs and what it asked the human; how much mail that is. What
-        both got stays with the other as it is there."""
+        quiet pairs and what it asked the human; how much more the other has
+        unread by that."""
         giver = self._intern(old)
         taker = self._intern(new)
         unread = self._seqs(
@@ -2945,6 +2947,7 @@ class Store(Log):
         rows = [(giver, taker, seq) for seq in unread]
         moved = 0
         if rows:
+            self._write_many(DROP_READ, rows)
             self._write_many(DROP_SHARED, rows)
             moved = self._write_many(MOVE_MAIL, rows)
             for statement in MOVE_MESSAGES:

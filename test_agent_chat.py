@@ -2528,20 +2528,23 @@ def test_questions_wait_until_they_are_answered_or_dismissed(writer: Writer) -> 
 
 def test_mail_follows_to_another_name(writer: Writer) -> None:
     """What is unread moves, and only that: a message that both names got is not
-    doubled, and what was read stays in the history of the old name."""
+    doubled, and unread if one of them had not read it; what was read stays in the
+    history of the old name."""
     store = writer.store
     group = writer.send("x", "old", "new", "y", group="team")
     writer.send("x", "old")
     store.index_words()
     writer.send("x", "old")
+    both = writer.send("x", "old", "new", group="team")
     store.mark_read("new", [1], clock(50))
     store.mark_read("old", [3], clock(50))
-    assert store.move_mail("old", "NEW") == 1, (
+    assert store.move_mail("old", "NEW") == 2, (
         "one was read, the other is there already"
     )
     store.index_words()
     store.commit()
-    assert (store.count_unread("old"), store.count_unread("new")) == (0, 1)
+    assert (store.count_unread("old"), store.count_unread("new")) == (0, 3)
+    assert store.recipients(both) == ["NEW"]
     assert store.recipients(group) == ["NEW", "y"] and len(store.receipts(group)) == 2
     assert writer.found(sender="x", recipient="new") == [2]
     assert writer.found(recipient="old") == [3]
