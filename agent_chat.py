@@ -4299,8 +4299,8 @@ class Mail:
         members = self.directory.members(request.group)
         return [agent for agent in members if agent.name != sender]
 
-    def notify(self, turn: Turn, agent: Agent, text: str) -> None:
-        """A message of the hub itself, stored and rung as any other."""
+    def notify(self, turn: Turn, agent: Agent, text: str) -> str:
+        """A message of the hub itself, stored and rung as any other; its id."""
         seq = self.log.last_seq + 1
         message = Message(
             seq=seq,
@@ -4312,6 +4312,7 @@ class Mail:
             verified=True,
         )
         self.deliver(turn, message, [agent])
+        return message.id
 
     def deliver(self, turn: Turn, message: Message, recipients: list[Agent]) -> str:
         """Append, count, ring: who is rung is decided once, here. Returns why somebody
@@ -4949,6 +4950,13 @@ FIRST_SWEEP_SECONDS = 5  # after the start
 DAY_SECONDS = 86400
 
 
+class Told(NamedTuple):
+    """What a sender was told of its mail to an agent."""
+
+    notice: str  # its id: the notice is not there if its turn failed
+    last: str  # the id of the mail that it named
+
+
 class Keeping:
     """Background work, in small pieces. What it does is part of a turn, like a request."""
 
@@ -4965,6 +4973,7 @@ class Keeping:
         self.swept = 0
         self.next_sweep = time.monotonic() + FIRST_SWEEP_SECONDS
         self.looking_at: list[str] = []  # agents that retention has yet to look at
+        self.told: dict[tuple[str, str], Told] = {}  # by sender and agent, as keys
 
     def tick(self, turn: Turn, guard: Guard) -> None:
         """Once a second. Raises what the Store raises; the next tick tries again."""
@@ -4985,6 +4994,7 @@ class Keeping:
         if self.ticks % FORGET_TICKS == 0:
             guard.forget_old(turn.clock)
             self.forget_agents(turn)
+            self.forget_told()
             turn.store.forget_names()
 
     def notice_absence(self, turn: Turn) -> None:
@@ -5039,12 +5049,15 @@ class Keeping:
         turn.store.save_fact("unseen", high - 1)
 
     def tell_sender(self, turn: Turn, unseen: UnseenMail) -> None:
-        """One notice to the sender, if both are still there. Nobody is told about what he
-        sent to himself."""
+        """One notice to the sender, if both are still there and it does not know already:
+        each rings, and who writes once a minute would be rung once a minute. Nobody is told
+        about what he sent to himself."""
         directory = self.directory
         agent = directory.get(unseen.agent)
         author = directory.get(unseen.sender)
         if agent is None or author is None or agent is author:
+            return
+        if self.knows(author, agent):
             return
         minutes = self.settings.unseen_minutes
         status = directory.status(agent)
@@ -5053,7 +5066,31 @@ class Keeping:
             f"{unseen.number} waiting, the last is {unseen.last_id}. "
             f"{agent.name} is {status}, last seen {agent.last_seen_at}."
         )
-        self.mail.notify(turn, author, text)
+        notice = self.mail.notify(turn, author, text)
+        pair = (author.key, agent.key)
+        self.told[pair] = Told(notice, unseen.last_id)
+
+    def knows(self, author: Agent, agent: Agent) -> bool:
+        """Was this sender told that the agent sees nothing, and has the agent not seen what
+        was named then?"""
+        pair = (author.key, agent.key)
+        told = self.told.get(pair)
+        if told is None:
+            return False
+        if self.log.message(told.notice) is None:
+            return False
+        seqs = self.log.seqs_of([told.last])
+        named = self.log.received(agent.name, seqs)
+        unseen = [receipt for receipt in named.values() if not receipt.seen_at]
+        return bool(unseen)
+
+    def forget_told(self) -> None:
+        """Of agents that have gone, nobody has to know what they were told."""
+        known = self.directory.agents
+        for pair in list(self.told):
+            author, agent = pair
+            if author not in known or agent not in known:
+                del self.told[pair]
 
     def retain(self, turn: Turn) -> None:
         """Delete old mail that everybody has read. Unread mail is kept, however old, and so
