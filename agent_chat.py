@@ -4202,6 +4202,7 @@ class Handed(NamedTuple):
     becomes seen when that is known; if the connection breaks off, it stays as it was."""
 
     agent: str
+    session_hash: str  # to which it was given; what a later one has not got rings for it
     mail: dict[int, str]  # seq -> id, as receipts are told by ids
 
 
@@ -4500,7 +4501,8 @@ class Mail:
             return Page(messages, agent.unread, None)
         new = set(unseen)
         mail = {one.seq: one.id for one in messages if one.seq in new}
-        return Page(messages, agent.unread, Handed(agent.name, mail))
+        handed = Handed(agent.name, agent.record.session_hash, mail)
+        return Page(messages, agent.unread, handed)
 
     def seen(self, turn: Turn, agent: Agent, mail: Mapping[int, str]) -> int:
         """These have arrived at who asked for them (seq -> id); how many had not before."""
@@ -5403,7 +5405,7 @@ class Api:
         """What was handed over has reached its reader: the connection tells so, when the
         client comes back on it."""
         agent = self.directory.get(handed.agent)
-        if agent:
+        if agent and agent.record.session_hash == handed.session_hash:
             self.mail.seen(turn, agent, handed.mail)
 
     def mark_seen(self, turn: Turn, ask: Ask) -> object:

@@ -5632,6 +5632,21 @@ def test_a_plain_client_that_reads_all_and_hangs_up_has_seen_it(
     assert eventually(lambda: hub.receipts(one)["bob"]["state"] == "seen")
 
 
+def test_what_an_earlier_session_took_is_not_seen_by_the_one_that_has_the_name(
+    mailed: tuple[Hub, str, str],
+) -> None:
+    """A new process comes while the answer to the last one is under way."""
+    hub, session, one = mailed
+    shown = {"X-Agent-Session": session}
+    wire = Wire(hub.port).request("GET", INBOX, None, shown)
+    assert json.loads(wire.answer().body)[0]["id"] == one
+    answer = hub.register("bob")
+    assert answer["inherited"] == 1
+    assert wire.request("GET", "/health").answer().status == 200
+    assert hub.receipts(one)["bob"]["state"] == "stored"
+    assert hub.socket("bob", answer["session"]).mail()["id"] == one
+
+
 def vanish(wire: Wire) -> None:
     """The connection is cut with its answer unread, as when a laptop goes to sleep."""
     wire.sock.setsockopt(
