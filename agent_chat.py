@@ -273,7 +273,8 @@ FILE_KEYS = (
     "pair_minutes",
     "server",
 )
-# A variable that is set to nothing counts as not set.
+# A variable that is set to nothing, or to blanks, counts as not set; around a value they
+# are left out: a file of variables with Windows line ends puts one behind each.
 ENVIRONMENT = {
     "AGENT_CHAT_API_KEY": "api_key",
     "AGENT_CHAT_SERVER": "server",
@@ -290,7 +291,11 @@ CONFIG_LINE = Pattern(
     r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
     r"(?:(?:^|\s+)#.*)?\s*"
 )
-SERVER_URL = Pattern(r"https?://[^/\s]+")
+SERVER_URL = Pattern(r"https?://[^/\s?#]+(/[^\s?#]*)?")
+# What a header can carry in every client's spelling. At its ends a blank would be lost.
+API_KEY = Pattern(r"([!-~]([ -~]*[!-~])?)?", re.ASCII)
+# A name or an address with or without a port, as a Host header has it; no URL, no pattern.
+ALLOWED_HOST = Pattern(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class ChatError(Exception):
@@ -334,8 +339,9 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
     if path:
         chosen.update(read_config(path))
     for variable, field in ENVIRONMENT.items():
-        if env.get(variable):
-            chosen[field] = value_of(field, env[variable])
+        text = env.get(variable, "").strip()
+        if text:
+            chosen[field] = value_of(field, text)
     for field in Settings._fields:
         if flags.get(field) is not None:
             chosen[field] = flags[field]
@@ -379,10 +385,19 @@ def check_settings(settings: Settings) -> None:
     for field, amount in amounts.items():
         if not 0 <= amount < 1e6:
             raise BadConfig(f"{field} is a number from 0 (off) up, not {amount}")
-    if not SERVER_URL.match(settings.server):
+    if not SERVER_URL.fullmatch(settings.server):
         raise BadConfig(
             f"the server address {settings.server!r} has the form http://HOST:PORT"
         )
+    if not API_KEY.fullmatch(settings.api_key):
+        # The key itself is not shown, for errors end up in logs.
+        raise BadConfig("api_key may hold only ASCII letters, digits and punctuation")
+    for name in settings.allowed_hosts:
+        if not ALLOWED_HOST.fullmatch(name):
+            raise BadConfig(
+                f"allowed_hosts holds names like chat.example or [fd00::1]:8443, "
+                f"not {name!r}"
+            )
 
 
 def value_of(field: str, text: str) -> object:
@@ -412,7 +427,8 @@ def read_config(path: str) -> dict[str, object]:
     BadConfig with the line that is not understood, or if the file cannot be read.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        # Editors on Windows begin a file with a mark of its encoding.
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path}: cannot be read: {error}") from None
