@@ -332,7 +332,11 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
     Called once at the start of each command. Raises BadConfig for the first value that is
     not understood, with file and line if it has one.
     """
-    home = os.path.join(os.path.expanduser("~"), ".agent-chat")
+    user_home = os.path.expanduser("~")
+    if user_home == "~":
+        # A folder of that name would come to be wherever we are started.
+        raise BadConfig("this user has no home directory: set HOME to a folder of its own")
+    home = os.path.join(user_home, ".agent-chat")
     path = config_path(flags, home)
     # From the weakest source to the strongest: a later one writes over an earlier one.
     chosen: dict[str, Any] = {}

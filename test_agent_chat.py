@@ -4368,6 +4368,78 @@ def test_a_time_is_understood_or_refused_in_a_sentence(
         assert agent_chat.checked_time(text, "since") == stored
 
 
+# What the environment may hold, and what is then set.
+@pytest.mark.parametrize(
+    "variable, text, field, value",
+    [
+        ("AGENT_CHAT_API_KEY", " k3y\r\n", "api_key", "k3y"),
+        ("AGENT_CHAT_API_KEY", " \t", "api_key", ""),
+        ("AGENT_CHAT_SERVER", "http://h:1/chat \r", "server", "http://h:1/chat"),
+        ("AGENT_CHAT_SERVER", " ", "server", "http://127.0.0.1:9420"),
+        ("AGENT_CHAT_PREVIEW", "0 ", "preview", False),
+        ("AGENT_GROUPS", " a, b,,c d ", "groups", ("a", "b", "c", "d")),
+        ("AGENT_NAME", " bob ", "agent_name", "bob"),
+    ],
+)
+def test_blanks_around_a_variable_are_left_out(
+    variable: str, text: str, field: str, value: object
+) -> None:
+    settings = agent_chat.load_settings({"config": os.devnull}, {variable: text})
+    assert getattr(settings, field) == value
+
+
+# Files of settings: what is set by them, or a word of the sentence that refuses them.
+@pytest.mark.parametrize(
+    "text, outcome",
+    [
+        ("\ufeffport: 1\r\n# why\r\n\r\n", {"port": 1}),
+        ("api_key: 'a b#c' # why", {"api_key": "a b#c"}),
+        ("retention: 0", {"retention": 0.0}),
+        ("allowed_hosts: '[fd00::1]:8443, Chat.example'",
+         {"allowed_hosts": ("[fd00::1]:8443", "Chat.example")}),
+        ("port:1", "not understood"),
+        ("allowed_hosts: [a, b]", "not understood"),
+        ("  port: 1", "not understood"),
+        ("---", "not understood"),
+        ("port: 1\nport: 1", "second time"),
+        ("Port: 1", "unknown key"),
+        ("port:", "wants a number"),
+        ("port: 0x1", "wants a number"),
+        ("port: 65536", "from 0 to 65535"),
+        ("retention: nan", "from 0"),
+        ("log_level: INFO", "log_level is one of"),
+        ("server: 'http://h:1/a b'", "http://HOST:PORT"),
+        ("server: http://h:1?x", "http://HOST:PORT"),
+        ("api_key: clé", "api_key may hold only ASCII"),
+        ("api_key: 'blank '", "api_key may hold only ASCII"),
+        ("allowed_hosts: https://chat.example", "names like chat.example"),
+        ("allowed_hosts: '*.example'", "names like chat.example"),
+        ("allowed_hosts: fd00::1", "names like chat.example"),
+    ],
+)
+def test_a_file_of_settings_is_understood_or_refused_in_a_sentence(
+    tmp_path: Path, text: str, outcome: dict[str, object] | str
+) -> None:
+    """A line that looks like YAML and would mean something else there is refused."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode())
+    flags = {"config": str(path)}
+    if isinstance(outcome, str):
+        with pytest.raises(agent_chat.BadConfig, match=re.escape(outcome)) as caught:
+            agent_chat.load_settings(flags, {})
+        assert "clé" not in str(caught.value), "a key is not shown"
+    else:
+        values = agent_chat.load_settings(flags, {})._asdict()
+        assert outcome.items() <= values.items()
+
+
+def test_without_a_home_directory_nothing_is_made_in_this_one(monkeypatch: Any) -> None:
+    """A user whom the system does not know, as in a container, and no HOME."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(agent_chat.BadConfig, match="set HOME"):
+        agent_chat.load_settings({}, {})
+
+
 # ======================================================================================
 # API -- the rules of the chat, over the wire.
 # ======================================================================================
