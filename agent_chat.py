@@ -3874,6 +3874,22 @@ class Directory:
         )
         return session
 
+    def was_renamed(self, request: RegisterRequest, session: str) -> bool:
+        """Was this renaming done before, for the same session?"""
+        agent = self.get(request.name)
+        if agent is None or not session or not request.rename_from:
+            return False
+        if self.get(request.rename_from):
+            return False
+        return digest_of(session) in agent.record.former
+
+    def remember_session(self, turn: Turn, agent: Agent, session: str) -> None:
+        """The session under which this agent had another name is one that it had."""
+        digest = digest_of(session)
+        former = agent.record.former
+        if session and digest not in (agent.record.session_hash, *former):
+            agent.save(turn, former=(digest, *former)[:FORMER_SESSIONS])
+
     def expel(self, turn: Turn, agent: Agent) -> None:
         """The sockets of whoever acted as this agent until now have to close: they are
         woken and find that they are expelled. Those of older clients stay."""
@@ -5303,7 +5319,9 @@ class Api:
         """
         request = RegisterRequest.read(ask.body)
         old = None
-        if request.rename_from:
+        # A client whose answer was lost says the same again: then there is no old one left.
+        again = self.directory.was_renamed(request, ask.session)
+        if request.rename_from and not again:
             old = self.directory.acting(turn, request.rename_from, ask.session)
         agent = self.directory.register(turn, request, ask.session)
         created = agent.record.registered_at == turn.now
@@ -5319,6 +5337,7 @@ class Api:
         if old is not None and renamed:
             self.mail.move(turn, old, agent)
             self.directory.remove(turn, old)
+            self.directory.remember_session(turn, agent, ask.session)
         self.directory.show(turn, agent)
         return {
             "status": "ok",
@@ -5326,7 +5345,7 @@ class Api:
             "session": session,
             "unread": agent.unread,
             "inherited": inherited,
-            "renamed": renamed,
+            "renamed": renamed or again,
             "created": created,
             "version": __version__,
         }

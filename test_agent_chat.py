@@ -6155,6 +6155,9 @@ def test_mail_follows_an_agent_to_its_new_name(hub: Hub) -> None:
     ).status in (403, 409, 200)
     answer = hub.register("robert", ("team",), session, rename_from="bob")
     assert (answer["name"], answer["unread"]) == ("robert", 2)
+    # The answer was lost, so the client says it once more, as the one it was.
+    answer = hub.register("robert", ("team",), session, rename_from="bob")
+    assert (answer["unread"], answer["renamed"]) == (2, True)
     hub.restart()
     mail = hub.get("/api/messages?agent=robert&peek=1", answer["session"])
     assert [m["id"] for m in mail] == ids[1:]
