@@ -6209,13 +6209,15 @@ def page_policy(body: bytes) -> str:
 # Spelt out, for selectors is imported only where a hub runs.
 READABLE = 1  # selectors.EVENT_READ
 WRITABLE = 2  # selectors.EVENT_WRITE
+SHUT_WRITING = 1  # socket.SHUT_WR
 RECEIVE_BYTES = 64 << 10  # in one turn from one client
 RECEIVE_FRAME_BYTES = 4 << 10  # of a WebSocket, which only acknowledges
 MAX_PIPELINED_BYTES = 256 << 10  # behind a request that has no answer yet
 MANY_BODY_BYTES = 64 << 10  # a body over this counts towards TOTAL_IN_BYTES
 POOL_SECONDS = 60  # for an answer of another thread
 BIG_ANSWER_CHARACTERS = 128 << 10  # from here on another thread makes it
-CLOSING_SECONDS = 10  # for the last bytes to leave
+CLOSING_SECONDS = 10  # for the last bytes to leave, or some more of them
+LINGER_SECONDS = 2  # for what a client still says that was refused meanwhile
 FOREVER = float("inf")
 
 
@@ -6226,7 +6228,8 @@ class Phase(Enum):
     A request goes from IDLE over HEAD and BODY, which are skipped if all of it came at
     once, to ANSWERING, and its answer back to IDLE. PARKED, POOLED and STREAMING lie
     between the two. After an upgrade it is SOCKET, before that KEY_OWED for a page's;
-    CLOSING and DROPPED are the end of both.
+    CLOSING and DROPPED are the end of both, REFUSED comes before them where a request was
+    not heard to its end.
     """
 
     IDLE = "the first byte of a request"
@@ -6239,12 +6242,15 @@ class Phase(Enum):
     KEY_OWED = "the key, in the first frame of a page's socket"
     SOCKET = "frames"
     PINGED = "a sign of life"
+    REFUSED = "the client, to be done with what nobody listens to"
     CLOSING = "the last bytes to leave"
     DROPPED = "nothing any more"
 
 
 ASKING = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # no request is under way
 SOCKET_PHASES = (Phase.KEY_OWED, Phase.SOCKET, Phase.PINGED)
+# An answer is on its way: who takes some of it in time is given as much time again.
+LEAVING = (Phase.IDLE, Phase.STREAMING, Phase.CLOSING)
 
 
 class Work(Protocol):
@@ -6366,7 +6372,7 @@ class Connection:
             self.websocket.receive(turn, data)
         elif not data:
             self.drop(turn)
-        else:
+        elif self.phase is not Phase.REFUSED:
             self.take_bytes(turn, data)
 
     def arrived(self, turn: Turn) -> None:
@@ -6694,13 +6700,17 @@ class Connection:
 
     def answer_error(self, turn: Turn, error: ChatError) -> None:
         """Say what is wrong, as {"error": SENTENCE} with the error's status. After an
-        HttpError nothing else is understood, so the connection closes. Mail that it was
-        about to hand over stays unseen."""
+        HttpError nothing else is understood, so the connection closes, though not before
+        the client is done: most read no answer while they are still talking. Mail that it
+        was about to hand over stays unseen."""
         self.release()
         self.handed = None
-        self.last_answer = self.last_answer or isinstance(error, HttpError)
+        unheard = isinstance(error, HttpError)
+        self.last_answer = self.last_answer or unheard
         body = to_json_line({"error": str(error)})
         self.answer(turn, body, error.http_status, extra=self.unread_header())
+        if unheard:
+            self.enter(Phase.REFUSED)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
         """Its share of the turn came to nothing, and was undone. Who waits for an answer is
@@ -6759,6 +6769,9 @@ class Connection:
             if said:
                 sent = self.sock.send(self.out)
                 del self.out[:sent]
+                if self.out and self.phase in LEAVING:
+                    # It reads: slowly, but it does.
+                    self.enter(self.phase)
         except BlockingIOError:
             pass
         except OSError:
@@ -6792,6 +6805,8 @@ class Connection:
         that fell behind has not been given."""
         if self.phase is Phase.CLOSING:
             self.server.come_back(self, self.drop)
+        elif self.phase is Phase.REFUSED and said:
+            self.server.come_back(self, self.linger)
         elif self.phase is Phase.STREAMING and self.stream:
             self.server.come_back(self, self.next_piece)
         elif self.phase is Phase.IDLE and self.received:
@@ -6799,6 +6814,15 @@ class Connection:
             self.server.come_back(self, self.advance)
         elif self.websocket and said and self.websocket.behind():
             self.server.come_back(self, self.advance)
+
+    def linger(self, turn: Turn) -> None:
+        """The refusal has left, and nothing follows it. Closed now, with bytes of the
+        client's still to come, the connection would be reset, and the client would see that
+        instead of the answer. What comes is thrown away."""
+        if self.phase is Phase.REFUSED:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(SHUT_WRITING)
+            self.enter(Phase.REFUSED, LINGER_SECONDS)
 
     def next_piece(self, turn: Turn) -> None:
         """Have the next piece of a long answer made, unless that has ended meanwhile."""
@@ -6914,6 +6938,7 @@ PATIENCE = {
     Phase.KEY_OWED: Patience(AUTH_SECONDS, Connection.drop),
     Phase.SOCKET: Patience(PING_SECONDS, Connection.ping),
     Phase.PINGED: Patience(PONG_SECONDS, Connection.drop),
+    Phase.REFUSED: Patience(CLOSING_SECONDS, Connection.drop),
     Phase.CLOSING: Patience(CLOSING_SECONDS, Connection.drop),
     Phase.DROPPED: Patience(FOREVER, Connection.drop),
 }

@@ -7470,6 +7470,57 @@ def test_expect_continue_is_answered_before_the_body(hub: Hub) -> None:
     assert wire.say(SEND.encode()).answer()[0] == 200
     wire = Wire(hub.port, head % (1 << 21))
     assert wire.answer()[0] == 413 and wire.over()
+    # HTTP/1.0 knows no 100: its client would take it for the answer.
+    wire = Wire(hub.port, head.replace("1.1", "1.0") % 40)
+    assert hub.ask("GET", "/health").status == 200
+    assert wire.say(SEND.encode()).answer()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "status, size, headers",
+    [
+        (413, (1 << 20) + 1, {}),
+        (413, 8 << 20, {}),
+        (403, 1 << 20, {"Host": "evil.test"}),
+        (501, 1 << 20, {"Transfer-Encoding": "gzip"}),
+        (400, 1 << 20, {"Content-Length": "x"}),
+    ],
+)
+def test_a_refusal_is_heard_by_who_is_still_talking(
+    shared_hub: Hub, status: int, size: int, headers: dict[str, str]
+) -> None:
+    """Most clients read no answer before they have said all; a reset would take it away."""
+    for _ in range(5):
+        client = http.client.HTTPConnection("127.0.0.1", shared_hub.port, timeout=20)
+        kind = {"Content-Type": "application/json", **headers}
+        client.request("POST", "/api/send", b"x" * size, kind)
+        assert client.getresponse().status == status
+        client.close()
+
+
+def test_who_reads_slowly_is_given_the_whole_answer(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """However long it takes, as long as it goes on."""
+    hub = make_hub(changes="""
+import socket
+closing = agent_chat.Phase.CLOSING
+agent_chat.PATIENCE[closing] = agent_chat.PATIENCE[closing]._replace(seconds=1)
+welcome = agent_chat.HubServer.welcome
+def with_a_small_buffer(server, turn, sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    welcome(server, turn, sock)
+agent_chat.HubServer.welcome = with_a_small_buffer
+""")
+    wire = Wire(hub.port)
+    wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wire.request("GET", "/agent_chat.py", headers={"Connection": "close"})
+    begun = time.monotonic()
+    while time.monotonic() - begun < 4:
+        wire.taken(0)
+        assert wire.more()
+        time.sleep(0.05)
+    assert wire.answer().body == PROGRAM.read_bytes()
 
 
 # -- JSON
