@@ -7011,7 +7011,8 @@ class WebSocket:
             self.protocol.receive_data(data)
         else:
             self.protocol.receive_eof()
-        if connection.phase in (Phase.SOCKET, Phase.PINGED):
+        # Who was refused has no listener, and may not stay by saying something else.
+        if self.listener and connection.phase in (Phase.SOCKET, Phase.PINGED):
             connection.enter(Phase.SOCKET)
         for event in self.protocol.events_received():
             if isinstance(event, Frame) and event.opcode < 8:

@@ -8721,6 +8721,30 @@ def test_strangers_are_few_and_short_lived(
     assert again.receive()["type"] == "hello", "their places are free again"
 
 
+def test_a_wrong_key_is_the_end_whatever_is_said_after_it(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """A client that does not close, and goes on talking, does not stay by that."""
+    hub = make_hub(key=KEY, changes="""
+pinged = agent_chat.Phase.PINGED
+agent_chat.PATIENCE[pinged] = agent_chat.PATIENCE[pinged]._replace(seconds=1)
+""")
+    page = Socket(hub.port, "/ws?watch=1", {"Origin": hub.url})
+    page.send({"type": "auth", "key": "wrong"})
+    assert closed_with(page) == 4401
+
+    def gone() -> bool:
+        """Whether the hub has hung up on what is said now."""
+        try:
+            page.write(9, b"still here")
+        except OSError:
+            return True
+        return False
+
+    eventually(gone, 10, 0.2)
+    unharmed(hub)
+
+
 # -- floods, bursts and the end
 
 
