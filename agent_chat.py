@@ -7175,8 +7175,8 @@ class HubServer:
         self.fingerprint = fingerprint()
         self.wants_key = bool(settings.api_key)
         self.debugging = settings.log_level == "debug"
-        port = int(listener.getsockname()[1])
-        self.url = own_url(settings.host, port)
+        address, port = listener.getsockname()[:2]
+        self.url = own_url(settings.host, address, port)
         self.hosts = own_hosts(settings, port)
         # Threads and signals wake the loop with it.
         self.bell, self.waker = sockets.socketpair()
@@ -7679,13 +7679,20 @@ class HubServer:
         self.api.close()
 
 
-def own_url(host: str, port: int) -> str:
-    """Where clients on this machine find the hub. The address that means all of them cannot
-    be asked for everywhere: the loopback can."""
-    name = f"[{host}]" if ":" in host else host
-    if name in ("0.0.0.0", "[::]"):
-        name = "127.0.0.1"
-    return f"http://{name}:{port}"
+def own_url(host: str, address: str, port: int) -> str:
+    """Where clients on this machine find the hub that was told to listen at `host`, and
+    does at `address`. The address that means all of them, however it was spelt, cannot be
+    asked for everywhere: the loopback can."""
+    if address in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{bracketed(host)}:{port}"
+
+
+def bracketed(host: str) -> str:
+    """A name or an address as URLs and Host headers have it."""
+    if ":" in host and not host.startswith("["):
+        return f"[{host}]"
+    return host
 
 
 def own_hosts(settings: Settings, port: int) -> set[str]:
@@ -7693,7 +7700,7 @@ def own_hosts(settings: Settings, port: int) -> set[str]:
     this machine (DNS rebinding), and is a stranger by that name still. The names that the
     owner allows count without a port too, for a proxy in front may stand at the usual
     one."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = bracketed(settings.host)
     allowed = {name.lower() for name in settings.allowed_hosts}
     names = {"127.0.0.1", "localhost", "[::1]", host.lower(), *allowed}
     names -= {"0.0.0.0", "[::]"}
@@ -7724,24 +7731,53 @@ def connection_limit() -> int:
 
 
 def bound_listener(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises OSError, and leaves nothing open then. It comes
-    from `socket` alone: http.server's HTTPServer does the same, and then asks the DNS for
-    our name; to import it costs each hub 3 MiB, and 40 ms of its start."""
+    """A socket that listens there. Raises BadConfig with what to change, and leaves nothing
+    open then. It comes from `socket` alone: http.server's HTTPServer does the same, and
+    then asks the DNS for our name; to import it costs each hub 3 MiB, and 40 ms of its
+    start."""
     import socket as sockets
 
-    family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+    family, address = listening_address(host, port)
     listener = sockets.socket(family)
     try:
         if os.name == "posix":
             # The connections of a hub that has just ended need not run out first. Windows
             # means by the same word that two programs may share the port.
             listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        if family == sockets.AF_INET6:
+            # `::` means IPv4 too, whatever this system takes it for by itself.
+            with contextlib.suppress(OSError):
+                listener.setsockopt(sockets.IPPROTO_IPV6, sockets.IPV6_V6ONLY, 0)
+        listener.bind(address)
         listener.listen(LISTEN_QUEUE)
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        foreign = error.errno == errno.EADDRNOTAVAIL
+        raise BadConfig(
+            f"cannot listen on {bracketed(host)}:{port}: {error.strerror}; choose "
+            + ("a --host of this machine" if foreign else "another --port")
+        ) from None
     return listener
+
+
+def listening_address(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """The family and the address that a socket is bound to for a --host: of what a name
+    stands for, IPv4 comes first. Raises BadConfig for a name that stands for nothing."""
+    import socket as sockets
+
+    try:
+        found = sockets.getaddrinfo(
+            host or None, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no host has such a name"
+        raise BadConfig(
+            f"cannot listen on {bracketed(host)}: {reason}; give --host an address of "
+            "this machine, such as 127.0.0.1"
+        ) from None
+    found.sort(key=lambda entry: entry[0] != sockets.AF_INET)
+    family, _, _, _, address = found[0]
+    return family, address
 
 
 def is_loopback(host: str) -> bool:
@@ -7777,12 +7813,9 @@ def open_hub(settings: Settings) -> HubServer:
     store = Store(settings.db, log.info)
     try:
         listener = bound_listener(settings.host, settings.port)
-    except OSError as error:
+    except BadConfig:
         store.close()
-        raise BadConfig(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-            "choose another --port"
-        ) from None
+        raise
     return HubServer(settings, Api(store, settings), listener)
 
 

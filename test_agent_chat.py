@@ -16003,10 +16003,13 @@ def test_stop_does_not_touch_another_process(shell: Shell) -> None:
     hub = pid_file(shell)
     path = shell.home / ".agent-chat/agent-chat.db.pid"
     with subprocess.Popen(["sleep", "60"]) as stranger:
-        path.write_text(json.dumps({**hub, "pid": stranger.pid}))
-        shell.run("stop", code=1)
-        assert "no hub is running" in shell.errors
-        assert stranger.poll() is None
+        # A file without a start was written on another system, if by a hub at all.
+        for started in (hub["started"], ""):
+            forged = {**hub, "pid": stranger.pid, "started": started}
+            path.write_text(json.dumps(forged))
+            shell.run("stop", code=1)
+            assert "no hub is running" in shell.errors
+            assert stranger.poll() is None
         stranger.kill()
     path.write_text(json.dumps(hub) + "\n")
     shell.run("stop")
@@ -16042,6 +16045,56 @@ def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
     with subprocess.Popen([program, "60"]) as stranger:
         assert int(agent_chat.process_start(stranger.pid)) >= int(own)
         stranger.kill()
+
+
+def test_a_hub_of_this_machine_is_asked_for_by_no_proxy(
+    make_hub: Callable[..., Hub], monkeypatch: Any
+) -> None:
+    """Under an address of the network too, which a proxy might not reach."""
+    hub = make_hub(config="allowed_hosts: '[::ffff:127.0.0.1]'\n")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    url = f"http://[::ffff:127.0.0.1]:{hub.port}"
+    with pytest.raises(agent_chat.Unreachable, match="proxy"):
+        agent_chat.Client(url).get("/health")
+    assert agent_chat.RunningHub(hub.pid, "", url).answers()
+
+
+@pytest.mark.parametrize(
+    "host, address, url",
+    [
+        ("127.0.0.1", "127.0.0.1", "http://127.0.0.1:%d"),
+        ("localhost", "127.0.0.1", "http://localhost:%d"),
+        ("", "0.0.0.0", "http://127.0.0.1:%d"),
+        ("0", "0.0.0.0", "http://127.0.0.1:%d"),
+        ("::", "::", "http://127.0.0.1:%d"),
+        ("0:0::0", "::", "http://127.0.0.1:%d"),
+        ("::1", "::1", "http://[::1]:%d"),
+    ],
+)
+def test_a_hub_listens_where_it_is_told(host: str, address: str, url: str) -> None:
+    """And says where it is found: not at the address that means all of them."""
+    with agent_chat.bound_listener(host, 0) as listener:
+        found, port = listener.getsockname()[:2]
+        assert found == address
+        assert agent_chat.own_url(host, found, port) == url % port
+        if address == "::":
+            # Whatever the system means by it.
+            socket.create_connection(("127.0.0.1", port), 5).close()
+
+
+@pytest.mark.parametrize(
+    "host, told",
+    [
+        ("198.51.100.1", "cannot listen on 198.51.100.1:0: .*--host of this machine"),
+        ("nowhere.invalid", "cannot listen on nowhere.invalid: .* --host an address"),
+        ("a..b", "cannot listen on a..b: .* --host an address"),
+        ("ü" * 70, "cannot listen on ü*: no host has such a name; give --host"),
+        ("[::1]", "--host an address of this machine"),
+    ],
+)
+def test_where_no_hub_can_listen_is_a_sentence(host: str, told: str) -> None:
+    with pytest.raises(agent_chat.BadConfig, match=told):
+        agent_chat.bound_listener(host, 0)
 
 
 def test_a_killed_hub_leaves_a_stale_file_that_harms_nothing(shell: Shell) -> None:
