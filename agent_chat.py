@@ -7527,6 +7527,9 @@ class HubServer:
                 sock, _address = self.listener.accept()
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:
+                # That client has gone already.
+                continue
             except OSError:
                 # Out of file descriptors: do not spin.
                 self.selector.unregister(self.listener)

@@ -7696,6 +7696,18 @@ def test_running_out_of_file_descriptors_neither_spins_nor_kills(
     unharmed(hub)
 
 
+@NEEDS_STRACE
+def test_a_client_that_goes_before_it_is_taken_keeps_nobody_waiting(
+    make_hub: Callable[..., Hub],
+) -> None:
+    """Some systems tell of it where the next client is taken, and it is no lack of room:
+    then the hub would rest until its next sweep."""
+    hub = make_hub(changes="agent_chat.SWEEP_SECONDS = 60")
+    hub.patience = 20
+    with traced(hub.pid, "-e", "trace=accept4", "-e", "inject=accept4:error=ECONNABORTED:when=1+2"):
+        assert [hub.ask("GET", "/health").status for _ in range(4)] == [200] * 4
+
+
 def test_connections_over_the_limit_are_told_503(tmp_path: Path) -> None:
     """So that a client knows to come again."""
     class Tight(Hub):
