@@ -16419,18 +16419,21 @@ class RunningHub(NamedTuple):
 
     def answers(self) -> bool:
         """Whether a hub answers at its address. It is asked without a key: /health needs
-        none."""
+        none. And by no proxy, whatever its address: it runs on this machine."""
+        client = Client(self.url, timeout=2)
+        client.proxy = ""
         try:
-            Client(self.url, timeout=2).get("/health")
+            client.get("/health")
         except ChatError:
             return False
         return True
 
     def runs(self) -> bool:
-        """Whether that very process is still there. Where no start is known, an answer at
-        the address has to do."""
-        if self.started:
-            return process_start(self.pid) == self.started
+        """Whether that very process is still there. On a system where no start is known,
+        an answer at the address has to do; elsewhere a file without one was written by no
+        hub of this system, and its number means nothing here."""
+        if process_start(os.getpid()):
+            return bool(self.started) and process_start(self.pid) == self.started
         return self.answers()
 
 
