@@ -5925,7 +5925,10 @@ def parse_head(head: bytes) -> Head:
         raise HttpError(400, "Content-Length must be a number")
     if int(length) > MAX_BODY_BYTES:
         raise HttpError(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
+    # As it is said to a proxy; every server has to understand it of its own name.
+    target = target.removeprefix(f"http://{headers.get('host', '')}") or "/"
     kind = headers.get("content-type", "").partition(";")[0]
+    wishes = re.split(r"[\s,]+", headers.get("connection", "").lower())
     return Head(
         method,
         target,
@@ -5934,7 +5937,7 @@ def parse_head(head: bytes) -> Head:
         length=int(length),
         kind=kind.strip().lower(),
         session=headers.get("x-agent-session", ""),
-        last=version == "HTTP/1.0" or headers.get("connection", "").lower() == "close",
+        last=version == "HTTP/1.0" or "close" in wishes,
     )
 
 
@@ -6466,7 +6469,8 @@ class Connection:
             if not self.server.reserve(self.head.length):
                 raise HttpError(503, "too much is being received at once; try again soon")
             self.reserved = self.head.length
-        if self.head.header("expect").lower() == "100-continue":
+        expects = self.head.header("expect").lower() == "100-continue"
+        if expects and self.head.version != "HTTP/1.0":
             turn.say(self, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def is_open(self) -> bool:
@@ -6665,12 +6669,16 @@ class Connection:
         """From here on frames both ways. Raises HttpError for what is no handshake, and
         what `open` refuses: until that is through, it is an ordinary connection. Frames may
         have come right behind the handshake: they are taken up at once."""
-        if self.head.header("upgrade").lower() != "websocket":
+        wants = self.head.header("upgrade").lower() == "websocket"
+        # HTTP/1.0 knows no upgrade: a proxy that speaks it would not pass frames on.
+        if not wants or self.head.version == "HTTP/1.0":
             status = 426 if ask.query else 400
             raise HttpError(status, "this address speaks WebSocket; see README")
         websocket = WebSocket(self, ask)
         websocket.open(turn)
         self.websocket = websocket
+        # Of a socket no answer is the last one, whatever its handshake said.
+        self.last_answer = False
         if self.received:
             early = bytes(self.received)
             self.received.clear()
@@ -7559,6 +7567,8 @@ class HubServer:
             why = "the hub is about to stop; try again in a moment"
         if why:
             connection.answer_error(turn, HttpError(503, why))
+            # It holds a descriptor that is wanted elsewhere.
+            connection.enter(Phase.CLOSING)
 
     def sweep(self, turn: Turn) -> None:
         """Once a second: deadlines, and the Api's background work, or, while there is

@@ -7262,7 +7262,7 @@ KINDS = ["text/plain", "text/plain; application/json", "application/x-www-form-u
 LENGTHS = ["-1", "+40", "4_0", "0x28", "40.0", "4e1", "40,40", "4 0", "", "x", "\xb2", "9" * 30]
 ENDED: dict[int, list[str]] = {  # by status; after the answer the connection is closed
     200: ["GET /health HTTP/1.0~Host: @~~", GET + "Connection: close~~", POST + "connection: CLOSE~"
-          + WHOLE],
+          + WHOLE, GET + "Connection: TE, close~~", GET + "Connection: close,x~~"],
     400: [first + "~Host: @~~" for first in (
               "GET /health", "GET /health HTTP/2.0", "GET /health HTTP/1.1 ", "GET /\0 HTTP/1.1",
               "GET /he alth HTTP/1.1", " GET /health HTTP/1.1", "GET\t/health\tHTTP/1.1",
@@ -7287,7 +7287,9 @@ ENDED: dict[int, list[str]] = {  # by status; after the answer the connection is
     413: [POST + f"Content-Length: {length}~~" for length in ("1048577", "99999999999")],
     415: [POST.replace("application/json", kind) + WHOLE for kind in KINDS]
          + [POST.replace(JSON + "~", "") + WHOLE],
-    426: ["GET /ws?agent=ann HTTP/1.1~Host: @~~"],
+    426: ["GET /ws?agent=ann HTTP/1.1~Host: @~~",
+          "GET /ws?agent=ann HTTP/1.0~Host: @~Upgrade: websocket~Connection: Upgrade~"
+          "Sec-WebSocket-Version: 13~Sec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==~~"],
     431: [GET + "X: y~" * 101 + "~", GET + f"X: {'y' * 17_000}~~", "GET /" + "a" * 17_000],
     501: [POST + "Transfer-Encoding: chunked~~0~~" + GET + "~",
           POST + "Transfer-Encoding: x~" + WHOLE,
@@ -7296,13 +7298,15 @@ ENDED: dict[int, list[str]] = {  # by status; after the answer the connection is
 KEPT: dict[int, list[str]] = {  # after the answer the next request is understood
     200: [GET + line + "~~" for line in ("X: caf\xc3\xa9 \xff", "X: a~X: b", "X:",
               "Content-Length: 0", "Upgrade: h2c~Connection: Upgrade")]
-         + [GET + "~", GET + "Content-Length: 4~~abcd", POST + WHOLE, POST + "Expect: x~" + WHOLE,
+         + [GET + "~", "GET http://@/health?x HTTP/1.1~Host: @~~", GET + "Content-Length: 4~~abcd",
+            POST + WHOLE, POST + "Expect: x~" + WHOLE,
             POST + f"Content-Length: 00040~~{SEND}"]
          + [POST.replace("application/json", kind) + WHOLE for kind in (
              "application/json;charset=utf-8", "Application/JSON")],
     400: [f"GET {path} HTTP/1.1~Host: @~~" for path in (
               "/%ff", "/api/messages?agent=%ff", "/api/messages?" + "a=b&" * 60, "/api/messages")],
-    404: ["GET http://evil.test/health HTTP/1.1~Host: @~~"]}
+    404: [f"GET {address}/health HTTP/1.1~Host: @~~" for address in (
+              "http://evil.test", "http://@.evil.test", "https://@", "http://http://@")]}
 # fmt: on
 
 
