@@ -291,7 +291,7 @@ CONFIG_LINE = Pattern(
     r"""(?:(\w+):(?:\s+("[^"]*"|'[^']*'|[^\s"'#&*[{|>%@`][^#"']*))?)?"""
     r"(?:(?:^|\s+)#.*)?\s*"
 )
-SERVER_URL = Pattern(r"https?://[^/\s?#]+(/[^\s?#]*)?")
+SERVER_URL = Pattern(r"""https?://[^/\s?#@]+(/[!"$->@-~]*)?""", re.ASCII)
 # What a header can carry in every client's spelling. At its ends a blank would be lost.
 API_KEY = Pattern(r"([!-~]([ -~]*[!-~])?)?", re.ASCII)
 # A name or an address with or without a port, as a Host header has it; no URL, no pattern.
@@ -456,7 +456,9 @@ def read_config(path: str) -> dict[str, object]:
         try:
             values[key] = value_of(key, text)
         except ValueError:
-            raise BadConfig(f"{where}: {key} wants a number, not {text!r}") from None
+            whole = isinstance(Settings._field_defaults[key], int)
+            number = "a whole number" if whole else "a number"
+            raise BadConfig(f"{where}: {key} wants {number}, not {text!r}") from None
     return values
 
 
