@@ -7026,8 +7026,10 @@ class WebSocket:
             connection.enter(Phase.SOCKET)
         for event in self.protocol.events_received():
             if isinstance(event, Frame) and event.opcode < 8:
-                # The others are the protocol's.
-                self.parts.append(bytes(event.data))
+                # The others are the protocol's, which bounds what the parts hold together:
+                # of empty ones there may be any number.
+                if event.data:
+                    self.parts.append(bytes(event.data))
                 if event.fin:
                     whole = b"".join(self.parts)
                     self.parts.clear()

@@ -8660,6 +8660,15 @@ def test_frames_may_come_with_the_handshake_and_byte_by_byte(hub: Hub) -> None:
     eventually(lambda: all(hub.receipts(one)["bob"]["rung_at"] for one in sent))
 
 
+def test_parts_that_hold_nothing_cost_nothing() -> None:
+    """The bound of a message counts its bytes, and there may be any number of empty parts."""
+    connection = SimpleNamespace(api=None, server=None, phase=agent_chat.Phase.SOCKET)
+    websocket = agent_chat.WebSocket(connection, agent_chat.Ask({}, {}, ""))
+    websocket.receive(None, b"\x01\x81" + MASK + b"{")
+    websocket.receive(None, (b"\x00\x80" + MASK) * 1000)
+    assert websocket.parts == [b"{"]
+
+
 # -- the key
 
 
