@@ -7539,7 +7539,7 @@ class HubServer:
                 sock, _address = self.listener.accept()
             except BlockingIOError:
                 return
-            except ConnectionAbortedError:
+            except ConnectionError:
                 # That client has gone already.
                 continue
             except OSError:
