@@ -16118,6 +16118,7 @@ def test_a_hub_listens_where_it_is_told(host: str, address: str, url: str) -> No
         ("a..b", "cannot listen on a..b: .* --host an address"),
         ("ü" * 70, "cannot listen on ü*: no host has such a name; give --host"),
         ("[::1]", "--host an address of this machine"),
+        ("a\0b", "--host an address of this machine"),
     ],
 )
 def test_where_no_hub_can_listen_is_a_sentence(host: str, told: str) -> None:
