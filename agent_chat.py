@@ -7851,6 +7851,7 @@ STREAM_PIECE = 1 << 16
 SHORTEST_PAUSE = 1  # seconds before a push channel is opened again
 LONGEST_PAUSE = 30
 HELD_SECONDS = 2  # a channel that was open for less was refused rather than lost
+OLDER_HUB = "404 page not found"  # so it answers at an address that it does not know
 ANSWERS = {
     kind.http_status: kind
     for kind in (
@@ -8262,6 +8263,8 @@ class Client:
             sentence = str(value.get("error") or "")
         elif answer.status != 200 and answer.headers.get_content_type() == "text/plain":
             sentence = text
+        if sentence == OLDER_HUB:
+            sentence = f"{self.server} cannot do this: an older hub, or no hub at all"
         if sentence:
             raise ANSWERS.get(answer.status, ChatError)(sentence[:1000])
         raise ChatError(self._no_chat(answer.status))
@@ -17453,14 +17456,15 @@ def take_overview(given: Given) -> Overview:
         process = f", pid {hub.pid}, {settings.db}"
     _, unread = client.get_messages(HUMAN, 1, peek=True)
     return Overview(client.server, health.get("version", "unknown"), process,
-                    client.get("/api/agents"), unread, waiting_questions(client),
-                    client.get("/api/loops"))
+                    client.get("/api/agents"), unread,
+                    rows_if_known(client, "/api/waiting"),
+                    rows_if_known(client, "/api/loops"))
 
 
-def waiting_questions(client: Client) -> list[Row]:
-    """What agents ask of the human and nobody answered; older hubs do not know it."""
+def rows_if_known(client: Client, path: str) -> list[Row]:
+    """What the hub has at an address that older hubs do not know; none there."""
     try:
-        return list(client.get("/api/waiting"))
+        return list(client.get(path))
     except NotFound:
         return []
 

@@ -10387,6 +10387,21 @@ def older_hub(posted: list[tuple[str, Any]]) -> Any:
         "in_reply_to": "msg-9",
         "created_at": "2026-01-01T00:00:03Z",
     }
+    bob = {
+        "name": "bob",
+        "groups": None,
+        "status": "idle",
+        "registered_at": "2026-01-01T00:00:01.51439384Z",
+        "last_seen_at": "2026-01-01T00:00:01.5Z",
+    }
+    known: dict[str, Any] = {
+        "/health": {"status": "ok"},
+        "/api/agents": [bob],
+        "/api/groups": [],
+        "/api/messages": mail,
+        "/api/messages/history": mail,
+        "/api/messages/recent": mail,
+    }
     wake = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -10405,10 +10420,11 @@ def older_hub(posted: list[tuple[str, Any]]) -> Any:
             self.wfile.write(text.encode())
 
         def do_GET(self) -> None:
-            if not self.path.startswith("/ws"):
-                return self.answer(
-                    200, json.dumps(mail if "messages" in self.path else [])
-                )
+            path = self.path.partition("?")[0]
+            if path in known:
+                return self.answer(200, json.dumps(known[path]))
+            if path != "/ws":
+                return self.answer(404, "404 page not found")
             key = (
                 self.headers["Sec-WebSocket-Key"]
                 + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -11023,6 +11039,7 @@ def test_a_hub_that_took_us_is_asked_again_soon_and_others_later(
             "NotFound",
             "recipient agent not found",
         ),
+        (404, "text/plain", "404 page not found", "NotFound", "an older hub, or no hub"),
         (
             500,
             "text/plain",
@@ -16755,6 +16772,20 @@ def test_status_is_one_screen(caller: Shell, hub: Hub) -> None:
     assert found["loops"] == []
     caller.run("status", "--server", "http://127.0.0.1:9", code=1)
     assert "no hub answers" in caller.errors
+
+
+def test_commands_do_what_an_older_hub_can_and_say_what_it_cannot(shell: Shell) -> None:
+    """It tells no counts, has no questions and no loops, and cannot search."""
+    server = older_hub([])
+    shell.env["AGENT_CHAT_SERVER"] = f"http://127.0.0.1:{server.server_port}"
+    assert "agents    1: 1 idle" in shell.run("status")
+    assert "bob   idle" in shell.run("agents")
+    assert "second" in shell.run("inbox", "bob")
+    assert "sent msg-7" in shell.run("send", "bob", "hi")
+    for words in (["search", "hi"], ["export"]):
+        shell.run(*words, code=1)
+        assert "cannot do this: an older hub" in shell.errors
+    server.shutdown()
 
 
 def test_status_names_open_questions_and_quiet_bells(
