@@ -6813,9 +6813,9 @@ class Connection:
         """Everything has left: what comes next? Always in the next turn, with a commit of
         its own: the end, the next piece, a request that was pipelined, or what a socket
         that fell behind has not been given."""
-        if self.phase is Phase.CLOSING:
+        if self.phase is Phase.CLOSING and not self.handed:
             self.server.come_back(self, self.drop)
-        elif self.phase is Phase.REFUSED and said:
+        elif self.phase in (Phase.CLOSING, Phase.REFUSED) and said:
             self.server.come_back(self, self.linger)
         elif self.phase is Phase.STREAMING and self.stream:
             self.server.come_back(self, self.next_piece)
@@ -6826,12 +6826,13 @@ class Connection:
             self.server.come_back(self, self.advance)
 
     def linger(self, turn: Turn) -> None:
-        """The refusal has left, and nothing follows it. Closed now, with bytes of the
-        client's still to come, the connection would be reset, and the client would see that
-        instead of the answer. What comes is thrown away."""
+        """The last answer has left, and the client is told that nothing follows it; then
+        it is waited for. Closed while it still talks, a connection that was refused would
+        be reset, and the client would see that instead of the answer. Who was handed mail
+        tells by its own close that it has got it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(SHUT_WRITING)
         if self.phase is Phase.REFUSED:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(SHUT_WRITING)
             self.enter(Phase.REFUSED, LINGER_SECONDS)
 
     def next_piece(self, turn: Turn) -> None:

@@ -6505,6 +6505,30 @@ def test_what_was_read_just_before_the_hub_stops_is_seen(hub: Hub) -> None:
         assert hub.receipts(sent)["bob"]["seen_at"]
 
 
+@pytest.mark.parametrize(
+    "version, header", [("1.1", ""), ("1.1", "Connection: close~"), ("1.0", "")]
+)
+def test_mail_is_seen_when_its_reader_has_closed(
+    hub: Hub, version: str, header: str
+) -> None:
+    """Whoever of the two closes first: many clients want that of the hub. Not by who reset
+    the connection instead, with the mail unread in it."""
+    session = hub.register("bob")["session"]
+    sent = hub.send("ann", "bob", "x" * 50_000)["id"]
+    text = (
+        f"GET /api/messages?agent=bob HTTP/{version}~Host: @~"
+        f"X-Agent-Session: {session}~{header}~"
+    )
+    unread = Wire(hub.port, text)
+    assert unread.more()
+    vanish(unread)
+    reader = Wire(hub.port, text)
+    assert len(reader.answer().value) == 1
+    assert not hub.receipts(sent)["bob"]["seen_at"]
+    reader.close()
+    eventually(lambda: hub.receipts(sent)["bob"]["seen_at"], 5)
+
+
 @contextlib.contextmanager
 def slow_to_stop(hub: Hub) -> Iterator[None]:
     """A hub that was asked to stop and is held for its DRAIN_SECONDS, by an answer that
