@@ -257,6 +257,7 @@ class Settings(NamedTuple):
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that mean all addresses of this machine
 # What the configuration file may hold: what belongs to a machine. What belongs to one agent
 # comes from its environment, for several agents share the file.
 FILE_KEYS = (
@@ -356,10 +357,25 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
     db = settings.db or os.path.join(home, "agent-chat.db")
     settings = settings._replace(
         db=os.path.abspath(os.path.expanduser(db)),
-        server=settings.server or f"http://127.0.0.1:{settings.port}",
+        server=settings.server or own_url(settings.host, settings.port),
     )
     check_settings(settings)
     return settings
+
+
+def own_url(host: str, port: int) -> str:
+    """Where clients on this machine find a hub that listens at `host`. What means all
+    addresses cannot be asked for everywhere: the loopback can."""
+    if host in EVERYWHERE:
+        host = "127.0.0.1"
+    return f"http://{bracketed(host)}:{port}"
+
+
+def bracketed(host: str) -> str:
+    """A name or an address as URLs and Host headers have it."""
+    if ":" in host and not host.startswith("["):
+        return f"[{host}]"
+    return host
 
 
 def config_path(flags: Mapping[str, object], home: str) -> str:
@@ -7189,7 +7205,9 @@ class HubServer:
         self.wants_key = bool(settings.api_key)
         self.debugging = settings.log_level == "debug"
         address, port = listener.getsockname()[:2]
-        self.url = own_url(settings.host, address, port)
+        # All addresses can be spelt in many ways, of which the socket knows one.
+        host = address if address in EVERYWHERE else settings.host
+        self.url = own_url(host, port)
         self.hosts = own_hosts(settings, port)
         # Threads and signals wake the loop with it.
         self.bell, self.waker = sockets.socketpair()
@@ -7695,22 +7713,6 @@ class HubServer:
             pool.shutdown(cancel_futures=True)
         self.listener.close()
         self.api.close()
-
-
-def own_url(host: str, address: str, port: int) -> str:
-    """Where clients on this machine find the hub that was told to listen at `host`, and
-    does at `address`. The address that means all of them, however it was spelt, cannot be
-    asked for everywhere: the loopback can."""
-    if address in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://{bracketed(host)}:{port}"
-
-
-def bracketed(host: str) -> str:
-    """A name or an address as URLs and Host headers have it."""
-    if ":" in host and not host.startswith("["):
-        return f"[{host}]"
-    return host
 
 
 def own_hosts(settings: Settings, port: int) -> set[str]:

@@ -4395,6 +4395,9 @@ def test_blanks_around_a_variable_are_left_out(
         ("\ufeffport: 1\r\n# why\r\n\r\n", {"port": 1}),
         ("api_key: 'a b#c' # why", {"api_key": "a b#c"}),
         ("retention: 0", {"retention": 0.0}),
+        ("host: 192.0.2.1\nport: 1", {"server": "http://192.0.2.1:1"}),
+        ("host: fd00::1\nserver:", {"server": "http://[fd00::1]:9420"}),
+        ("host: 0.0.0.0", {"server": "http://127.0.0.1:9420"}),
         ("allowed_hosts: '[fd00::1]:8443, Chat.example'",
          {"allowed_hosts": ("[fd00::1]:8443", "Chat.example")}),
         ("port:1", "not understood"),
@@ -16129,26 +16132,27 @@ def test_a_hub_of_this_machine_is_asked_for_by_no_proxy(
 
 
 @pytest.mark.parametrize(
-    "host, address, url",
+    "host, found_at",
     [
-        ("127.0.0.1", "127.0.0.1", "http://127.0.0.1:%d"),
-        ("localhost", "127.0.0.1", "http://localhost:%d"),
-        ("", "0.0.0.0", "http://127.0.0.1:%d"),
-        ("0", "0.0.0.0", "http://127.0.0.1:%d"),
-        ("::", "::", "http://127.0.0.1:%d"),
-        ("0:0::0", "::", "http://127.0.0.1:%d"),
-        ("::1", "::1", "http://[::1]:%d"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost"),
+        ("", "127.0.0.1"),
+        ("0", "127.0.0.1"),
+        ("::", "127.0.0.1"),
+        ("0:0::0", "127.0.0.1"),
+        ("::1", "[::1]"),
     ],
 )
-def test_a_hub_listens_where_it_is_told(host: str, address: str, url: str) -> None:
-    """And says where it is found: not at the address that means all of them."""
-    with agent_chat.bound_listener(host, 0) as listener:
-        found, port = listener.getsockname()[:2]
-        assert found == address
-        assert agent_chat.own_url(host, found, port) == url % port
-        if address == "::":
-            # Whatever the system means by it.
-            socket.create_connection(("127.0.0.1", port), 5).close()
+def test_a_hub_listens_where_it_is_told(
+    tmp_path: Path, host: str, found_at: str
+) -> None:
+    """And says where it is found: not at an address that means all of them."""
+    db = str(tmp_path / "x.db")
+    settings = agent_chat.Settings(host=host, port=0, db=db, api_key=KEY)
+    with contextlib.closing(agent_chat.open_hub(settings)) as hub:
+        port = hub.listener.getsockname()[1]
+        assert hub.url == f"http://{found_at}:{port}"
+        socket.create_connection((found_at.strip("[]"), port), 5).close()
 
 
 @pytest.mark.parametrize(
