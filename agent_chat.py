@@ -473,8 +473,8 @@ def read_config(path: str) -> dict[str, object]:
             values[key] = value_of(key, text)
         except ValueError:
             whole = isinstance(Settings._field_defaults[key], int)
-            number = "a whole number" if whole else "a number"
-            raise BadConfig(f"{where}: {key} wants {number}, not {text!r}") from None
+            wanted = "a whole number" if whole else "a number"
+            raise BadConfig(f"{where}: {key} wants {wanted}, not {text!r}") from None
     return values
 
 
