@@ -5844,6 +5844,7 @@ def checked_time(text: str, what: str) -> str:
 # Characters. Messages so small are kept as JSON, the others are made anew each time.
 SMALL_MESSAGE = 4096
 MAX_HEADERS = 100
+MAX_LINE_CHARACTERS = 8000
 REQUEST_LINE = Pattern(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", re.ASCII)
 HEADER_LINE = Pattern(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", re.ASCII
@@ -5927,6 +5928,10 @@ def parse_head(head: bytes) -> Head:
     the other one. A body is judged by its announced length, before a byte of it is here."""
     first, *lines = head.decode("latin-1").split("\r\n")
     match = REQUEST_LINE.fullmatch(first)
+    if not match and len(first) > MAX_LINE_CHARACTERS:
+        raise HttpError(
+            400, f"the address of a request has at most {MAX_LINE_CHARACTERS} characters"
+        )
     if not match:
         raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1")
     if len(lines) > MAX_HEADERS:

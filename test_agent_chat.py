@@ -8475,6 +8475,27 @@ def test_searches_of_clients_that_hung_up_do_not_starve_history(
     unharmed(hub)
 
 
+def test_the_installer_comes_back_the_way_it_was_fetched(shared_hub: Hub) -> None:
+    """With TLS where a proxy says that it speaks it; the program is not fetched without."""
+    host = f"127.0.0.1:{shared_hub.port}"
+    for headers, url in (
+        ({}, f"http://{host}"),
+        ({"X-Forwarded-Proto": "https"}, f"https://{host}"),
+        ({"X-Forwarded-Proto": 'x"; rm'}, f"http://{host}"),
+    ):
+        found = Wire(shared_hub.port).request("GET", "/install.sh", headers=headers).answer()
+        assert found.body.count(b"\nHUB_URL=") == 1
+        assert f'\nHUB_URL="{url}"\n'.encode() in found.body
+
+
+def test_too_long_an_address_is_called_that(shared_hub: Hub) -> None:
+    """A search for a pasted page, for example."""
+    client = agent_chat.Client(shared_hub.url)
+    assert client.get("/api/messages/search", q="x" * 7900) == []
+    with pytest.raises(agent_chat.BadRequest, match="at most 8000 characters"):
+        client.get("/api/messages/search", q="x" * 8100)
+
+
 @pytest.mark.parametrize("path", sorted(OPEN))
 def test_head_is_answered_as_get_without_its_body(
     shared_hub: Hub, path: str
