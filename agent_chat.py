@@ -6184,8 +6184,8 @@ class OwnFile(NamedTuple):
     policy: str  # Content-Security-Policy
 
 
-def own_file(name: str, host: str) -> OwnFile:
-    """The file of that name beside this one; `host` is how the client calls the hub. The
+def own_file(name: str, url: str) -> OwnFile:
+    """The file of that name beside this one; `url` is how the client calls the hub. The
     installer is told to come back to it. Raises NotFound if the file is not there. Read
     each time: who puts a newer page there need not restart the hub."""
     # This file itself may have been copied to another name.
@@ -6202,7 +6202,7 @@ def own_file(name: str, host: str) -> OwnFile:
             "everything else works without it"
         ) from None
     if name == "install.sh":
-        body = body.replace(b'HUB_URL=""', f'HUB_URL="http://{host}"'.encode(), 1)
+        body = body.replace(b'HUB_URL=""', f'HUB_URL="{url}"'.encode(), 1)
     if name.endswith(".html"):
         return OwnFile(body, HTML_TYPE, page_policy(body))
     return OwnFile(body, TEXT_TYPE, "default-src 'none'")
@@ -6684,7 +6684,11 @@ class Connection:
     def serve_file(self, turn: Turn, endpoint: Endpoint, ask: Ask) -> None:
         """A file of the program, with the policy that says what a browser may do with it.
         Raises NotFound where it does not lie beside this one."""
-        file = own_file(endpoint.file, self.head.header("host"))
+        # Behind a proxy with TLS an installer that came back without it would be refused,
+        # or fetch the program for everybody on the way to see, and to change.
+        secure = self.head.header("x-forwarded-proto").lower() == "https"
+        scheme = "https" if secure else "http"
+        file = own_file(endpoint.file, f"{scheme}://{self.head.header('host')}")
         policy = (("Content-Security-Policy", file.policy),)
         self.answer(turn, file.body, kind=file.kind, extra=policy)
 
