@@ -405,6 +405,11 @@ def check_settings(settings: Settings) -> None:
     for field, amount in amounts.items():
         if not 0 <= amount < 1e6:
             raise BadConfig(f"{field} is a number from 0 (off) up, not {amount}")
+    check_addresses(settings)
+
+
+def check_addresses(settings: Settings) -> None:
+    """Raises BadConfig for what no address, no key or no name of a hub can look like."""
     if not SERVER_URL.fullmatch(settings.server):
         raise BadConfig(
             f"the server address {settings.server!r} has the form http://HOST:PORT"
@@ -415,7 +420,7 @@ def check_settings(settings: Settings) -> None:
     for name in settings.allowed_hosts:
         if not ALLOWED_HOST.fullmatch(name):
             raise BadConfig(
-                f"allowed_hosts holds names like chat.example or [fd00::1]:8443, "
+                "allowed_hosts holds names like chat.example or [fd00::1]:8443, "
                 f"not {name!r}"
             )
 
@@ -466,16 +471,21 @@ def read_config(path: str) -> dict[str, object]:
             raise BadConfig(f"{where}: unknown key {key!r}; known are {known}")
         if key in values:
             raise BadConfig(f"{where}: {key} is set a second time; keep one line")
-        text = (match[2] or "").strip()
-        if text.startswith(("'", '"')):
-            text = text[1:-1]
-        try:
-            values[key] = value_of(key, text)
-        except ValueError:
-            whole = isinstance(Settings._field_defaults[key], int)
-            wanted = "a whole number" if whole else "a number"
-            raise BadConfig(f"{where}: {key} wants {wanted}, not {text!r}") from None
+        values[key] = file_value(key, (match[2] or "").strip(), where)
     return values
+
+
+def file_value(key: str, text: str, where: str) -> object:
+    """The value of a line, out of its quotes if it has any. Raises BadConfig where a number
+    is wanted and the text is none, or not a whole one."""
+    if text.startswith(("'", '"')):
+        text = text[1:-1]
+    try:
+        return value_of(key, text)
+    except ValueError:
+        whole = isinstance(Settings._field_defaults[key], int)
+        wanted = "a whole number" if whole else "a number"
+        raise BadConfig(f"{where}: {key} wants {wanted}, not {text!r}") from None
 
 
 # ======================================================================================
@@ -5338,8 +5348,7 @@ class Api:
         request = RegisterRequest.read(ask.body)
         old = None
         # A client whose answer was lost says the same again: then there is no old one left.
-        again = self.directory.was_renamed(request, ask.session)
-        if request.rename_from and not again:
+        if request.rename_from and not self.directory.was_renamed(request, ask.session):
             old = self.directory.acting(turn, request.rename_from, ask.session)
         agent = self.directory.register(turn, request, ask.session)
         created = agent.record.registered_at == turn.now
@@ -5351,7 +5360,7 @@ class Api:
             inherited = agent.unread
             if rings_anew:
                 self.mail.ring_anew(turn, agent)
-        renamed = old is not None and old is not agent
+        renamed = bool(request.rename_from) and old is not agent
         if old is not None and renamed:
             self.mail.move(turn, old, agent)
             self.directory.remove(turn, old)
@@ -5363,7 +5372,7 @@ class Api:
             "session": session,
             "unread": agent.unread,
             "inherited": inherited,
-            "renamed": renamed or again,
+            "renamed": renamed,
             "created": created,
             "version": __version__,
         }
@@ -5927,16 +5936,9 @@ def parse_head(head: bytes) -> Head:
     parsers could read in two ways is refused with an HttpError, for a reverse proxy may be
     the other one. A body is judged by its announced length, before a byte of it is here."""
     first, *lines = head.decode("latin-1").split("\r\n")
-    match = REQUEST_LINE.fullmatch(first)
-    if not match and len(first) > MAX_LINE_CHARACTERS:
-        raise HttpError(
-            400, f"the address of a request has at most {MAX_LINE_CHARACTERS} characters"
-        )
-    if not match:
-        raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1")
+    method, target, version = parse_request_line(first)
     if len(lines) > MAX_HEADERS:
         raise HttpError(431, f"there may be at most {MAX_HEADERS} headers")
-    method, target, version = match.groups()
     headers = parse_headers(lines)
     # Were both lengths believed by somebody, a second request could be smuggled in a body.
     if "transfer-encoding" in headers:
@@ -5962,6 +5964,19 @@ def parse_head(head: bytes) -> Head:
         session=headers.get("x-agent-session", ""),
         last=version == "HTTP/1.0" or "close" in wishes,
     )
+
+
+def parse_request_line(line: str) -> tuple[str, str, str]:
+    """Method, target and version; HttpError for what is none of that."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match:
+        method, target, version = match.groups()
+        return method, target, version
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise HttpError(
+            400, f"the address of a request has at most {MAX_LINE_CHARACTERS} characters"
+        )
+    raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1")
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
@@ -6802,13 +6817,7 @@ class Connection:
         said = bool(self.out)
         try:
             if said:
-                sent = self.sock.send(self.out)
-                del self.out[:sent]
-                if self.out and self.phase in LEAVING:
-                    # It reads: slowly, but it does.
-                    self.enter(self.phase)
-        except BlockingIOError:
-            pass
+                self.send_out()
         except OSError:
             self.handed = None
             self.server.come_back(self, self.drop)
@@ -6820,6 +6829,17 @@ class Connection:
             self.select_events()
         if not self.out:
             self.go_on(said)
+
+    def send_out(self) -> None:
+        """As much of `out` as the kernel takes. Raises OSError where the client is gone."""
+        try:
+            sent = self.sock.send(self.out)
+        except BlockingIOError:
+            return
+        del self.out[:sent]
+        if self.out and self.phase in LEAVING:
+            # It reads: slowly, but it does.
+            self.enter(self.phase)
 
     def select_events(self) -> None:
         """Who does not read is not read from either: above OUT_HIGH_WATER it has to take
@@ -6838,9 +6858,9 @@ class Connection:
         """Everything has left: what comes next? Always in the next turn, with a commit of
         its own: the end, the next piece, a request that was pipelined, or what a socket
         that fell behind has not been given."""
-        if self.phase is Phase.CLOSING and not self.handed:
-            self.server.come_back(self, self.drop)
-        elif self.phase in (Phase.CLOSING, Phase.REFUSED) and said:
+        if self.phase is Phase.CLOSING:
+            self.server.come_back(self, self.linger if self.handed else self.drop)
+        elif self.phase is Phase.REFUSED and said:
             self.server.come_back(self, self.linger)
         elif self.phase is Phase.STREAMING and self.stream:
             self.server.come_back(self, self.next_piece)
@@ -8275,11 +8295,15 @@ class Client:
             sentence = str(value.get("error") or "")
         elif answer.status != 200 and answer.headers.get_content_type() == "text/plain":
             sentence = text
-        if sentence == OLDER_HUB:
-            sentence = f"{self.server} cannot do this: an older hub, or no hub at all"
         if sentence:
-            raise ANSWERS.get(answer.status, ChatError)(sentence[:1000])
+            raise ANSWERS.get(answer.status, ChatError)(self._in_our_words(sentence))
         raise ChatError(self._no_chat(answer.status))
+
+    def _in_our_words(self, sentence: str) -> str:
+        """The hub's own sentence, but for one that says nothing to people."""
+        if sentence == OLDER_HUB:
+            return f"{self.server} cannot do this: an older hub, or no hub at all"
+        return sentence[:1000]
 
     def _no_chat(self, status: int) -> str:
         """The sentence for an answer that no hub gave."""
