@@ -7961,6 +7961,14 @@ def test_without_the_key_every_route_but_five_is_shut(
     unharmed(hub)
 
 
+@pytest.mark.parametrize("key", ["ключ", "two\nlines", " padded"])
+def test_a_key_that_no_header_can_carry_is_named_at_once(key: str) -> None:
+    """The hub would start, and nobody could ever show it this key."""
+    with pytest.raises(agent_chat.BadConfig, match="api_key has letters") as failure:
+        agent_chat.load_settings({}, {"AGENT_CHAT_API_KEY": key})
+    assert key not in str(failure.value)
+
+
 def test_the_key_is_nowhere_to_be_read(make_hub: Callable[..., Hub]) -> None:
     """Not in logs, files, command lines, pages or messages, in no spelling."""
     hub = make_hub(key=KEY, log_level="debug")
