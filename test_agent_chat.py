@@ -20191,6 +20191,27 @@ def test_the_first_unread_message_stands_under_a_new_line(
 
 @browser_test
 @NEEDS_CHROMIUM
+def test_the_focus_stays_with_its_question(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Two ask whether they may; while the finger is over Enter, a third one does. The
+    answer is the one that was in focus."""
+    for name in ("docs", "backend-dev"):
+        team.send(name, "human", f"May {name} go on?", choices=["yes", "no"])
+    person = visit(team, "/#inbox=1").live()
+    waiting = person.page.get_by_role("region", name="Waiting for you")
+    of_docs = waiting.locator(".ask").filter(has_text="May docs go on?")
+    of_docs.get_by_role("button", name="yes").focus()
+    team.send("frontend-dev", "human", "May I, too?", choices=["yes", "no"])
+    expect(waiting.locator(".ask")).to_have_count(3)
+    expect(of_docs.get_by_role("button", name="yes")).to_be_focused()
+    person.page.keyboard.press("Enter")
+    expect(waiting.locator(".ask")).to_have_count(2)
+    assert [m["content"] for m in team.unread("docs")] == ["yes"]
+
+
+@browser_test
+@NEEDS_CHROMIUM
 def test_what_waits_for_the_human_stays_until_it_is_answered_or_dismissed(
     team: Hub, visit: Callable[..., Person]
 ) -> None:
