@@ -19395,6 +19395,11 @@ def test_one_click_mutes_an_agent(team: Hub, visit: Callable[..., Person]) -> No
     eventually(
         lambda: {a["name"]: a for a in team.get("/api/agents")}["docs"]["mute"] == []
     )
+    person.allowed = NETWORK_NOISE
+    person.page.route("**/api/agents/bell", lambda route: route.abort())
+    row.get_by_role("button", name="Mute docs", exact=True).click()
+    expect(person.page.locator("#note")).to_contain_text("The hub does not answer")
+    expect(row).not_to_contain_text("muted")  # nobody has heard of it
 
 
 @browser_test
