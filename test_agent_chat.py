@@ -19281,6 +19281,14 @@ def test_a_hub_with_a_key_asks_for_it(
         "That is not the key of this hub."
     )
     expect(person.page.get_by_role("log")).to_be_hidden()
+    hub.kill()
+    field.fill("correct horse")
+    person.button("Open").click()
+    expect(person.page.get_by_role("alert")).to_contain_text("The hub does not answer")
+    hub.restart()
+    field.fill("лошадь")  # what no header can carry
+    person.button("Open").click()
+    expect(person.page.get_by_role("alert")).to_contain_text("not the key")
     field.fill("correct horse")
     person.button("Open").click()
     person.live()
