@@ -20560,6 +20560,9 @@ def test_a_thread_stands_beside_the_list_where_there_is_room(
     expect(thread).to_be_visible()
     person.button("Close the thread").click()
     expect(thread).to_be_hidden()
+    person.allowed = "status of 404"
+    person.page.goto(team.url + "/#thread=msg-of-nobody")
+    expect(thread).to_contain_text("not found")
 
 
 @browser_test
