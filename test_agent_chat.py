@@ -19684,6 +19684,47 @@ def test_axe_finds_nothing(
 
 @browser_test
 @NEEDS_CHROMIUM
+def test_a_text_that_is_being_selected_stays_under_the_mouse(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Mail arrives while somebody drags over a word: the word is selected, and not what
+    scrolled into its place."""
+    for number in range(30):
+        team.send("docs", "backend-dev", f"line {number}")
+    person = visit(team).live()
+    mouse = person.page.mouse
+    box = person.message("line 29").locator(".text").bounding_box()
+    mouse.move(box["x"] + 1, box["y"] + 8)
+    mouse.down()
+    mouse.move(box["x"] + 20, box["y"] + 8)
+    team.send("docs", "backend-dev", "and one more")
+    person.page.wait_for_function("() => state.dirty.has('stream')")
+    person.page.wait_for_timeout(600)  # longer than anything is held under a finger
+    mouse.move(box["x"] + 22, box["y"] + 8)
+    selected = person.page.evaluate("String(getSelection())")
+    assert selected and selected in "line 29"
+    mouse.up()
+    expect(person.message("and one more")).to_be_visible()
+
+
+@browser_test
+@NEEDS_CHROMIUM
+def test_a_browser_whose_clock_is_wrong_shows_the_hubs_hours(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Two hours ahead: the last hour is the hub's, and what was said now is said now."""
+    team.send("docs", "backend-dev", "right now")
+    person = visit(team)
+    person.page.add_init_script(
+        "const now = Date.now; Date.now = () => now.call(Date) + 7.2e6;"
+    )
+    person.page.goto(team.url + "/?#since=1h")
+    person.live()
+    expect(person.message("right now").locator("time")).to_have_text("just now")
+
+
+@browser_test
+@NEEDS_CHROMIUM
 def test_mail_to_human_is_announced_to_whoever_is_elsewhere(
     team: Hub, visit: Callable[..., Person]
 ) -> None:
