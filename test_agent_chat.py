@@ -20133,6 +20133,127 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_everything(
 
 @browser_test
 @NEEDS_CHROMIUM
+def test_a_text_stays_with_its_conversation_while_it_is_on_its_way(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The hub takes its time, and the person goes on to somebody else: whether the text
+    arrives or not, what is written there keeps its words and its address.
+    """
+    person = visit(team, "/#agent=docs", allowed="status of 503").live()
+    page, on_the_way = person.page, []
+    text = page.get_by_role("textbox", name="Message")
+    to = page.get_by_role("combobox", name="To", exact=True)
+    page.route("**/api/send", lambda route: on_the_way.append(route))
+
+    def send_and_leave(words: str) -> Any:
+        """The request that holds those words, after the person went to backend-dev."""
+        text.fill(words)
+        text.press("Enter")
+        expect(page.locator("#note")).to_have_text("Sending …")
+        eventually(lambda: page.title() and on_the_way)
+        page.locator("#agents a", has_text="backend-dev").click()
+        expect(person.title).to_have_text("backend-dev")
+        return on_the_way.pop()
+
+    refused = send_and_leave("one for docs")
+    text.fill("one for backend")
+    refused.fulfill(status=503, body=json.dumps({"error": "The disk is slow."}))
+    expect(page.locator("#note")).to_contain_text("Not sent to docs: The disk is slow.")
+    expect(to).to_have_value("backend-dev")
+    expect(text).to_have_value("one for backend")
+    page.go_back()
+    expect(text).to_have_value("one for docs")
+    taken = send_and_leave("two for docs")
+    expect(text).to_have_value("one for backend")
+    taken.continue_()
+    expect(page.locator("#note")).to_contain_text("Sent. docs is")
+    expect(text).to_have_value("one for backend")
+    page.go_back()
+    expect(text).to_have_value("")
+    assert [m["content"] for m in team.unread("docs")] == ["two for docs"]
+
+
+@browser_test
+@NEEDS_CHROMIUM
+def test_a_text_whose_answer_was_lost_is_sent_once(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """It arrived, and nobody could say so: after a reload, and after somebody else has
+    spoken in the thread, it is still the same message.
+    """
+    root = team.send("docs", "human", "Where is chapter 3?")["id"]
+    person = visit(team, f"/#thread={root}", allowed=NETWORK_NOISE).live()
+    page = person.page
+    text = page.get_by_role("textbox", name="Message")
+    page.route("**/api/send", lambda route: (route.fetch(), route.abort()))
+    text.fill("in the attic")
+    text.press("Enter")
+    expect(page.locator("#note")).to_contain_text("The hub does not answer")
+    page.unroute("**/api/send")
+    team.send("docs", "human", "Never mind.", in_reply_to=root)
+    page.reload()
+    person.live()
+    expect(text).to_have_value("in the attic")
+    text.press("Enter")
+    expect(text).to_have_value("")
+    assert [m["content"] for m in team.unread("docs")] == ["in the attic"]
+    text.fill("in the attic")  # said again, it is another one
+    text.press("Enter")
+    expect(text).to_have_value("")
+    assert len(team.unread("docs")) == 2
+
+
+@browser_test
+@NEEDS_CHROMIUM
+def test_the_draft_of_a_closed_tab_goes_with_its_text(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Whoever finds it changes and sends it, or empties the box: it does not come back."""
+    person = visit(team, "/#agent=docs").live()
+    for ending in ("and its end", None):
+        old = Person(person.context, team, "/#agent=docs").live()
+        old.page.get_by_role("textbox", name="Message").fill("a beginning")
+        old.page.close(run_before_unload=True)
+        heir = Person(person.context, team, "/#agent=docs").live()
+        text = heir.page.get_by_role("textbox", name="Message")
+        expect(text).to_have_value("a beginning")
+        text.fill(ending or "")
+        if ending:
+            text.press("Enter")
+        expect(text).to_have_value("")
+        heir.page.reload()
+        heir.live()
+        expect(text).to_have_value("")
+        heir.page.close()
+
+
+@browser_test
+@NEEDS_CHROMIUM
+def test_drafts_live_on_where_the_browser_keeps_no_more(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """Its store is full: the texts of this tab are in the tab, each with its conversation."""
+    person = visit(team, "/#agent=docs").live()
+    page = person.page
+    text = page.get_by_role("textbox", name="Message")
+    text.fill("kept")
+    eventually(lambda: "kept" in page.evaluate("localStorage['agent-chat-drafts']"))
+    page.evaluate("""() => {
+        for (let size = 1 << 22; size; size >>= 1) {
+            try { localStorage["filler" + size] = "x".repeat(size); } catch { /* full */ }
+        }
+    }""")
+    text.fill("too long for what is left " * 9)
+    for name in ("backend-dev", "docs"):
+        page.locator("#agents a", has_text=name).click()
+        expect(person.title).to_have_text(name)
+        if name != "docs":
+            text.fill("words for somebody else " * 9)
+    expect(text).to_have_value("too long for what is left " * 9)
+
+
+@browser_test
+@NEEDS_CHROMIUM
 def test_no_key_is_obeyed_while_an_answer_is_open(
     team: Hub, visit: Callable[..., Person]
 ) -> None:
