@@ -19675,6 +19675,11 @@ def test_axe_finds_nothing(
     wide.page.goto(hub.url + "/#traffic=hour")
     expect(wide.page.locator(".ring")).to_be_visible()
     assert findings(wide) == []
+    text = person.page.get_by_role("textbox", name="Message")
+    text.press_sequentially("@do")
+    expect(person.page.get_by_role("listbox")).to_be_visible()
+    assert findings(person) == []
+    text.fill("")
     person.button("Keys").click()
     assert findings(person) == []
     locked = visit(make_hub(key="k"), color_scheme=scheme, allowed=NETWORK_NOISE)
