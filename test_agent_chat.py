@@ -19449,6 +19449,29 @@ def test_scrolling_up_loads_older_pages_and_keeps_the_place(
 
 @browser_test
 @NEEDS_CHROMIUM
+def test_an_older_page_that_cannot_be_had_is_not_asked_for_without_end(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """The reader is at the top, and the hub is away: the next scroll asks again."""
+    for number in range(70):
+        team.send("backend-dev", "docs", f"line {number}")
+    person = visit(team, allowed=NETWORK_NOISE).live()
+    expect(person.message("line 69")).to_be_visible()
+    asked: list[Any] = []
+    person.page.route(
+        "**/api/messages/recent*", lambda route: (asked.append(route), route.abort())
+    )
+    person.log.evaluate("log => { log.scrollTop = 0; }")
+    eventually(lambda: person.page.title() and asked)
+    person.page.wait_for_timeout(500)
+    assert len(asked) < 5
+    person.page.unroute("**/api/messages/recent*")
+    person.log.evaluate("log => { log.scrollTop = 1; }")
+    expect(person.message("line 0")).to_have_count(1)
+
+
+@browser_test
+@NEEDS_CHROMIUM
 def test_a_thousand_messages_leave_the_page_small_and_at_its_end(
     team: Hub, visit: Callable[..., Person]
 ) -> None:
@@ -20662,6 +20685,11 @@ def test_one_writes_to_several_and_an_at_completes_and_addresses(
     expect(person.page.locator("#note")).to_contain_text("Sent to 1 other.")
     expect(to).to_have_value("nobody-here")  # sent again, docs does not get it twice
     expect(text).to_have_value("one of them is not there")
+    team.register("doc")  # it came later, and is the one that is written whole
+    expect(person.page.locator("#agents li")).to_have_count(4)
+    text.fill("")
+    text.press_sequentially("@doc")
+    expect(person.page.get_by_role("option").first.locator("b")).to_have_text("doc")
 
 
 @browser_test
@@ -20750,6 +20778,12 @@ def test_the_traffic_is_a_picture(team: Hub, visit: Callable[..., Person]) -> No
     person.button("Last hour").click()
     expect(page.locator(".bars rect")).to_have_count(60)
     expect(person.button("Last hour")).to_have_attribute("aria-pressed", "true")
+    person.allowed = NETWORK_NOISE
+    team.kill()
+    person.button("Last day").click()
+    expect(page).to_contain_text("The hub does not answer")
+    team.restart()
+    expect(page.locator(".bars rect")).to_have_count(96)
     page.get_by_role("link", name="backend-dev → docs").click()
     expect(person.title).to_have_text("backend-dev and docs")
 
