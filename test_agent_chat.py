@@ -4416,8 +4416,8 @@ def test_blanks_around_a_variable_are_left_out(
         ("server: http://h:1?x", "http://HOST:PORT"),
         ("server: http://h:1/ü", "http://HOST:PORT"),
         ("server: http://me:pw@h:1", "http://HOST:PORT"),
-        ("api_key: clé", "api_key may hold only ASCII"),
-        ("api_key: 'blank '", "api_key may hold only ASCII"),
+        ("api_key: clé", "api_key has letters, digits and signs"),
+        ("api_key: 'blank '", "api_key has letters, digits and signs"),
         ("allowed_hosts: https://chat.example", "names like chat.example"),
         ("allowed_hosts: '*.example'", "names like chat.example"),
         ("allowed_hosts: fd00::1", "names like chat.example"),
@@ -7959,14 +7959,6 @@ def test_without_the_key_every_route_but_five_is_shut(
         "fingerprint",
     }
     unharmed(hub)
-
-
-@pytest.mark.parametrize("key", ["ключ", "two\nlines", " padded"])
-def test_a_key_that_no_header_can_carry_is_named_at_once(key: str) -> None:
-    """The hub would start, and nobody could ever show it this key."""
-    with pytest.raises(agent_chat.BadConfig, match="api_key has letters") as failure:
-        agent_chat.load_settings({}, {"AGENT_CHAT_API_KEY": key})
-    assert key not in str(failure.value)
 
 
 def test_the_key_is_nowhere_to_be_read(make_hub: Callable[..., Hub]) -> None:
