@@ -20249,6 +20249,23 @@ def test_the_draft_of_a_closed_tab_goes_with_its_text(
 
 @browser_test
 @NEEDS_CHROMIUM
+def test_a_duplicated_tab_writes_drafts_of_its_own(
+    team: Hub, visit: Callable[..., Person]
+) -> None:
+    """It begins with all that its original remembers, and is another one."""
+    person = visit(team, "/#agent=docs").live()
+    with person.context.expect_page() as opened:
+        person.page.evaluate("void window.open(location.href)")
+    for page, words in ((person.page, "the first"), (opened.value, "the second")):
+        page.get_by_role("textbox", name="Message").fill(words)
+        page.close(run_before_unload=True)
+    after = Person(person.context, team).live()
+    kept = after.page.evaluate("localStorage['agent-chat-drafts']")
+    assert "the first" in kept and "the second" in kept
+
+
+@browser_test
+@NEEDS_CHROMIUM
 def test_drafts_live_on_where_the_browser_keeps_no_more(
     team: Hub, visit: Callable[..., Person]
 ) -> None:
