@@ -20413,10 +20413,13 @@ def test_the_focus_stays_with_its_question(
     person = visit(team, "/#inbox=1").live()
     waiting = person.page.get_by_role("region", name="Waiting for you")
     of_docs = waiting.locator(".ask").filter(has_text="May docs go on?")
-    of_docs.get_by_role("button", name="yes").focus()
+    yes = of_docs.get_by_role("button", name="yes")
+    yes.focus()
+    place = yes.bounding_box()
     team.send("frontend-dev", "human", "May I, too?", choices=["yes", "no"])
     expect(waiting.locator(".ask")).to_have_count(3)
-    expect(of_docs.get_by_role("button", name="yes")).to_be_focused()
+    expect(yes).to_be_focused()
+    assert yes.bounding_box() == place  # nor has it gone from under a mouse
     person.page.keyboard.press("Enter")
     expect(waiting.locator(".ask")).to_have_count(2)
     assert [m["content"] for m in team.unread("docs")] == ["yes"]
