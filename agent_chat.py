@@ -6573,7 +6573,8 @@ class Connection:
         if not self.server.wants_key:
             return True
         scheme, _, given = self.head.header("authorization").partition(" ")
-        return scheme == "Bearer" and self.server.is_key(given)
+        # In any case, and behind any number of blanks, as HTTP has it.
+        return scheme.lower() == "bearer" and self.server.is_key(given.lstrip())
 
     # -- the ways of answering
 
