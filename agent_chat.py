@@ -5885,7 +5885,6 @@ HEADERS = (
 )
 STATUS_HEADERS = {
     401: "WWW-Authenticate: Bearer\r\n",
-    405: "Allow: GET, POST\r\n",
     503: "Retry-After: 1\r\n",
 }
 JSON_TYPE = "application/json"
@@ -5901,11 +5900,12 @@ WITHOUT_BODY = (Answer.FILE, Answer.HEALTH)
 class HttpError(ChatError):
     """A request that is refused before anything looks at its meaning; it ends the
     connection, for nobody knows where the next request would begin. The status is its own,
-    not its class's: HTTP has many."""
+    not its class's: HTTP has many. With a 405 goes what the address does take."""
 
-    def __init__(self, status: int, sentence: str) -> None:
+    def __init__(self, status: int, sentence: str, allow: str = "") -> None:
         super().__init__(sentence)
         self.http_status = status
+        self.allow = allow
 
 
 class Head(NamedTuple):
@@ -6052,8 +6052,16 @@ def routed(method: str, target: str) -> tuple[Endpoint, dict[str, str]]:
     if method == "HEAD" and got and got.how in WITHOUT_BODY:
         return got, query
     if path in PATHS:
-        raise HttpError(405, f"{path} does not take {method}")
+        raise HttpError(405, f"{path} does not take {method}", methods_of(path))
     raise NotFound(f"there is nothing at {path}")
+
+
+def methods_of(path: str) -> str:
+    """What an address takes, as the header Allow has it; of an unknown one, what any may."""
+    if path not in PATHS and ONE_MESSAGE.fullmatch(path):
+        path = "/api/messages/{id}"
+    methods = [method for method in ("GET", "POST") if (method, path) in BY_ADDRESS]
+    return ", ".join(methods or ("GET", "POST"))
 
 
 def answer_head(
@@ -6545,7 +6553,8 @@ class Connection:
         self.served = turn
         self.last_answer = self.head.last
         if self.head.method not in ("GET", "POST", "HEAD"):
-            raise HttpError(405, "only GET and POST are understood")
+            allow = methods_of(self.head.target.partition("?")[0])
+            raise HttpError(405, "only GET and POST are understood", allow)
         refuse_strangers(self.head.headers, self.server.hosts)
         endpoint, query = routed(self.head.method, self.head.target)
         if endpoint.needs_key and self.server.wants_key:
@@ -6759,12 +6768,16 @@ class Connection:
         was about to hand over stays unseen."""
         self.release()
         self.handed = None
-        unheard = isinstance(error, HttpError)
-        self.last_answer = self.last_answer or unheard
         body = to_json_line({"error": str(error)})
-        self.answer(turn, body, error.http_status, extra=self.unread_header())
-        if unheard:
-            self.enter(Phase.REFUSED)
+        extra = self.unread_header()
+        if not isinstance(error, HttpError):
+            self.answer(turn, body, error.http_status, extra=extra)
+            return
+        self.last_answer = True
+        if error.allow:
+            extra = (*extra, ("Allow", error.allow))
+        self.answer(turn, body, error.http_status, extra=extra)
+        self.enter(Phase.REFUSED)
 
     def failed(self, turn: Turn, error: ChatError) -> None:
         """Its share of the turn came to nothing, and was undone. Who waits for an answer is
