@@ -6057,7 +6057,8 @@ def routed(method: str, target: str) -> tuple[Endpoint, dict[str, str]]:
 
 
 def methods_of(path: str) -> str:
-    """What an address takes, as the header Allow has it; of an unknown one, what any may."""
+    """What an address takes, as the header Allow has it; of one that is none, all there
+    is."""
     if path not in PATHS and ONE_MESSAGE.fullmatch(path):
         path = "/api/messages/{id}"
     methods = [method for method in ("GET", "POST") if (method, path) in BY_ADDRESS]
