@@ -4599,11 +4599,13 @@ class Mail:
         return marked
 
     def move(self, turn: Turn, old: Agent, new: Agent) -> None:
-        """What one name has unread is the other's from now on: the agent was renamed. A
-        bell that is quiet stays so, and can be resumed under the new name."""
+        """What one name has unread is the other's from now on: the agent was renamed. What
+        is unseen rings anew, for the plugin begins anew with each name. A bell that is
+        quiet stays so, and can be resumed under the new name."""
         ended = self.guard.around([old.key])
         new.unread += turn.store.move_mail(old.name, new.name)
         old.unread = 0
+        self.ring_anew(turn, new)
         if not ended:
             return
         self.load()

@@ -6156,6 +6156,9 @@ def test_mail_follows_an_agent_to_its_new_name(hub: Hub) -> None:
         {"agent_name": "bob", "message_ids": ids[:1]},
         session,
     )
+    rung = hub.socket("bob", session)
+    rung.send({"type": "rung", "ids": ids, "door": "tmux"})
+    eventually(lambda: hub.receipts(ids[2])["bob"]["rung_at"])
     assert hub.ask(
         "POST", "/api/register", {"name": "eve", "rename_from": "bob"}
     ).status in (403, 409, 200)
