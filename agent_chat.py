@@ -2125,6 +2125,7 @@ MOVE_NAME = (
     "UPDATE OR IGNORE quieted SET sender = ?1 WHERE sender = ?2",
     "DELETE FROM quieted WHERE ?2 IN (agent, sender) AND ?1 != ?2",
     "UPDATE questions SET agent = ?1 WHERE agent = ?2",
+    "UPDATE OR IGNORE clients SET sender = ?1 WHERE sender = ?2",
 )
 
 # The trees that lag, for what came after the seq ?1.
@@ -2988,8 +2989,8 @@ class Store(Log):
 
     def move_mail(self, old: str, new: str) -> int:
         """What one name has unread is the other's from now on, and so are its
-        quiet pairs and what it asked the human; how much more the other has
-        unread by that."""
+        quiet pairs, what it asked the human, and the ids by which a repeated
+        send is known; how much more the other has unread by that."""
         giver = self._intern(old)
         taker = self._intern(new)
         unread = self._seqs(

@@ -2551,10 +2551,11 @@ def test_mail_follows_to_another_name(writer: Writer) -> None:
     assert writer.sound()
 
 
-def test_quiet_pairs_and_questions_follow_to_another_name(writer: Writer) -> None:
-    """On both sides of a pair, also where nothing is unread any more."""
+def test_what_hangs_on_a_name_follows_to_another_name(writer: Writer) -> None:
+    """Both sides of a quiet pair, also where nothing is unread any more, questions, and
+    what is known of sends that may be repeated."""
     store = writer.store
-    question = writer.send("old", "human")
+    question = writer.send("old", "human", client_id="mine")
     store.ask_human(question)
     writer.send("x", "old", quiet=agent_chat.LOOPING)
     writer.send("old", "y", quiet=agent_chat.LOOPING)
@@ -2565,6 +2566,7 @@ def test_quiet_pairs_and_questions_follow_to_another_name(writer: Writer) -> Non
     pairs = {(pair.sender, pair.agent) for pair in store.quiet_pairs()}
     assert pairs == {("x", "new"), ("new", "y"), ("z", "new")}
     assert store.answered("old") == [] and store.answered("new") == [question.id]
+    assert store.by_client("new", "mine").id == question.id  # type: ignore
 
 
 def test_retention_goes_by_bytes_and_spares_what_is_open(writer: Writer) -> None:
