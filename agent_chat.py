@@ -12235,7 +12235,7 @@ ESCAPED = {  # some readers take these for the end of a line
 }
 ANSWER_KEYS = {"result", "error"}  # we ask nothing, so nobody has to answer
 JSON_PIECE = Pattern(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
-ID_VALUE = Pattern(r'\s*:\s*(-?\d{1,18}|"(?:[^"\\]|\\.)*")', re.S)
+ID_VALUE = Pattern(r'\s*:\s*(-?\d{1,4000}(?![\d.eE])|"(?:[^"\\]|\\.)*")', re.S)
 
 
 class Refusal(NamedTuple):
@@ -12266,7 +12266,7 @@ def read_line(line: str) -> list[JsonObject | Refusal]:
     its plugin.
     """
     try:
-        value = json.loads(line, parse_constant=no_such_number)
+        value = json.loads(line, parse_constant=no_such_number, parse_float=finite)
     except (ValueError, RecursionError):
         sentence = "this line is not JSON, or it is nested too deeply"
         return [Refusal(found, PARSE_ERROR, sentence) for found in ids_in(line)]
@@ -12279,6 +12279,15 @@ def read_line(line: str) -> list[JsonObject | Refusal]:
 def no_such_number(name: str) -> None:
     """ValueError: NaN and Infinity are no JSON."""
     raise ValueError(f"{name} is not JSON")
+
+
+def finite(text: str) -> float:
+    """The number. ValueError for one such as 1e400, which is infinite here: what we
+    write of it would be no JSON."""
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def ids_in(line: str) -> list[object]:
@@ -12334,13 +12343,17 @@ def checked_message(value: object) -> JsonObject | Refusal | None:
 def rebuilt(value: Mapping[str, object], params: JsonObject) -> JsonObject:
     """A request or notification without trouble, made anew with these params.
 
-    Without the key `id` it is a notification, and must not get one.
+    Without the key `id` it is a notification, and must not get one. The token by which
+    a host would hear of progress stays behind, too: there is none to tell, and the SDK
+    refuses the whole request for a token that is null.
     """
     message = {"jsonrpc": "2.0", "method": value["method"], "params": params}
     if "id" in value:
         message["id"] = value["id"]
     if message["method"] == "tools/call":
         params["arguments"] = as_object(params.get("arguments"))
+    if isinstance(params.get("_meta"), dict):
+        params["_meta"].pop("progressToken", None)
     return message
 
 
@@ -12386,10 +12399,13 @@ def clean(value: Decoded, depth: int = 0) -> Decoded:
 
 
 def as_object(arguments: object) -> object:
-    """Arguments that a model sent as the text of an object, as that object.
+    """Arguments that a model sent as the text of an object, as that object. None at
+    all are also sent as an empty text, or as an empty list (by hosts in PHP).
 
     Anything else stays as it is; read_arguments or the SDK refuses it.
     """
+    if arguments in ("", []):
+        return {}
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -12446,6 +12462,7 @@ class Host:
         self.name = ""  # clientInfo
         self.known = asyncio.Event()  # it said who it is, and it seems to stay
         self.waiting: set[str] = set()  # requests whose answer has not left yet
+        self.given_up: set[str] = set()  # cancelled ones, whose answer is not to leave
         self.lines: asyncio.Queue[str] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.writing = asyncio.Lock()
@@ -12469,11 +12486,17 @@ class Host:
         """Hands every line to the loop, until there are no more. In a thread of
         its own: what stdin is (a pipe, a socket, a file, a terminal) decides
         whether it could be polled."""
-        rest = b""
+        # of the line whose end has not come; put together once, for a line of many
+        # megabytes comes in hundreds of them
+        pieces: list[bytes] = []
         while data := read_some(self.input):
-            *lines, rest = (rest + data).split(b"\n")
-            self.loop.call_soon_threadsafe(self._arrived, lines)
-        self.loop.call_soon_threadsafe(self._arrived, [rest])
+            *lines, rest = data.split(b"\n")
+            if lines:
+                first = b"".join([*pieces, lines[0]])
+                pieces.clear()
+                self.loop.call_soon_threadsafe(self._arrived, [first, *lines[1:]])
+            pieces.append(rest)
+        self.loop.call_soon_threadsafe(self._arrived, [b"".join(pieces)])
         self.loop.call_soon_threadsafe(self._ended)
 
     def _arrived(self, lines: Iterable[bytes]) -> None:
@@ -12491,9 +12514,32 @@ class Host:
             self.loop.create_task(self._send(message.to_json()))
             return
         self._note(message)
+        if message["method"] == "notifications/cancelled":
+            self._cancel(message["params"].get("requestId"))
+            return
         if message["method"] == "initialize":
             self._drop_discovery()
         self.lines.put_nowait(json.dumps(message))
+
+    def _cancel(self, request_id: object) -> None:
+        """The host gives a request up. The SDK is not told: mcp 1.x ends for good if a
+        cancellation comes while it answers. The guest stops the work, and what is
+        answered all the same goes no further than here.
+
+        Some hosts repeat a number as a string; that is tried where nothing has the id as
+        it stands.
+        """
+        exact = request_key(request_id)
+        meant = [exact, request_key(str(request_id)), str(request_id)]
+        for request in meant:
+            if request in self.waiting:
+                self.waiting.discard(request)
+                self.given_up.add(request)
+                self.guest.cancelled(request)
+                return
+        # its answer has left already, or there was no such request
+        for request in meant:
+            self.guest.cancelled(request)
 
     def _drop_discovery(self) -> None:
         """The host begins in the older way, since our start took longer than it
@@ -12521,16 +12567,14 @@ class Host:
         params = message["params"]
         self.name = self.name or client_name(params)
         if "id" in message:
-            self.waiting.add(request_key(message["id"]))
+            request = request_key(message["id"])
+            self.waiting.add(request)
+            self.given_up.discard(request)
         match message["method"]:
             case "initialize" | "server/discover":
                 self.loop.call_later(ACQUAINTED_SECONDS, self.known.set)
             case "notifications/initialized" | "tools/list" | "tools/call":
                 self.known.set()
-            case "notifications/cancelled":
-                request = request_key(params.get("requestId"))
-                self.waiting.discard(request)
-                self.guest.cancelled(request)
 
     def _waited_long_enough(self) -> None:
         """A host that has said nothing yet may never say who it is."""
@@ -12566,9 +12610,12 @@ class Host:
     async def write(self, line: str) -> None:
         """One message of the SDK's, to the host. If it is an answer that the
         host still waits for, the guest hears that it has left."""
-        await self._send(line)
         message = json.loads(line)
         request = request_key(message.get("id"))
+        if request in self.given_up and "method" not in message:
+            self.given_up.discard(request)
+            return
+        await self._send(line)
         if request in self.waiting and "method" not in message:
             self.waiting.discard(request)
             self.guest.answered(request)
@@ -12588,9 +12635,8 @@ class Host:
 
 
 def request_key(request_id: object) -> str:
-    """A name for a request: hosts may repeat a numeric id as a string, such as
-    when they cancel it."""
-    return str(request_id)
+    """A name for a request: 1 and "1" are two of them."""
+    return json.dumps(request_id)
 
 
 def writer_pool() -> Executor:
@@ -12767,6 +12813,7 @@ class Plugin:
         self.arrived = asyncio.Event()  # set and replaced when mail comes
         self.known: dict[str, float] = {}  # when mail came first: hubs replay, by id
         self.unread = 0  # as the hub said last
+        self.calls: dict[str, asyncio.Task[JsonObject]] = {}  # by request, as they run
         self.waits = 0  # calls of check_messages that wait: the agent needs no bell
         self.handovers: dict[str, Handover] = {}  # by request, not settled yet
         self.late: dict[str, Departed] = {}  # by request
@@ -13029,12 +13076,29 @@ class Plugin:
 
     # -- calls
 
+    async def answer(
+        self, tool: str, arguments: Mapping[str, object], meta: Mapping[str, object],
+        request: str,
+    ) -> JsonObject:
+        """What `call` gives, in a task of its own, which `cancelled` can stop. Nothing is
+        done for a request that the host gave up before it came here."""
+        import asyncio
+        given_up = {"error": "the host has cancelled this call", "unread": self.unread}
+        if request not in self.host.waiting:
+            return given_up
+        task = asyncio.create_task(self.call(tool, arguments, meta, request))
+        self.calls[request] = task
+        await asyncio.wait([task])
+        if self.calls.get(request) is task:
+            del self.calls[request]
+        return given_up if task.cancelled() else task.result()
+
     async def call(
         self, tool: str, arguments: Mapping[str, object], meta: Mapping[str, object],
         request: str,
     ) -> JsonObject:
         """What answers a call of this tool: never an exception, but for a
-        cancellation.
+        cancellation. Whoever awaits it may be cancelled at any time.
 
         Either the tool's result or an `error` that says what to do, and always
         how many messages are unread: the model learns of mail by each tool it
@@ -13235,6 +13299,10 @@ class Plugin:
         else:
             rows = await self.mail(limit, wait_seconds)
             page = page_of(rows, self.unread)
+        # of two requests with one id the host got its answer: what nobody waits for is
+        # handed over to nobody
+        if request not in self.host.waiting:
+            return page.to_json()
         for message in page.messages:
             self.known.setdefault(message["id"], 0)
         whole = [*page.whole, *self.completed(page)]
@@ -13317,7 +13385,9 @@ class Plugin:
         try:
             await self.confirm(handover.whole, mark_read=handover.mark_read)
         finally:
-            self.handovers.pop(request, None)
+            # the host may have used its id for another request meanwhile
+            if self.handovers.get(request) is handover:
+                del self.handovers[request]
             handover.settled.set()
             self.stirred.set()
 
@@ -13329,6 +13399,8 @@ class Plugin:
         took the answer; that means nothing.
         """
         import asyncio
+        if request in self.calls:
+            self.calls[request].cancel()
         handover = self.handovers.pop(request, None)
         if handover:
             handover.settled.set()
@@ -13464,7 +13536,7 @@ def mcp_server(plugin: Plugin) -> SdkObject:
             context, asked = sent
         meta = dict(asked.meta or {})
         request = request_key(context.request_id)
-        result = await plugin.call(asked.name, asked.arguments or {}, meta, request)
+        result = await plugin.answer(asked.name, asked.arguments or {}, meta, request)
         text = well_formed(json.dumps(result, ensure_ascii=False))
         content = [{"type": "text", "text": text}]
         return wrap(types.CallToolResult.model_validate(

@@ -9877,10 +9877,10 @@ def cancel(session: Session, number: int) -> None:
     )
 
 
-def read_answers(session: Session, numbers: list[int]) -> dict[int, dict[str, Any]]:
+def read_answers(session: Session, numbers: list[Any]) -> dict[Any, dict[str, Any]]:
     """The answers to these requests, in whatever order they come."""
     assert session.process.stdout
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[Any, dict[str, Any]] = {}
     while not set(numbers) <= found.keys():
         answer = json.loads(session.process.stdout.readline())
         found[answer["id"]] = answer
@@ -9918,6 +9918,41 @@ def test_an_answer_that_is_cancelled_with_its_request_is_not_seen(desk: Desk) ->
     drop_answers(desk.bob)
     assert desk.hub.receipts(sent["id"])["bob"]["read_at"] is None
     assert [message["content"] for message in desk.bob.mail()] == ["crossed"]
+
+
+def test_cancellations_at_any_moment_leave_plugin_and_bell_at_work(desk: Desk) -> None:
+    """One that came while mcp 1.x answered was the end of the plugin. One that came just
+    before the mail was handed over left a handover that nobody ever settled: every later
+    call took a second, and no bell rang any more."""
+    for number in range(60):
+        desk.alice.tool("send_message", to="bob", content=f"storm {number}")
+        call = start_call(desk.bob, "check_messages", mark_read=True)
+        time.sleep(random.random() / 100)
+        cancel(desk.bob, call)
+    drop_answers(desk.bob)
+    while desk.bob.mail():
+        pass
+    begun = time.monotonic()
+    desk.bob.tool("list_groups")
+    assert time.monotonic() - begun < agent_chat.SETTLE_CALLS_SECONDS
+    desk.alice.tool("send_message", to="bob", content="after the storm")
+    eventually(lambda: desk.inbox.about("after the storm"))
+
+
+def test_a_number_and_the_same_number_as_text_are_two_requests(desk: Desk) -> None:
+    """Each is answered, and cancelled, by itself; a number may be cancelled as text."""
+    calls = {"name": "check_messages", "arguments": {"wait_seconds": 30}}
+    for request in (70_001, "70001", 70_002):
+        desk.bob.write({"id": request, "method": "tools/call", "params": calls})
+    cancel(desk.bob, 70_001)
+    desk.bob.write(
+        {"method": "notifications/cancelled", "params": {"requestId": "70002"}}
+    )
+    drop_answers(desk.bob)
+    desk.alice.tool("send_message", to="bob", content="for the text")
+    assert "for the text" in str(read_answers(desk.bob, ["70001"]))
+    assert desk.bob.process.stdout
+    desk.bob.tool("list_groups")
 
 
 def test_a_call_that_is_cancelled_long_after_its_answer_was_answered(
@@ -10664,6 +10699,10 @@ LINES = [
     ('{"jsonrpc":"2.0","id":null,"method":"ping"}', [(None, INVALID)]),
     ('{"jsonrpc":"2.0","id":1.5,"method":"ping"}', [(1.5, INVALID)]),
     ('{"jsonrpc":"2.0","id":true,"method":"ping"}', [(True, INVALID)]),
+    ('{"jsonrpc":"2.0","id":1e400,"method":"ping"}', []),
+    ('{"jsonrpc":"2.0","id":8,"method":"ping","params":{"n":-1e400}}', [(8, UNREADABLE)]),
+    ('{"jsonrpc":"2.0","id":1.5,"method":"ping"', []),
+    ('{"jsonrpc":"2.0","id":123456789012345678901,', [(123456789012345678901, UNREADABLE)]),
     ('{"jsonrpc":"2.0","id":["a"],"method":"ping"}', [(None, INVALID)]),
     ('{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', [("\ud800", INVALID)]),
     ('{"jsonrpc":"1.0","id":1,"method":"ping"}', [(1, INVALID)]),
@@ -10717,9 +10756,10 @@ def test_every_request_of_a_line_is_passed_on_or_answered(
 
 def test_what_is_passed_on_can_be_read_by_every_reader() -> None:
     """Half a surrogate pair becomes U+FFFD, in keys too; nothing that is
-    not JSON-RPC comes along."""
+    not JSON-RPC comes along, nor a token for progress, which the SDK may refuse."""
     line = (
         '{"jsonrpc":"2.0","id":1,"method":"tools/call","x":1,"params":{"name":"a\\udfff",'
+        '"_meta":{"progressToken":null,"threadId":"t"},'
         '"arguments":{"\\ud83d":"\\ud83d\\ude00 \\ud83d","deep":[["\\udc00"]]}}}'
     )
     (message,) = agent_chat.read_line(line)
@@ -10729,6 +10769,7 @@ def test_what_is_passed_on_can_be_read_by_every_reader() -> None:
         "method": "tools/call",
         "params": {
             "name": "a\ufffd",
+            "_meta": {"threadId": "t"},
             "arguments": {"\ufffd": "\U0001f600 \ufffd", "deep": [["\ufffd"]]},
         },
     }
@@ -10741,6 +10782,9 @@ def test_what_is_passed_on_can_be_read_by_every_reader() -> None:
         ("[1]", "[1]"),
         ("{", "{"),
         (None, None),
+        ("", {}),
+        ([], {}),
+        ([1], [1]),
     ],
 )
 def test_arguments_that_come_as_text_are_taken_as_the_object_they_are(
