@@ -334,7 +334,7 @@ def load_settings(flags: Mapping[str, object], env: Mapping[str, str]) -> Settin
     not understood, with file and line if it has one.
     """
     user_home = os.path.expanduser("~")
-    if user_home == "~":
+    if not os.path.isabs(user_home):
         # A folder of that name would come to be wherever we are started.
         raise BadConfig("this user has no home directory: set HOME to a folder of its own")
     home = os.path.join(user_home, ".agent-chat")
@@ -7918,6 +7918,42 @@ Decoded = Any  # JSON from a hub, of a shape that its caller knows
 JsonObject = dict[str, Any]
 
 
+class HubShape(NamedTuple):
+    """What the answer of a route is at least, from a hub of any age: an object with
+    these texts in it, or a list of such objects."""
+
+    texts: tuple[str, ...] = ()
+    is_list: bool = False
+
+    def fits(self, value: object) -> bool:
+        """True for an answer of this shape."""
+        rows = value if self.is_list else [value]
+        if not isinstance(rows, list):
+            return False
+        return all(map(self.has_texts, rows))
+
+    def has_texts(self, row: object) -> bool:
+        """True for an object that has them all."""
+        if not isinstance(row, dict):
+            return False
+        return all(isinstance(row.get(key), str) for key in self.texts)
+
+
+MESSAGE_ROWS = HubShape(("id", "from_agent", "content", "created_at"), is_list=True)
+# Some other server may stand at the hub's address, and answer 200 to whatever it is
+# asked. Routes that are not here are answered with an object, or their caller looks.
+HUB_SHAPES = {
+    "/api/send": HubShape(("id",)),
+    "/api/agents": HubShape(("name", "status"), is_list=True),
+    "/api/messages": MESSAGE_ROWS,
+    "/api/messages/recent": MESSAGE_ROWS,
+    "/api/messages/history": MESSAGE_ROWS,
+    "/api/messages/search": MESSAGE_ROWS,
+    "/api/waiting": MESSAGE_ROWS,
+    "/api/loops": HubShape(is_list=True),
+}
+
+
 # Where a hub is, and the way to it. Agents run behind company proxies, hubs
 # behind reverse proxies; both are decided here, once for HTTP and for the push
 # channel. http.client knows no proxies of its own, and websockets has rules
@@ -8288,7 +8324,9 @@ class Client:
             try:
                 with self._asked(method, goal, body, self.timeout + wait) as answer:
                     self.unread = number_in(answer.headers.get("X-Unread", ""))
-                    return HubAnswer(self._decoded(answer), self.unread)
+                    value = self._decoded(answer)
+                    self._check_shape(goal, value)
+                    return HubAnswer(value, self.unread)
             except (OSError, HTTPException) as error:
                 lost = error
                 if isinstance(error, TimeoutError):
@@ -8325,6 +8363,16 @@ class Client:
         if sentence == OLDER_HUB:
             return f"{self.server} cannot do this: an older hub, or no hub at all"
         return sentence[:1000]
+
+    def _check_shape(self, goal: str, value: Decoded) -> None:
+        """ChatError for an answer that no hub would give at this address."""
+        path = goal.partition("?")[0]
+        if path == "/api/groups":
+            fits = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        else:
+            fits = HUB_SHAPES.get(path, HubShape()).fits(value)
+        if not fits:
+            raise ChatError(self._no_chat(200))
 
     def _no_chat(self, status: int) -> str:
         """The sentence for an answer that no hub gave."""
@@ -13716,6 +13764,7 @@ class JsonReader:
 
     def document(self) -> JsonNode:
         """The whole text, which has to be one object."""
+        refuse_mark(self.text)
         node = self.value(self.skip(0), 0)
         end = self.skip(node.end)
         if end != len(self.text):
@@ -13823,6 +13872,13 @@ class JsonReader:
         before = self.text[:at]
         line = 1 + before.count("\n")
         return FileTrouble(f"line {line}: {what}")
+
+
+def refuse_mark(text: str) -> None:
+    """FileTrouble for the mark that some editors put before the first character: not
+    every program gets past it, and what is seen of the file does not show it."""
+    if text.startswith("\ufeff"):
+        raise FileTrouble("it begins with a byte order mark; save it as UTF-8 without one")
 
 
 def next_token(text: str, at: int) -> int:
@@ -14159,6 +14215,7 @@ def toml_data(text: str) -> dict[str, Json]:
     """What a TOML text means; FileTrouble if it cannot be read. tomllib is loaded here,
     since only CLIs with TOML files need it and loading takes its time."""
     import tomllib
+    refuse_mark(text)
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -14235,7 +14292,10 @@ def toml_value(value: object) -> str:
     """Strings, numbers, booleans and lists of them, which TOML writes nearly as JSON
     does. TOML wants DEL escaped and JSON does not, which is the one difference that our
     values can meet."""
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        raise FileTrouble(f"it has {value} among what is ours") from None
     return text.replace("\x7f", "\\u007f")
 
 
@@ -14831,10 +14891,10 @@ def is_own_entry(entry: object) -> bool:
     if not isinstance(entry, Mapping):
         return False
     command = entry.get("command", entry.get("cmd", ""))
-    words = [command] if isinstance(command, str) else list(command)
+    words = command if isinstance(command, list) else [command]
     arguments = entry.get("args")
     if isinstance(arguments, list):
-        words += arguments
+        words = [*words, *arguments]
     return is_own_program([str(word) for word in words], "mcp")
 
 
@@ -15609,12 +15669,18 @@ def is_new_file(path: str, text: str, changes: Sequence[Change]) -> bool:
 
 
 def read_file(path: str) -> str | None:
-    """A text file with its line ends as they are, None if there is none."""
+    """A text file with its line ends as they are, None if there is none. FileTrouble for
+    what is no file of text. A link to /dev/null, by which some people switch a file off,
+    would else be followed, and the device replaced; a pipe would never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileTrouble("it is no ordinary file")
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError as error:
+        raise FileTrouble(f"it is not UTF-8 (byte {error.start})") from None
 
 
 def write_file(path: str, text: str, mode: int) -> None:
@@ -15899,9 +15965,10 @@ def agent_here(client: Client, cli: str, event: Mapping[str, object]) -> str:
     folder = os.path.realpath(folder_of(event))
     names: list[str] = []
     for row in client.get("/api/agents"):
-        if row["host"] != host or row["cwd"] != folder:
+        # an older hub tells none of these
+        if row.get("host") != host or row.get("cwd") != folder:
             continue
-        is_of_cli = row["type"].startswith(cli)
+        is_of_cli = str(row.get("type")).startswith(cli)
         if is_of_cli and row["status"] != "offline":
             names.append(row["name"])
     if len(names) != 1:
@@ -15924,7 +15991,7 @@ def folder_of(event: Mapping[str, object]) -> str:
 def waits_for(message: Mapping[str, Json], agent: str) -> bool:
     """True if a message waits for this agent, and no loop guard or mute list keeps it
     quiet."""
-    for receipt in message["receipts"]:
+    for receipt in message.get("receipts", []):
         if receipt["agent"].lower() != agent.lower():
             continue
         is_known = receipt["seen_at"] or receipt["read_at"]
@@ -18345,6 +18412,30 @@ def run(words: Sequence[str]) -> int:
         raise UsageError(f"{error}\nusage: {command.usage()}") from None
 
 
+def told_error(error: Exception) -> str:
+    """The sentence of an error. One of the system that names no file is about the current
+    directory: of all that is asked for, that alone has no name."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "the current directory is gone: cd into one that is there"
+    return str(error)
+
+
+def open_standard_streams() -> None:
+    """Opens what our starter has closed (`>&-`, some services) into nothing. Else Python
+    has None in its place, and the first socket or file of ours becomes the standard
+    error, into which the next warning is written."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, as EXIT_CODES says. `argv` is what was
     typed behind the program's name; None is that of this process. Two things pass:
@@ -18356,6 +18447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # All this stays as long as the process: the collector need not look through it at each
     # round that the imports of a command set off. That is 15 ms of each `send`.
     gc.freeze()
+    open_standard_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             # Names may hold what the terminal's encoding has not.
@@ -18377,7 +18469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage or "`agent-chat help` lists the commands", file=sys.stderr)
         return 2
     except (ChatError, OSError) as error:
-        note(in_plain_words(str(error)))
+        note(in_plain_words(told_error(error)))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -18391,13 +18483,20 @@ sys.path.insert(0, {!r})
 raise SystemExit(__import__({!r}).main())"""
 
 
+def is_importable() -> bool:
+    """True if this file's name is that of a module. A copy may be called `agent-chat`; it
+    runs as it was started."""
+    stem, ending = os.path.splitext(os.path.basename(os.path.realpath(__file__)))
+    return ending == ".py" and stem.isidentifier()
+
+
 def run_as_module() -> NoReturn:
     """This process once more, from the compiled module, with the same words and no less
     isolated from its environment. It never returns. Only for POSIX: elsewhere a program
     that replaces itself gets a new pid."""
     import compileall
 
-    folder, name = os.path.split(os.path.abspath(__file__))
+    folder, name = os.path.split(os.path.realpath(__file__))
     # In a folder that cannot be written to, nothing happens here, and all the rest works.
     compileall.compile_file(__file__, quiet=2)
     code = AS_MODULE.format(folder, os.path.splitext(name)[0])
@@ -18408,6 +18507,7 @@ def run_as_module() -> NoReturn:
 
 if __name__ == "__main__":
     # Before `main`: nothing is open yet that a new program could lose.
-    if os.name == "posix" and sys.argv[1:2] and sys.argv[1] in LASTING_COMMANDS:
+    lasts = sys.argv[1:2] and sys.argv[1] in LASTING_COMMANDS
+    if os.name == "posix" and lasts and is_importable():
         run_as_module()
     raise SystemExit(main())

@@ -9951,7 +9951,6 @@ def test_a_number_and_the_same_number_as_text_are_two_requests(desk: Desk) -> No
     drop_answers(desk.bob)
     desk.alice.tool("send_message", to="bob", content="for the text")
     assert "for the text" in str(read_answers(desk.bob, ["70001"]))
-    assert desk.bob.process.stdout
     desk.bob.tool("list_groups")
 
 
@@ -17102,6 +17101,127 @@ def test_a_reader_that_goes_away_is_no_error(caller: Shell, hub: Hub) -> None:
     assert not done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("version >&-", 0),
+        ("bogus >&- 2>&-", 2),
+        ("send bob - <&-", 1),
+        ("init claude <&-", 1),
+        ("hook claude <&- >&- 2>&-", 0),
+        ("mcp <&- >&-", 0),
+    ],
+)
+def test_closed_standard_streams_are_no_mistake(shell: Shell, line: str, code: int) -> None:
+    """As some services and scripts start what they start."""
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(COMMAND)} {line}"],
+        env=shell.env,
+        cwd=shell.home,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == code
+    assert done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr
+    assert "agent-chat: " not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["agent-chat", "agent.chat.py", "link"])
+def test_a_copy_runs_under_any_name(tmp_path: Path, name: str) -> None:
+    """What runs for hours starts itself again as a module, if it can be one."""
+    if name == "link":
+        (tmp_path / name).symlink_to(PROGRAM)
+    else:
+        shutil.copy(PROGRAM, tmp_path / name)
+    done = subprocess.run(
+        [PYTHON, tmp_path / name, "mcp"],
+        env=clean_environment(tmp_path),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("HOME", "nowhere", "this user has no home directory"),
+        ("AGENT_CHAT_SERVER", "127.0.0.1:9420", "has the form http://HOST:PORT"),
+        ("AGENT_CHAT_SERVER", "http://127.0.0.1/a b", "has the form http://HOST:PORT"),
+        ("AGENT_CHAT_SERVER", "http://127.0.0.1/ключ", "has the form http://HOST:PORT"),
+        ("AGENT_CHAT_API_KEY", "ключ", "api_key has only"),
+        ("AGENT_CHAT_API_KEY", "a\nb", "api_key has only"),
+    ],
+)
+def test_what_no_request_could_bear_is_refused_in_a_sentence(
+    shell: Shell, variable: str, value: str, sentence: str
+) -> None:
+    """Addresses and keys end up in the head of a request."""
+    shell.env[variable] = value
+    shell.inside("agents", code=1)
+    assert sentence in shell.errors and shell.errors.count("\n") == 1
+
+
+def test_a_directory_that_is_gone_is_told_by_name(shell: Shell) -> None:
+    """Of a worktree that was removed, say."""
+    gone = shell.home / "gone"
+    line = f"mkdir {gone}; cd {gone}; rmdir {gone}; {shlex.join(COMMAND)} stop --db here"
+    done = subprocess.run(
+        ["bash", "-c", line], env=shell.env, capture_output=True, text=True, timeout=30
+    )
+    assert "the current directory is gone" in done.stderr and done.returncode == 1
+
+
+@pytest.fixture
+def any_server() -> Iterator[Any]:
+    """A server that gives the same answer, its `body`, to whatever it is asked."""
+    import http.server
+
+    class Same(http.server.BaseHTTPRequestHandler):
+        """One answer."""
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(server.body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Same)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_another_server_at_the_hubs_address_is_told_apart(
+    shell: Shell, any_server: Any
+) -> None:
+    """One that answers 200 to everything, in JSON. Hooks are silent about it, and about a
+    hub so old that it tells neither receipts nor hosts."""
+    url = f"http://127.0.0.1:{any_server.server_port}"
+    shell.env["AGENT_CHAT_SERVER"] = url
+    commands = ("status", "agents", "groups", "inbox", "send bob hi", "search x", "tail")
+    for any_server.body in ("null", "5", '"x"', "[1]", "[[]]", '{"ok": true}'):
+        for command in commands:
+            shell.inside(*command.split(), code=1)
+            assert "but not as an agent-chat hub does" in shell.errors, command
+    old = '[{"id": "1", "name": "x", "status": "online", "from_agent": "a", "content": "b", %s}]'
+    event = '{"hook_event_name": "Stop"}'
+    for any_server.body in ("null", "[1]", old % '"created_at": "2026-01-01T00:00:00Z"'):
+        for name in ("", "bob"):
+            told = shell.run("hook", "claude", text=event, AGENT_NAME=name)
+            assert told == "" == shell.errors
+
+
 def test_version_names_the_file(shell: Shell) -> None:
     """With the fingerprint by which a hub and a plugin tell whether they are the same
     program."""
@@ -17831,6 +17951,14 @@ def test_two_clis_that_read_one_file_get_one_entry(
         (".claude.json", '{"a": 1', "claude"),
         (".claude.json", '{"mcpServers": []}', "claude"),
         (".claude.json", "\ufeff{}", "claude"),
+        (".codex/config.toml", "\ufeffa = 1\n", "codex"),
+        (".claude.json", '{"mcpServers": {"agent-chat": {"command": null}}}', "claude"),
+        (
+            ".codex/config.toml",
+            '[mcp_servers.agent-chat]\ncommand = "agent-chat"\nargs = ["mcp"]\n'
+            "since = 2026-11-22\n",
+            "codex",
+        ),
         (".claude.json", '{"a": 1, "a": 2}', "claude"),
         (".claude.json", '{"mcpServers": {"agent-chat": {"command": "x"}}}', "claude"),
         (".codex/config.toml", "[broken", "codex"),
@@ -17984,6 +18112,18 @@ def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
     }
     assert owners.pop(".claude.json") == (4713, 4714)
     assert set(owners.values()) == {(4711, 4712)} and ".codex/config.toml" in owners
+
+
+def test_what_is_no_ordinary_file_is_left_alone(shell: Shell) -> None:
+    """Some people link a file that they do not want to /dev/null: run by root, init put
+    an ordinary file in the place of the device. A pipe held it for ever."""
+    pipe = shell.home / "pipe"
+    os.mkfifo(pipe)
+    (shell.home / ".claude.json").symlink_to(pipe)
+    for words in (["--yes"], ["--yes", "--undo"]):
+        shell.run("init", "claude", *words, code=1)
+        assert "is left alone: it is no ordinary file" in shell.errors
+    assert pipe.is_fifo() and len([*shell.home.iterdir()]) == 2
 
 
 def test_a_file_that_cannot_be_replaced_leaves_no_draft(shell: Shell) -> None:
