@@ -3653,7 +3653,7 @@ def not_found(what: str, name: object, known: Iterable[str]) -> NotFound:
     close = difflib.get_close_matches(str(name)[:NAME_CHARACTERS], some, 3, 0.5)
     if close:
         return NotFound(f"{what} {name!r} not found; did you mean {' or '.join(close)}?")
-    return NotFound(f"{what} {name!r} not found; see GET /api/agents")
+    return NotFound(f"{what} {name!r} not found; see GET /api/{what}s")
 
 
 class Directory:
@@ -12763,6 +12763,20 @@ NOT_OURS = (
 )
 
 
+# What the hub says to programs, and which tool a model has for it.
+TOOL_WORDS = (
+    ("see GET /api/agents", "see list_agents"),
+    ("see GET /api/groups", "see list_groups"),
+)
+
+
+def in_tool_words(sentence: str) -> str:
+    """A hub's sentence, with our tools in the place of its routes."""
+    for route, tool in TOOL_WORDS:
+        sentence = sentence.replace(route, tool)
+    return sentence
+
+
 class Ways(Protocol):
     """The ways to an agent's terminal, as the plugin uses them: Doors, or a
     stand-in. All but learn and note may block, so they are asked in a thread."""
@@ -12835,11 +12849,12 @@ class Plugin:
         self.place = Place.here()
         self.host = Host(self)
         # who it is
-        self.base = settings.agent_name  # the name that it asks for, or "" until introduced
+        # the name that it asks for, or "" until introduced
+        self.base = well_formed(settings.agent_name)
         self.name = self.base
         self.auto = not settings.agent_name  # the hub may add a number
-        self.kind = settings.agent_type
-        self.groups: Sequence[str] = list(dict.fromkeys(settings.groups))
+        self.kind = well_formed(settings.agent_type)
+        self.groups: Sequence[str] = list(dict.fromkeys(map(well_formed, settings.groups)))
         self.instance = ""  # the id of the CLI's session, where the CLI tells it
         # where it stands with the hub
         self.channel: ClientConnection | None = None
@@ -13171,7 +13186,7 @@ class Plugin:
             sentence = f"the hub at {self.client.server} does not answer; try again"
             result = {"error": sentence}
         except ChatError as error:
-            result = {"error": str(error)}
+            result = {"error": in_tool_words(str(error))}
         except Exception as error:
             # a mistake of this program
             complain(traceback.format_exc())
@@ -13390,6 +13405,9 @@ class Plugin:
         from urllib.parse import quote
         path = f"/api/messages/{quote(message_id, safe='')}"
         answer = await self.aside(self.client.get, path)
+        # the names of lists stand at the same place: `recent` is no message
+        if not isinstance(answer, dict):
+            raise NotFound(f"no message {message_id!r} was sent to you")
         message = answer["message"]
         receipts = {receipt["agent"] for receipt in message.get("receipts", [])}
         if self.name not in receipts:
@@ -15568,7 +15586,10 @@ def planned_edit(path: str, changes: Sequence[Change], scope: Scope,
         after = with_all(changes, started_text(before, path))
         return Edit(path, before, after, backup=wants_backup(path, before, changes))
     except (OSError, ValueError) as error:
-        trouble = f"{path} is left alone: {error}; see the README"
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        trouble = f"{path} is left alone: {reason}; see the README"
         block = blocks_for(path, scope, settings)
         return Edit(path, before, before, trouble, block=block)
 
@@ -17400,8 +17421,8 @@ def fish_option(option: Option) -> str:
             words.append(f"{kind} {flag.lstrip('-')}")
         words.append(f"-d {quoted(option.help)}")
         if option.takes:
-            # A value follows.
-            words.append("-r")
+            # A value follows, and no file where none is meant.
+            words.append("-r" if option.completes == FILES else "-x")
     if option.completes == FILES:
         words.append("-F")
     values = offered_values(option).replace("$(", "(")
@@ -18111,7 +18132,7 @@ def wanted_edits(given: Given) -> list[Edit]:
     """What init would do to each file of the CLIs that were named, else that are here.
     Nothing is written yet. UsageError for a name that init does not know, NotFound if no
     CLI is here."""
-    project = given.text("project")
+    project = project_of(given)
     if project and given.has("user"):
         raise UsageError("give --project DIR or --user, not both")
     for name in given.words("clis"):
@@ -18130,6 +18151,18 @@ def wanted_edits(given: Given) -> list[Edit]:
         tell_of_plugins(names)
     return planned_edits(names, project, given.has("hooks"), given.has("undo"),
                          given.settings())
+
+
+def project_of(given: Given) -> str:
+    """--project, "" if it was not given. UsageError for one that is not there: a script's
+    empty variable must not mean the user's own files, nor a slip of the pen a new
+    directory."""
+    project = given.values.get("project")
+    if project is None:
+        return ""
+    if not os.path.isdir(str(project)):
+        raise UsageError(f"--project wants a directory that is there, not {project!r}")
+    return str(project)
 
 
 def tell_of_plugins(names: Iterable[str]) -> None:

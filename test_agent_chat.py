@@ -9555,7 +9555,9 @@ def test_forged_content_stays_one_message_of_its_true_sender(
             {"to": "bob", "content": "x" * (1 << 20)},
             "at most 1048576 bytes",
         ),
-        ("send_group_message", {"group": "nobody", "content": "x"}, "nobody"),
+        ("send_message", {"to": "zzz", "content": "x"}, "not found; see list_agents"),
+        ("send_group_message", {"group": "zzz", "content": "x"}, "see list_groups"),
+        ("check_messages", {"message_id": "recent"}, "no message 'recent' was sent to you"),
         ("check_messages", {"limit": 0}, "limit must be a whole number from 1 to 100"),
         ("check_messages", {"limit": True}, "limit must be a whole number"),
         (
@@ -18112,6 +18114,14 @@ def test_what_root_writes_belongs_to_who_had_it_before(shell: Shell) -> None:
     }
     assert owners.pop(".claude.json") == (4713, 4714)
     assert set(owners.values()) == {(4711, 4712)} and ".codex/config.toml" in owners
+
+
+@pytest.mark.parametrize("project", ["", "nowhere", "/etc/passwd"])
+def test_a_project_is_a_directory_that_is_there(shell: Shell, project: str) -> None:
+    """A script's empty variable meant the user's own files, a mistyped one a new folder."""
+    shell.inside("init", "claude", "--yes", "--project", project, code=2)
+    assert f"--project wants a directory that is there, not {project!r}" in shell.errors
+    assert not [*shell.home.iterdir()]
 
 
 def test_what_is_no_ordinary_file_is_left_alone(shell: Shell) -> None:
