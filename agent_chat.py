@@ -14361,7 +14361,8 @@ def is_yaml_block(value: object) -> bool:
 # variables that its CLI obeys. A file that is not understood is left alone.
 
 ENTRY_NAME = "agent-chat"  # of our entry in a table of MCP servers
-OWN_PROGRAMS = ("agent-chat", "agent_chat.py")
+# The last is what this copy of the file is called.
+OWN_PROGRAMS = ("agent-chat", "agent_chat.py", os.path.basename(__file__))
 STARTERS = ("python", "pypy", "uv", "env")
 FILE_NAME = Pattern(r"[\\/]")  # what parts it from its directory
 BACKUP_SUFFIX = ".agent-chat-backup"

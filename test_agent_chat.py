@@ -17147,6 +17147,25 @@ def test_a_copy_runs_under_any_name(tmp_path: Path, name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_copy_under_another_name_knows_what_it_wrote(tmp_path: Path) -> None:
+    """It took its own entry for a stranger's, and put its hooks in once more each time."""
+    copy = shutil.copy(PROGRAM, tmp_path / "chat")
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def init(*words: str) -> None:
+        """Runs it to its end."""
+        command = [PYTHON, copy, "init", "claude", "--yes", *words]
+        subprocess.run(command, env=clean_environment(home), check=True, timeout=60)
+
+    init("--hooks")
+    written = snapshot(home)
+    init("--hooks")
+    assert snapshot(home) == written
+    init("--undo")
+    assert not snapshot(home)
+
+
 def test_a_home_that_is_no_path_makes_no_folder_here(shell: Shell) -> None:
     """A user without one, and a HOME that depends on where we are."""
     shell.run("agents", code=1, HOME="nowhere")
