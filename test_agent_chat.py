@@ -17468,7 +17468,7 @@ def test_what_is_put_into_json_and_taken_out_leaves_no_trace(layout: str) -> Non
         ("{} {}", "something follows its end"),
         ("[]", "it is no JSON object"),
         ("", "a value is expected"),
-        ("\ufeff{}", "a value is expected"),
+        ("\ufeff{}", "byte order mark"),
         ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "it is nested deeper than 200"),
         ('{"a": 1} // x', "it has comments"),
         ("{/* x */}", "it has comments"),
