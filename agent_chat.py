@@ -8518,6 +8518,7 @@ PANE_VARIABLES = (
     r" ((?:TMUX|KITTY|CMUX_TUI|HERDR|WEZTERM|ZELLIJ)\w*)=(.*?)"
     r"(?= [A-Za-z_]\w*=|\s*$)"
 )
+HALTED = tuple("TtZX")  # letters of state_of() for one that reads no keys
 DOOR_SECONDS = 5  # bound of every command that a door runs
 SHELLS = frozenset(
     (
@@ -8817,6 +8818,41 @@ def reads_keyboard(process: Process) -> bool:
     return streams.input.device == process.tty
 
 
+class Effort(NamedTuple):
+    """What all threads of a process have done until one moment."""
+
+    ran: float  # seconds
+    waited: float  # seconds, for a processor: under load, or beyond a quota
+    asleep: bool  # all of them; of one that is not, the present wait is still to come
+
+
+def effort_of(pid: int) -> Effort | None:
+    """What a process has worked; None where the system does not tell (macOS, some
+    sandboxes)."""
+    ran = waited = 0
+    states = set()
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            states.add(state_of(f"{pid}/task/{thread}"))
+            with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+                numbers = file.read().split()
+            ran += int(numbers[0])
+            waited += int(numbers[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return Effort(ran / 1e9, waited / 1e9, states == {"S"})
+
+
+def state_of(task: str) -> str:
+    """The letter of /proc for what a process or thread does now: S sleeps, R runs or
+    waits for that, T is stopped, Z has ended. "" if that cannot be seen."""
+    try:
+        with open(f"/proc/{task}/stat", errors="replace") as file:
+            return file.read().rpartition(") ")[2][:1]
+    except OSError:
+        return ""
+
+
 class Front(NamedTuple):
     """The program that has a terminal's keyboard instead of the one asked about."""
 
@@ -8834,6 +8870,8 @@ def who_has_keyboard(process: Process) -> Front | None:
     if not now:
         return Front("nothing: the agent's CLI has ended", is_child=False)
     if now.group == now.front:
+        if state_of(str(now.pid)) in HALTED:
+            return Front("nothing: the agent's CLI is stopped", is_child=False)
         child = typing_child(now)
         if child:
             return Front(child, is_child=True)
@@ -9492,7 +9530,7 @@ def is_folded(composer: Composer | None) -> bool:
 # ======================================================================================
 
 TTY_CLOCK_SECONDS = 8  # Linux tells only so exactly when a terminal was last read
-QUIET_SECONDS = 0.5  # without a key, until what was typed has surely been drawn
+QUIET_SECONDS = 3  # until even a CLI under load has surely drawn what was typed
 
 
 class PaneGone(OSError):
@@ -9647,10 +9685,10 @@ class Terminal(abc.ABC):
         """
         return self.look().state == screen.state and not unread_bytes(self.tty)
 
-    def mode_is_watched(self) -> bool:
-        """Has somebody who sees this pane pressed a key lately? Then a mode that is open
-        in it is in use. Yes, where that cannot be told."""
-        return True
+    def idle_seconds(self) -> float | None:
+        """Since when nobody who sees this pane has pressed a key. None where that cannot
+        be told."""
+        return None
 
     def leave_mode(self, screen: Screen) -> bool:
         """Ends a mode of the terminal's own. False if something moved."""
@@ -9670,21 +9708,33 @@ class Terminal(abc.ABC):
         return None
 
     def is_quiet(self) -> bool:
-        """Surely nobody pressed a key within QUIET_SECONDS, and no key waits to be
-        read.
+        """Surely nobody pressed a key within QUIET_SECONDS.
 
         Linux notes when a terminal was last read, but on purpose only within eight
-        seconds: a time before the present eight says that there was nothing since they
-        began.
+        seconds: of those in which it was, the last is meant.
         """
         try:
             read_at = os.stat(self.tty).st_atime
-            waiting = unread_bytes(self.tty)
         except OSError:
             return False
-        now = time.time()
-        start = now - now % TTY_CLOCK_SECONDS
-        return not waiting and read_at < start and now > start + QUIET_SECONDS
+        end = read_at - read_at % TTY_CLOCK_SECONDS + TTY_CLOCK_SECONDS
+        return time.time() - end > QUIET_SECONDS
+
+    def key_waits(self) -> bool:
+        """Was something typed that the program has not read yet? No, where that cannot
+        be told."""
+        try:
+            return unread_bytes(self.tty) > 0
+        except OSError:
+            return False
+
+    def effort(self) -> Effort | None:
+        """What the agent's CLI has worked until now. None where that cannot be told, and
+        where the pane was taken on the user's word: what draws there may be on another
+        machine."""
+        if not self.cli:
+            return None
+        return effort_of(self.cli.pid)
 
 
 def unread_bytes(tty: str) -> int:
@@ -10059,18 +10109,17 @@ class Tmux(Terminal):
         )
         return not self.run(*words, text=text)
 
-    def mode_is_watched(self) -> bool:
-        """By a client that shows this pane: modes other than copy mode cannot be looked
-        into. A client that shows it and only watches counts once it presses a key."""
+    def idle_seconds(self) -> float:
+        """Of the clients that show this pane, which tmux tells in whole seconds. One that
+        only watches counts once it presses a key. Modes other than copy mode cannot be
+        looked into, so this is all that tells whether they are used."""
         listed = self.run("list-clients", "-F", "#{pane_id} #{client_activity}")
+        idle = float("inf")
         for row in listed.splitlines():
             pane, _, pressed_at = row.partition(" ")
-            if (
-                pane == self.target()
-                and time.time() - int(pressed_at) < VIEWER_SECONDS
-            ):
-                return True
-        return False
+            if pane == self.target():
+                idle = min(idle, time.time() - int(pressed_at) - 1)
+        return idle
 
 
 @contextlib.contextmanager
@@ -10704,7 +10753,8 @@ def own_terminals(settings: Settings) -> list[Terminal]:
 # Never: Client, Plugin, Api, Store.
 #
 # The recipe for a terminal stands here once: look, paste, look, Enter, look. A paste
-# needs the agent's own empty composer, seen twice, or once while surely nobody types.
+# needs the agent's own empty composer, seen once while surely nobody types, else again
+# until whatever was typed has been drawn.
 # Enter needs our line and nothing else in it. `rung` needs the whole composer without
 # our line. Nothing is ever taken back or cleared: what stands there is found by the
 # next ring.
@@ -10714,6 +10764,9 @@ LOCK_SECONDS = 15  # for another process that is typing into the same pane
 SETTLE_SECONDS = 0.12  # some TUIs take an Enter right after a paste for a newline
 SEEN_SECONDS = 2  # for the pasted line to show up, or to leave
 AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
+LONGEST_LOOK_SECONDS = 2 * QUIET_SECONDS  # for a ring to find a moment for its paste
+RAN_SHARE = 0.01  # of the time between them, for a CLI that does nothing
+WAITED_SHARE = 0.1  # of the same, for a processor
 POLL_SECONDS = 0.02
 MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
 MOST_LOOKS = 5  # a screen caught half drawn looks like a dialog
@@ -11203,6 +11256,44 @@ class Submission:
         return Step.STOP
 
 
+class Calm:
+    """Whether what was typed is drawn, as far as looks and the CLI's own work tell.
+
+    Told of each look that met no obstacle, and made anew after one. What was typed before
+    the first of them is drawn once the CLI did nothing between two: under load it would
+    have waited for a processor. One that works on has QUIET_SECONDS for it, unless in
+    these it waits longer than it runs.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was seen yet."""
+        self.first: tuple[float, Effort | None] | None = None
+        self.last: tuple[float, Effort | None] = (0.0, None)
+        self.rests = False  # the CLI did nothing since the look before
+        self.lasts = False  # it had its time since the first look
+
+    def saw(self, now: float, effort: Effort | None) -> None:
+        """A look, and what the CLI had worked until then."""
+        self.first = self.first or (now, effort)
+        since, before = self.first
+        self.lasts = now - since >= QUIET_SECONDS
+        if effort and before:
+            ran = effort.ran - before.ran
+            self.lasts &= 0 <= effort.waited - before.waited <= ran
+        since, before = self.last
+        self.rests = False
+        if effort and before:
+            ran = effort.ran - before.ran
+            waited = effort.waited - before.waited
+            # A thread that ends takes its work with it: less proves nothing.
+            self.rests = (
+                effort.asleep
+                and 0 <= ran <= RAN_SHARE * (now - since)
+                and 0 <= waited <= WAITED_SHARE * (now - since)
+            )
+        self.last = (now, effort)
+
+
 class TerminalDoor(Door):
     """Looks, pastes, looks, presses Enter, looks. Never Escape, never C-u: both destroy.
 
@@ -11286,37 +11377,55 @@ class TerminalDoor(Door):
         raise TimeoutError("another process keeps typing into this pane")
 
     def deliver(self, line: str) -> Outcome:
-        """Pastes once an empty composer was seen twice, or once and surely nobody types.
+        """Pastes once the composer is surely empty: nobody typed lately, or see Calm.
 
-        What was typed a moment ago may not be drawn yet: two looks that are AGREE_SECONDS
-        apart must show the same. A screen caught half drawn looks like a dialog, so a few
-        looks are taken before that is said. A line of ours that still stands alone in the
-        composer is submitted in place of this one: both say that there is mail.
+        A screen caught half drawn looks like a dialog, so a few looks are taken before
+        that is said. A line of ours that still stands alone in the composer is submitted
+        in place of this one: both say that there is mail.
         """
         typing = self.came(Ring.DRAFT, "somebody is typing")
-        obstacle: Outcome | None = None
-        seen_empty = False
-        for _ in range(MOST_LOOKS):
+        calm = Calm()
+        refusal = typing
+        looks = 0
+        deadline = time.monotonic() + LONGEST_LOOK_SECONDS
+        while looks < MOST_LOOKS and time.monotonic() < deadline:
             screen = self.look()
             obstacle = self.pane_obstacle(screen)
             if obstacle and obstacle.word != Ring.DIALOG:
                 return obstacle
             composer = composer_on(screen, self.cli, self.settings.prompts)
-            if not obstacle and self.has_our_line(screen, composer):
-                return self.submit(self.pasted)
-            obstacle = obstacle or self.composer_obstacle(screen, composer)
-            if not obstacle and (seen_empty or self.terminal.is_quiet()):
+            ours = self.has_our_line(screen, composer)
+            if not obstacle and not ours:
+                obstacle = self.composer_obstacle(screen, composer)
+            if not obstacle and self.terminal.key_waits():
+                obstacle = typing
+            if not obstacle and self.is_calm(calm):
+                if ours:
+                    return self.submit(self.pasted)
                 if self.terminal.paste(screen, line):
                     return self.submit(line)
                 obstacle = typing
-            seen_empty = not obstacle
-            pause = POLL_SECONDS
-            if seen_empty:
-                pause = AGREE_SECONDS
-            time.sleep(pause)
-        if obstacle is None:
-            return typing
-        return obstacle
+            if obstacle:
+                refusal = obstacle
+                looks += 1
+                calm = Calm()
+                time.sleep(POLL_SECONDS)
+            else:
+                time.sleep(AGREE_SECONDS)
+        return refusal
+
+    def is_calm(self, calm: Calm) -> bool:
+        """Is all that was typed there to be seen? Asked right after a look that met no
+        obstacle."""
+        effort = self.terminal.effort()
+        calm.saw(time.monotonic(), effort)
+        sleeps = effort is None or effort.asleep
+        if calm.rests or (sleeps and self.terminal.is_quiet()):
+            return True
+        if not calm.lasts:
+            return False
+        idle = self.terminal.idle_seconds()
+        return idle is None or idle >= QUIET_SECONDS
 
     def look(self) -> Screen:
         """What the terminal shows. Where it tells of no caret but refuses dialogs itself,
@@ -11367,10 +11476,15 @@ class TerminalDoor(Door):
             self.mode_place = place
             self.mode_since = now
         rests = now - self.mode_since >= MODE_SECONDS
-        if screen.mode_stays or not rests or self.terminal.mode_is_watched():
+        if screen.mode_stays or not rests or self.mode_is_watched():
             return self.came(Ring.MODE, f"{screen.mode} is open in the pane")
         self.terminal.leave_mode(screen)
         return self.came(Ring.DIALOG, f"{screen.mode} was just left")
+
+    def mode_is_watched(self) -> bool:
+        """Is somebody there to use it? Yes, where that cannot be told."""
+        idle = self.terminal.idle_seconds()
+        return idle is None or idle < VIEWER_SECONDS
 
     def composer_obstacle(
         self, screen: Screen, composer: Composer | None
@@ -11426,9 +11540,13 @@ class TerminalDoor(Door):
             step = submission.step(found, now)
             if step is Step.STOP:
                 return self.end(*submission.outcome)
-            free = step is Step.PRESS and not self.pane_obstacle(screen)
+            free = step is Step.PRESS and self.is_free(screen)
             if free and self.terminal.press(screen, submission.key()):
                 submission.pressed(now)
+
+    def is_free(self, screen: Screen) -> bool:
+        """May Enter be pressed? What was typed behind the line would go with it."""
+        return not self.pane_obstacle(screen) and not self.terminal.key_waits()
 
     def end(self, word: Ring, detail: str) -> Outcome:
         """A line that has left the composer is forgotten: should it stand there again,

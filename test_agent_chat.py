@@ -13244,6 +13244,59 @@ def test_a_submission_in_all_its_ways() -> None:
 
 
 @pytest.mark.parametrize(
+    ("looks", "rests", "lasts"),
+    [
+        ([(0, (5, 1, True))], False, False),
+        ([(0, (5, 1, True)), (0.2, (5.001, 1, True))], True, False),
+        # It runs just now, it has run, it has waited; a thread of it has ended.
+        ([(0, (5, 1, True)), (0.2, (5, 1, False))], False, False),
+        ([(0, (5, 1, True)), (0.2, (5.01, 1, True))], False, False),
+        ([(0, (5, 1, True)), (0.2, (5, 1.1, True))], False, False),
+        ([(0, (5, 1, True)), (0.2, (4, 1, True))], False, False),
+        # At work for three seconds, and for as long kept from it.
+        ([(0, (5, 1, True)), (3.1, (6, 1.5, False))], False, True),
+        ([(0, (5, 1, True)), (3.1, (5.5, 3, False))], False, False),
+        # Nothing is told.
+        ([(0, None), (0.2, None)], False, False),
+        ([(0, None), (0.2, None), (3.1, None)], False, True),
+    ],
+)
+def test_when_all_that_was_typed_is_drawn(
+    looks: list[Any], rests: bool, lasts: bool
+) -> None:
+    """By what the CLI has run and waited for, and whether it sleeps, at each look."""
+    calm = agent_chat.Calm()
+    for now, told in looks:
+        calm.saw(100 + now, told and agent_chat.Effort(*told))
+    assert (calm.rests, calm.lasts) == (rests, lasts)
+
+
+def test_a_terminal_is_quiet_some_time_after_its_last_key(tmp_path: Path) -> None:
+    """Linux tells of the first key within each eight seconds, so the last may be as old
+    as their end. A key that waits is seen until it is read."""
+    terminal = agent_chat.Tmux("")
+    told = tmp_path / "tty"
+    told.touch()
+    terminal.tty = str(told)
+    now = time.time()
+    for ago, quiet in ((8 + agent_chat.QUIET_SECONDS, True), (2, False), (-99, False)):
+        os.utime(told, (now - ago, now))
+        assert terminal.is_quiet() is quiet, ago
+    os.utime(told, (1000, 1000))
+    assert terminal.is_quiet() and not terminal.key_waits()
+    outer, inner = os.openpty()
+    tty.setraw(inner)
+    terminal.tty = os.ttyname(inner)
+    assert not terminal.key_waits()
+    os.write(outer, b"x")
+    eventually(terminal.key_waits)
+    os.read(inner, 1)
+    assert not terminal.key_waits()
+    os.close(outer)
+    os.close(inner)
+
+
+@pytest.mark.parametrize(
     ("tmux", "pane", "address"),
     [
         ("/tmp/tmux-0/default,123,0", "%3", ("/tmp/tmux-0/default", "%3", "123")),
@@ -14145,7 +14198,7 @@ def test_a_folded_line_that_stays_is_not_rung(rig: Rig) -> None:
 @pytest.mark.tmux
 @NEEDS_TMUX
 def test_a_draft_that_is_not_drawn_yet_gets_no_byte(rig: Rig) -> None:
-    for seconds in (0.05, 0.12):
+    for seconds in (0.05, 0.12, 1.2):
         rig.agent.do("set", draft="", lag=0)
         rig.rung()
         rig.agent.do("set", lag=seconds)
@@ -14155,6 +14208,25 @@ def test_a_draft_that_is_not_drawn_yet_gets_no_byte(rig: Rig) -> None:
         outcome = rig.bell.ring()
         assert outcome == "draft", rig.agent.screen()
         assert rig.agent.do("state")["text"] == "half a thought"
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_stopped_cli_gets_no_byte(tmux: Tmux, tmp_path: Path) -> None:
+    """It has the keyboard and reads no key: what it has read may not be drawn yet. Its
+    shell sees only the program between them, and takes no keyboard back."""
+    bell = Bell(tmp_path)
+    env = {"HOME": str(tmp_path)}
+    agent = Agent(tmux, tmp_path / "agent", bell.command, env, around="sh -c '{}; :'")
+    pid = agent.do("state")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: agent_chat.state_of(str(pid)) == "T")
+    outcome = bell.do("ring", line=a_line("x"))
+    os.kill(pid, signal.SIGCONT)
+    assert (outcome["word"], "is stopped" in outcome["detail"]) == ("gone", True)
+    assert agent.received() == b""
+    Rig(agent, bell).rung()
+    bell.do("stop")
 
 
 @pytest.mark.tmux
