@@ -9594,6 +9594,8 @@ class Terminal(abc.ABC):
     address: PaneAddress | None = None
     # The agent's CLI, if it was proved that the pane is its own.
     cli: Process | None = None
+    # Of a pane taken on the user's word, the program that was in front there first.
+    agent = ""
     leader = 0  # pid of the pane's first process
     tty = ""  # path of the pane's terminal
 
@@ -9652,6 +9654,9 @@ class Terminal(abc.ABC):
             self.cli = cli
             self.leader = claim.leader
             self.tty = claim.tty
+            # Remembers who is there.
+            with contextlib.suppress(OSError):
+                self.front()
         return refusal
 
     def own_address(self) -> PaneAddress:
@@ -9698,14 +9703,25 @@ class Terminal(abc.ABC):
         """Who has the pane's keyboard instead of the agent's CLI; None if that has it.
 
         Where the pane was taken on the user's word there is no CLI to ask about. A shell
-        in front then says that the agent has ended or is stopped.
+        in front then says that the agent has ended or is stopped, and so does a program
+        other than the first that was seen there.
         """
         if self.cli:
             return who_has_keyboard(self.cli)
-        name = os.path.basename(next(iter(self.program()), "")).lstrip("-")
+        name = self.program_name()
         if name in SHELLS:
             return Front(name, is_child=False)
+        self.agent = self.agent or name
+        if name != self.agent:
+            return Front(name, is_child=False)
         return None
+
+    def program_name(self) -> str:
+        """The program in front by its name in SHAPES, else by its own. Some programs write
+        what they are doing behind that."""
+        words = self.program()
+        first, _, _ = next(iter(words), "").partition(" ")
+        return shape_of(words) or os.path.basename(first).lstrip("-")
 
     def is_quiet(self) -> bool:
         """Surely nobody pressed a key within QUIET_SECONDS.
@@ -11336,7 +11352,9 @@ class TerminalDoor(Door):
         another process's too: the next ring presses Enter instead of pasting a second.
         """
         try:
-            with os.fdopen(self.lock(), "r+", encoding="utf-8") as record:
+            lock = self.lock()
+            # What a crash left half written is no line of ours.
+            with os.fdopen(lock, "r+", encoding="utf-8", errors="replace") as record:
                 self.cli = shape_of(self.terminal.program())
                 self.pasted = record.read(MOST_RECORD)
                 try:

@@ -14184,6 +14184,11 @@ def test_a_line_that_was_left_is_known_by_another_ringer(
     rig.agent.do("set", draft=line)
     rig.untouched("draft")
     again.do("stop")
+    # A crash may have left half a character there.
+    (record,) = (tmp_path / ".agent-chat").iterdir()
+    record.write_bytes(b"[agent-chat] \xe2\x80")
+    rig.agent.do("set", draft="")
+    rig.rung()
 
 
 @pytest.mark.tmux
@@ -14572,6 +14577,33 @@ def test_a_tmux_of_another_version_is_answered_by_the_servers_own(
     terminal = agent_chat.Tmux(f"{tmp_path}/nobody,%0")
     terminal.binary = str(folder / "tmux")
     assert "there is no tmux on PATH" in terminal.find()
+
+
+@pytest.mark.tmux
+@NEEDS_TMUX
+def test_a_pane_on_the_users_word_is_for_the_program_that_was_there(
+    tmux: Tmux, tmp_path: Path
+) -> None:
+    """The agent has ended, and somebody runs a program whose prompt looks like one."""
+    shell = "env PS1='$ ' bash --norc --noprofile -i"
+    repl = tmp_path / "repl"
+    repl.symlink_to(os.path.realpath(PYTHON))
+    code = shlex.quote("while input('❯ ') != 'exit': pass")
+    pane = tmux.pane(shell, env={"PYTHONIOENCODING": "utf-8"})
+    settings = agent_chat.load_settings(
+        {},
+        {"HOME": str(tmp_path), "AGENT_CHAT_TMUX": f"{tmux.socket},{pane}"},
+    )
+    eventually(lambda: "$" in tmux.screen(pane))
+    door = agent_chat.TerminalDoor(settings)
+    assert door.available()
+    for word, program in (("rung", PYTHON), ("gone", repl), ("rung", PYTHON)):
+        tmux.type(pane, f"clear; {program} -c {code}")
+        eventually(lambda: tmux.screen(pane).strip() == "❯")
+        outcome = door.ring(f"{a_line('x')} #ab12")
+        assert outcome.word == word, (outcome, tmux.screen(pane))
+        tmux.type(pane, "exit")
+        eventually(lambda: tmux.screen(pane).split("\n")[-1].strip() == "$")
 
 
 @pytest.mark.tmux
