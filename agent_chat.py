@@ -10782,7 +10782,7 @@ SEEN_SECONDS = 2  # for the pasted line to show up, or to leave
 AGREE_SECONDS = 0.15  # between two looks that must agree before a paste
 LONGEST_LOOK_SECONDS = 2 * QUIET_SECONDS  # for a ring to find a moment for its paste
 RAN_SHARE = 0.01  # of the time between them, for a CLI that does nothing
-WAITED_SHARE = 0.1  # of the same, for a processor
+WAITED_SHARE = 0.5  # of the same, for a processor, with others at work too
 POLL_SECONDS = 0.02
 MODE_SECONDS = 10  # a copy mode in which nothing moves for so long is left
 MOST_LOOKS = 5  # a screen caught half drawn looks like a dialog
@@ -11195,6 +11195,7 @@ class Submission:
         self.settle = settle
         self.deadline = now + SEEN_SECONDS
         self.drawn_at = 0.0  # since when our line stands there, 0 = it does not
+        self.was_drawn = False
         self.presses = 0
         self.next_press = 0.0
         self.absent = 0  # looks in a row that saw a composer without our line
@@ -11224,6 +11225,10 @@ class Submission:
         """Press once it has settled, and again when it is still there some time later."""
         if not self.drawn_at:
             self.drawn_at = now
+        if not self.was_drawn:
+            # As long again for the Enter, which waits for a CLI under load.
+            self.was_drawn = True
+            self.deadline = now + SEEN_SECONDS
         settled = now - self.drawn_at >= self.settle
         if settled and self.presses < MOST_PRESSES and now >= self.next_press:
             return Step.PRESS
@@ -11260,6 +11265,10 @@ class Submission:
             return self.stop(Ring.RUNG, "")
         if self.presses and standing is Standing.OURS:
             return self.stop(Ring.UNCONFIRMED, "Enter did not submit the line")
+        if standing is Standing.OURS:
+            return self.stop(
+                Ring.UNCONFIRMED, "the pasted line stands there and waits for its Enter"
+            )
         if self.presses:
             return self.stop(
                 Ring.UNCONFIRMED, "after Enter no composer was seen"
@@ -11287,6 +11296,7 @@ class Calm:
         self.last: tuple[float, Effort | None] = (0.0, None)
         self.rests = False  # the CLI did nothing since the look before
         self.lasts = False  # it had its time since the first look
+        self.waited = 0.0  # for a processor, since the first look
 
     def saw(self, now: float, effort: Effort | None) -> None:
         """A look, and what the CLI had worked until then."""
@@ -11294,8 +11304,8 @@ class Calm:
         since, before = self.first
         self.lasts = now - since >= QUIET_SECONDS
         if effort and before:
-            ran = effort.ran - before.ran
-            self.lasts &= 0 <= effort.waited - before.waited <= ran
+            self.waited = effort.waited - before.waited
+            self.lasts &= 0 <= self.waited <= effort.ran - before.ran
         since, before = self.last
         self.rests = False
         if effort and before:
@@ -11550,20 +11560,26 @@ class TerminalDoor(Door):
         if self.terminal.submits:
             settle = 0
         submission = Submission(time.monotonic(), settle)
+        calm = Calm()
+        calm.saw(time.monotonic(), self.terminal.effort())
         while True:
             time.sleep(submission.pause())
             screen = self.look()
             found = self.standing(screen, fresh=not submission.presses)
             now = time.monotonic()
+            calm.saw(now, self.terminal.effort())
             step = submission.step(found, now)
             if step is Step.STOP:
                 return self.end(*submission.outcome)
-            free = step is Step.PRESS and self.is_free(screen)
+            free = step is Step.PRESS and self.is_free(screen, calm)
             if free and self.terminal.press(screen, submission.key()):
                 submission.pressed(now)
 
-    def is_free(self, screen: Screen) -> bool:
-        """May Enter be pressed? What was typed behind the line would go with it."""
+    def is_free(self, screen: Screen, calm: Calm) -> bool:
+        """May Enter be pressed? What was typed behind the line would go with it: what is
+        not read yet, and what a CLI under load has not drawn."""
+        if calm.waited > SETTLE_SECONDS and not calm.rests:
+            return False
         return not self.pane_obstacle(screen) and not self.terminal.key_waits()
 
     def end(self, word: Ring, detail: str) -> Outcome:

@@ -13238,6 +13238,11 @@ def test_a_submission_in_all_its_ways() -> None:
     assert steps_of((0.02, "hidden"), (2.1, "hidden"))[1] == "unconfirmed"
     assert steps_of(*drawn, (0.2, "hidden"), (9.0, "hidden"))[1] == "unconfirmed"
     assert steps_of(*drawn, (0.2, "shown"), (9.0, "shown"))[1] == "rung"
+    # Drawn late, and kept from its Enter: said as it is.
+    held = agent_chat.Submission(0.0)
+    for now, step in ((1.9, "WAIT"), (2.1, "PRESS"), (3.8, "PRESS"), (3.95, "STOP")):
+        assert held.step(agent_chat.Standing.OURS, now).name == step
+    assert held.outcome[1] == "the pasted line stands there and waits for its Enter"
     # Somebody types beside it.
     assert steps_of((0.02, "mixed"), (2.1, "mixed")) == (["wait", "stop"], "draft")
     assert steps_of(*drawn, (0.2, "other"), (0.22, "other"))[1] == "rung"
@@ -13247,11 +13252,11 @@ def test_a_submission_in_all_its_ways() -> None:
     ("looks", "rests", "lasts"),
     [
         ([(0, (5, 1, True))], False, False),
-        ([(0, (5, 1, True)), (0.2, (5.001, 1, True))], True, False),
+        ([(0, (5, 1, True)), (0.2, (5.001, 1.05, True))], True, False),
         # It runs just now, it has run, it has waited; a thread of it has ended.
         ([(0, (5, 1, True)), (0.2, (5, 1, False))], False, False),
         ([(0, (5, 1, True)), (0.2, (5.01, 1, True))], False, False),
-        ([(0, (5, 1, True)), (0.2, (5, 1.1, True))], False, False),
+        ([(0, (5, 1, True)), (0.2, (5, 1.15, True))], False, False),
         ([(0, (5, 1, True)), (0.2, (4, 1, True))], False, False),
         # At work for three seconds, and for as long kept from it.
         ([(0, (5, 1, True)), (3.1, (6, 1.5, False))], False, True),
@@ -13269,6 +13274,28 @@ def test_when_all_that_was_typed_is_drawn(
     for now, told in looks:
         calm.saw(100 + now, told and agent_chat.Effort(*told))
     assert (calm.rests, calm.lasts) == (rests, lasts)
+    before, after = looks[0][1], looks[-1][1]
+    assert calm.waited == (after[1] - before[1] if before else 0)
+
+
+def test_enter_waits_for_a_cli_under_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has read behind our line and not drawn would be submitted too."""
+    settings = agent_chat.load_settings({}, {"HOME": str(tmp_path)})
+    door = agent_chat.TerminalDoor(settings, agent_chat.Tmux(""))
+    monkeypatch.setattr(door, "pane_obstacle", lambda _screen: None)
+    for told, free in (
+        ((5.1, 1.1, False), True),
+        ((5.1, 2, False), False),
+        ((5.0, 2, True), False),
+    ):
+        calm = agent_chat.Calm()
+        calm.saw(100, agent_chat.Effort(5, 1, True))
+        calm.saw(101, agent_chat.Effort(*told))
+        assert door.is_free(a_screen([""], 0, 0), calm) is free, told
+        calm.saw(101.2, agent_chat.Effort(*told[:2], True))
+        assert door.is_free(a_screen([""], 0, 0), calm), "then it did nothing"
 
 
 def test_a_terminal_is_quiet_some_time_after_its_last_key(tmp_path: Path) -> None:
@@ -14582,9 +14609,10 @@ def test_a_tmux_of_another_version_is_answered_by_the_servers_own(
 @pytest.mark.tmux
 @NEEDS_TMUX
 def test_a_pane_on_the_users_word_is_for_the_program_that_was_there(
-    tmux: Tmux, tmp_path: Path
+    tmux: Tmux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent has ended, and somebody runs a program whose prompt looks like one."""
+    monkeypatch.setattr(agent_chat, "QUIET_SECONDS", 0.2)
     shell = "env PS1='$ ' bash --norc --noprofile -i"
     repl = tmp_path / "repl"
     repl.symlink_to(os.path.realpath(PYTHON))
