@@ -8829,18 +8829,25 @@ class Effort(NamedTuple):
 def effort_of(pid: int) -> Effort | None:
     """What a process has worked; None where the system does not tell (macOS, some
     sandboxes)."""
-    ran = waited = 0
-    states = set()
+    ran = 0
+    waited = 0
+    asleep = True
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
-            states.add(state_of(f"{pid}/task/{thread}"))
-            with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+            task = f"{pid}/task/{thread}"
+            if state_of(task) != "S":
+                asleep = False
+            with open(f"/proc/{task}/schedstat") as file:
                 numbers = file.read().split()
             ran += int(numbers[0])
             waited += int(numbers[1])
     except (OSError, ValueError, IndexError):
         return None
-    return Effort(ran / 1e9, waited / 1e9, states == {"S"})
+    return Effort(
+        ran / 1e9,
+        waited / 1e9,
+        asleep,
+    )
 
 
 def state_of(task: str) -> str:
@@ -8848,9 +8855,11 @@ def state_of(task: str) -> str:
     waits for that, T is stopped, Z has ended. "" if that cannot be seen."""
     try:
         with open(f"/proc/{task}/stat", errors="replace") as file:
-            return file.read().rpartition(") ")[2][:1]
+            text = file.read()
     except OSError:
         return ""
+    _, _, fields = text.rpartition(") ")
+    return fields[:1]
 
 
 class Front(NamedTuple):
@@ -9720,8 +9729,13 @@ class Terminal(abc.ABC):
         """The program in front by its name in SHAPES, else by its own. Some programs write
         what they are doing behind that."""
         words = self.program()
-        first, _, _ = next(iter(words), "").partition(" ")
-        return shape_of(words) or os.path.basename(first).lstrip("-")
+        shape = shape_of(words)
+        if shape:
+            return shape
+        first = next(iter(words), "")
+        path, _, _ = first.partition(" ")
+        name = os.path.basename(path)
+        return name.lstrip("-")
 
     def is_quiet(self) -> bool:
         """Surely nobody pressed a key within QUIET_SECONDS.
@@ -9733,16 +9747,19 @@ class Terminal(abc.ABC):
             read_at = os.stat(self.tty).st_atime
         except OSError:
             return False
-        end = read_at - read_at % TTY_CLOCK_SECONDS + TTY_CLOCK_SECONDS
-        return time.time() - end > QUIET_SECONDS
+        start = read_at - read_at % TTY_CLOCK_SECONDS
+        end = start + TTY_CLOCK_SECONDS
+        ago = time.time() - end
+        return ago > QUIET_SECONDS
 
     def key_waits(self) -> bool:
         """Was something typed that the program has not read yet? No, where that cannot
         be told."""
         try:
-            return unread_bytes(self.tty) > 0
+            unread = unread_bytes(self.tty)
         except OSError:
             return False
+        return unread > 0
 
     def effort(self) -> Effort | None:
         """What the agent's CLI has worked until now. None where that cannot be told, and
@@ -10130,11 +10147,14 @@ class Tmux(Terminal):
         only watches counts once it presses a key. Modes other than copy mode cannot be
         looked into, so this is all that tells whether they are used."""
         listed = self.run("list-clients", "-F", "#{pane_id} #{client_activity}")
+        now = time.time()
+        own = self.target()
         idle = float("inf")
         for row in listed.splitlines():
             pane, _, pressed_at = row.partition(" ")
-            if pane == self.target():
-                idle = min(idle, time.time() - int(pressed_at) - 1)
+            if pane == own:
+                ago = now - int(pressed_at) - 1
+                idle = min(idle, ago)
         return idle
 
 
@@ -11300,22 +11320,29 @@ class Calm:
 
     def saw(self, now: float, effort: Effort | None) -> None:
         """A look, and what the CLI had worked until then."""
-        self.first = self.first or (now, effort)
+        if self.first is None:
+            self.first = (now, effort)
         since, before = self.first
-        self.lasts = now - since >= QUIET_SECONDS
+        span = now - since
+        self.lasts = span >= QUIET_SECONDS
         if effort and before:
+            ran = effort.ran - before.ran
             self.waited = effort.waited - before.waited
-            self.lasts &= 0 <= self.waited <= effort.ran - before.ran
+            if not 0 <= self.waited <= ran:
+                self.lasts = False
         since, before = self.last
+        span = now - since
         self.rests = False
         if effort and before:
             ran = effort.ran - before.ran
             waited = effort.waited - before.waited
+            most_run = RAN_SHARE * span
+            longest_wait = WAITED_SHARE * span
             # A thread that ends takes its work with it: less proves nothing.
             self.rests = (
                 effort.asleep
-                and 0 <= ran <= RAN_SHARE * (now - since)
-                and 0 <= waited <= WAITED_SHARE * (now - since)
+                and 0 <= ran <= most_run
+                and 0 <= waited <= longest_wait
             )
         self.last = (now, effort)
 
@@ -11580,7 +11607,9 @@ class TerminalDoor(Door):
         not read yet, and what a CLI under load has not drawn."""
         if calm.waited > SETTLE_SECONDS and not calm.rests:
             return False
-        return not self.pane_obstacle(screen) and not self.terminal.key_waits()
+        if self.pane_obstacle(screen):
+            return False
+        return not self.terminal.key_waits()
 
     def end(self, word: Ring, detail: str) -> Outcome:
         """A line that has left the composer is forgotten: should it stand there again,
