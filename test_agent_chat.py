@@ -14613,6 +14613,7 @@ def test_a_pane_on_the_users_word_is_for_the_program_that_was_there(
 ) -> None:
     """The agent has ended, and somebody runs a program whose prompt looks like one."""
     monkeypatch.setattr(agent_chat, "QUIET_SECONDS", 0.2)
+    monkeypatch.setenv("HOME", str(tmp_path))
     shell = "env PS1='$ ' bash --norc --noprofile -i"
     repl = tmp_path / "repl"
     repl.symlink_to(os.path.realpath(PYTHON))
