@@ -20546,6 +20546,8 @@ def test_a_text_whose_answer_was_lost_is_sent_once(
     page = person.page
     text = page.get_by_role("textbox", name="Message")
     page.route("**/api/send", lambda route: (route.fetch(), route.abort()))
+    whom = page.locator("#to")
+    expect(whom).to_have_value("docs")  # the thread is there
     text.fill("in the attic")
     text.press("Enter")
     expect(page.locator("#note")).to_contain_text("The hub does not answer")
@@ -20554,6 +20556,7 @@ def test_a_text_whose_answer_was_lost_is_sent_once(
     page.reload()
     person.live()
     expect(text).to_have_value("in the attic")
+    expect(whom).to_have_value("docs")
     text.press("Enter")
     expect(text).to_have_value("")
     assert [m["content"] for m in team.unread("docs")] == ["in the attic"]
