@@ -5244,6 +5244,9 @@ class Ask(NamedTuple):
         return checked_time(self.text(key), key)
 
 
+NO_ASK = Ask({}, {}, "")  # of a socket, once what it asked for is being told to it
+
+
 class Answer(Enum):
     """How an endpoint answers. What its method returns depends on it: NOW an object of
     JSON, WAIT an Answered, POOL a Job, STREAM a PageMaker."""
@@ -7034,7 +7037,7 @@ class WebSocket:
         from websockets.server import ServerProtocol
 
         self.connection = connection
-        self.ask = ask
+        self.ask = ask  # until somebody listens
         self.api = connection.api
         self.server = connection.server
         self.protocol = ServerProtocol(state=OPEN, max_size=MAX_FRAME_BYTES)
@@ -7062,9 +7065,17 @@ class WebSocket:
         if stranger:
             connection.enter(Phase.KEY_OWED)
         else:
-            self.listener = self.api.listen(turn, self.ask, connection.wake)
-            connection.enter(Phase.SOCKET)
+            self.listen(turn)
         turn.say(connection, response.serialize())
+
+    def listen(self, turn: Turn) -> None:
+        """From here on it is told what concerns it. Raises whatever the Api refuses. What
+        its request said is forgotten: that is half of what an idle socket costs us."""
+        connection = self.connection
+        self.listener = self.api.listen(turn, self.ask, connection.wake)
+        self.ask = NO_ASK
+        connection.head = connection.head._replace(headers=NO_HEAD.headers)
+        connection.enter(Phase.SOCKET)
 
     def leave(self, turn: Turn) -> None:
         """Nobody listens here any more, which may take its agent offline. Harmless the
@@ -7132,8 +7143,7 @@ class WebSocket:
         try:
             if not self.server.is_key(given):
                 raise NotAuthorized("wrong key")
-            self.listener = self.api.listen(turn, self.ask, self.connection.wake)
-            self.connection.enter(Phase.SOCKET)
+            self.listen(turn)
         except ChatError as error:
             self.protocol.send_close(4000 + error.http_status, close_reason(error))
             # Until its own close frame has come.
