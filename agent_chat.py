@@ -9615,6 +9615,9 @@ class Terminal(abc.ABC):
     cli: Process | None = None
     # Of a pane taken on the user's word, the program that was in front there first.
     agent = ""
+    # Pid of the process that draws what stands in the pane, 0 if it is not known. On the
+    # user's word it is not: what draws there may be on another machine.
+    drawn_by = 0
     leader = 0  # pid of the pane's first process
     tty = ""  # path of the pane's terminal
 
@@ -9671,6 +9674,8 @@ class Terminal(abc.ABC):
         if not refusal:
             self.address = claim.address
             self.cli = cli
+            if cli:
+                self.drawn_by = cli.pid
             self.leader = claim.leader
             self.tty = claim.tty
             # Remembers who is there.
@@ -9772,12 +9777,11 @@ class Terminal(abc.ABC):
         return unread > 0
 
     def effort(self) -> Effort | None:
-        """What the agent's CLI has worked until now. None where that cannot be told, and
-        where the pane was taken on the user's word: what draws there may be on another
-        machine."""
-        if not self.cli:
+        """What the program in the pane has worked until now. None where that cannot be
+        told."""
+        if not self.drawn_by:
             return None
-        return effort_of(self.cli.pid)
+        return effort_of(self.drawn_by)
 
 
 def unread_bytes(tty: str) -> int:
@@ -16638,6 +16642,8 @@ def ring_until_submitted(door: TerminalDoor, line: str) -> None:
     while time.monotonic() < end:
         # It may not have been drawn yet.
         if outcome.word != Ring.RUNG and door.available():
+            # The pane is ours, and so is what draws in it.
+            door.terminal.drawn_by = door.terminal.leader
             outcome = door.ring(line)
         if outcome.word == Ring.RUNG:
             shown = "".join(door.terminal.look().rows)
