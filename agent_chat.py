@@ -3726,7 +3726,11 @@ class Directory:
         return found
 
     def spelt_group(self, group: str) -> str:
-        """The name of a group as `groups` spells it; as it is given if nobody is in it."""
+        """The name of a group as `groups` spells it; as it is given if nobody is in it. For
+        a message to no group nobody is looked at: most are such, and there may be thousands
+        to look at."""
+        if not group:
+            return group
         key = group.lower()
         for agent in self.agents.values():
             for name in agent.record.groups:

@@ -4762,6 +4762,29 @@ def test_who_follows_the_log_and_who_reads_it_later_see_the_same_names(
         assert message["group"] == "dev-team"
 
 
+class Unlisted(dict[str, Any]):
+    """Agents that can be looked up, and not gone through."""
+
+    def values(self) -> Any:
+        """Whoever asks for all of them has failed."""
+        raise AssertionError("all agents were looked at")
+
+    items = __iter__ = values
+
+
+def test_a_direct_send_looks_at_no_third_agent(writer: Writer) -> None:
+    """There may be thousands, and each send would pay for them."""
+    api = agent_chat.Api(writer.store, agent_chat.Settings())
+    turn = api.begin_turn()
+    for name in ("alice", "bob", "carol"):
+        asked = {"name": name, "groups": ["team"]}
+        api.register(turn, agent_chat.Ask({}, asked, ""))
+    api.directory.agents = Unlisted(api.directory.agents)
+    letter = {"from": "alice", "to": "bob", "content": "hi"}
+    sent = api.send(turn, agent_chat.Ask({}, letter, ""))
+    assert [row["agent"] for row in sent["recipients"]] == ["bob"]
+
+
 def test_group_membership_is_that_of_the_moment_of_sending(hub: Hub) -> None:
     """Who joins later gets nothing of before, who leaves keeps what was sent."""
     for name in ("alice", "bob", "carol"):
