@@ -775,6 +775,18 @@ class Receipt(NamedTuple):
         }
 
 
+NO_NAMES: frozenset[str] = frozenset()
+
+
+def lower_case(names: Sequence[str]) -> frozenset[str]:
+    """Names as they are compared: one, whatever their case. Kept per agent, for a
+    message to a group looks at the groups of all."""
+    if not names:
+        # One for all who have none: each empty set takes 216 bytes.
+        return NO_NAMES
+    return frozenset(name.lower() for name in names)
+
+
 class AgentRecord(NamedTuple):
     """An agent as it is stored: the one list of these fields, in the order in which rows of
     older files have them as columns; new ones come at the end.
@@ -813,10 +825,10 @@ class AgentRecord(NamedTuple):
         key = sender.lower()
         if key == HUMAN:
             return True
-        muted = [name.lower() for name in self.mute]
+        muted = lower_case(self.mute)
         if EVERYBODY in muted or key in muted:
             return False
-        allowed = [name.lower() for name in self.allow]
+        allowed = lower_case(self.allow)
         return key == SERVER_NAME or not allowed or key in allowed
 
 
@@ -3574,9 +3586,6 @@ class AgentJson(TypedDict):
     quiet: int
 
 
-NO_NAMES: frozenset[str] = frozenset()
-
-
 class Agent:
     """A registered agent as the hub remembers it: its row in the Store, and its presence.
 
@@ -3625,15 +3634,6 @@ class Agent:
         self.active = before.active
         self.shown = before.shown
         self.last_ring = before.last_ring
-
-
-def lower_case(names: Sequence[str]) -> frozenset[str]:
-    """Names as they are compared: one, whatever their case. Kept per agent, for a
-    message to a group looks at the groups of all."""
-    if not names:
-        # One for all who have none: each empty set takes 216 bytes.
-        return NO_NAMES
-    return frozenset(name.lower() for name in names)
 
 
 def digest_of(session: str) -> str:
@@ -5157,8 +5157,7 @@ class Keeping:
             return False
         seqs = self.log.seqs_of([told.last])
         named = self.log.received(agent.name, seqs)
-        unseen = [receipt for receipt in named.values() if not receipt.seen_at]
-        return bool(unseen)
+        return any(not receipt.seen_at for receipt in named.values())
 
     def forget_told(self) -> None:
         """Of agents that have gone, nobody has to know what they were told."""
@@ -5867,7 +5866,9 @@ def checked_time(text: str, what: str) -> str:
 SMALL_MESSAGE = 4096
 MAX_HEADERS = 100
 MAX_LINE_CHARACTERS = 8000
-REQUEST_LINE = Pattern(r"([!-~]{1,20}) ([!-~]{1,8000}) (HTTP/1\.[01])", re.ASCII)
+REQUEST_LINE = Pattern(
+    rf"([!-~]{{1,20}}) ([!-~]{{1,{MAX_LINE_CHARACTERS}}}) (HTTP/1\.[01])", re.ASCII
+)
 HEADER_LINE = Pattern(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", re.ASCII
 )
@@ -7787,7 +7788,7 @@ def own_hosts(settings: Settings, port: int) -> set[str]:
     host = bracketed(settings.host)
     allowed = {name.lower() for name in settings.allowed_hosts}
     names = {"127.0.0.1", "localhost", "[::1]", host.lower(), *allowed}
-    names -= {"0.0.0.0", "[::]"}
+    names -= set(map(bracketed, EVERYWHERE))
     with_port = {f"{name}:{port}" for name in names}
     if port == 80:
         return with_port | names
@@ -7934,10 +7935,11 @@ JsonObject = dict[str, Any]
 
 class HubShape(NamedTuple):
     """What the answer of a route is at least, from a hub of any age: an object with
-    these texts in it, or a list of such objects."""
+    these texts in it, or a list of such objects, or of plain texts."""
 
     texts: tuple[str, ...] = ()
     is_list: bool = False
+    row: type = dict
 
     def fits(self, value: object) -> bool:
         """True for an answer of this shape."""
@@ -7946,9 +7948,10 @@ class HubShape(NamedTuple):
             return False
         return all(map(self.has_texts, rows))
 
-    def has_texts(self, row: object) -> bool:
-        """True for an object that has them all."""
-        if not isinstance(row, dict):
+    def has_texts(self, row: Decoded) -> bool:
+        """True for a row of its type that has them all."""
+        is_row = isinstance(row, self.row)
+        if not is_row:
             return False
         return all(isinstance(row.get(key), str) for key in self.texts)
 
@@ -7965,6 +7968,7 @@ HUB_SHAPES = {
     "/api/messages/search": MESSAGE_ROWS,
     "/api/waiting": MESSAGE_ROWS,
     "/api/loops": HubShape(is_list=True),
+    "/api/groups": HubShape(is_list=True, row=str),
 }
 
 
@@ -8381,11 +8385,7 @@ class Client:
     def _check_shape(self, goal: str, value: Decoded) -> None:
         """ChatError for an answer that no hub would give at this address."""
         path = goal.partition("?")[0]
-        if path == "/api/groups":
-            fits = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        else:
-            fits = HUB_SHAPES.get(path, HubShape()).fits(value)
-        if not fits:
+        if not HUB_SHAPES.get(path, HubShape()).fits(value):
             raise ChatError(self._no_chat(200))
 
     def _no_chat(self, status: int) -> str:
@@ -9678,13 +9678,14 @@ class Terminal(abc.ABC):
         if not refusal:
             self.address = claim.address
             self.cli = cli
-            if cli:
-                self.drawn_by = cli.pid
             self.leader = claim.leader
             self.tty = claim.tty
-            # Remembers who is there.
-            with contextlib.suppress(OSError):
-                self.front()
+            if cli:
+                self.drawn_by = cli.pid
+            else:
+                # Remembers who is there.
+                with contextlib.suppress(OSError):
+                    self.front()
         return refusal
 
     def own_address(self) -> PaneAddress:
@@ -11319,6 +11320,22 @@ class Submission:
         return Step.STOP
 
 
+class Glance(NamedTuple):
+    """A look that met no obstacle: its time, and what the CLI had worked until then."""
+
+    at: float
+    effort: Effort | None
+
+    def work_since(self, before: Glance) -> Effort | None:
+        """What the CLI did between two looks; None where that is not known. A thread that
+        ends takes its work with it: less than nothing proves nothing."""
+        if self.effort is None or before.effort is None:
+            return None
+        ran = self.effort.ran - before.effort.ran
+        waited = self.effort.waited - before.effort.waited
+        return Effort(ran, waited, self.effort.asleep)
+
+
 class Calm:
     """Whether what was typed is drawn, as far as looks and the CLI's own work tell.
 
@@ -11330,39 +11347,35 @@ class Calm:
 
     def __init__(self) -> None:
         """Nothing was seen yet."""
-        self.first: tuple[float, Effort | None] | None = None
-        self.last: tuple[float, Effort | None] = (0.0, None)
+        self.first: Glance | None = None
+        self.last: Glance | None = None
         self.rests = False  # the CLI did nothing since the look before
         self.lasts = False  # it had its time since the first look
         self.waited = 0.0  # for a processor, since the first look
 
     def saw(self, now: float, effort: Effort | None) -> None:
         """A look, and what the CLI had worked until then."""
-        if self.first is None:
-            self.first = (now, effort)
-        since, before = self.first
-        span = now - since
-        self.lasts = span >= QUIET_SECONDS
-        if effort and before:
-            ran = effort.ran - before.ran
-            self.waited = effort.waited - before.waited
-            if not 0 <= self.waited <= ran:
-                self.lasts = False
-        since, before = self.last
-        span = now - since
-        self.rests = False
-        if effort and before:
-            ran = effort.ran - before.ran
-            waited = effort.waited - before.waited
-            most_run = RAN_SHARE * span
-            longest_wait = WAITED_SHARE * span
-            # A thread that ends takes its work with it: less proves nothing.
-            self.rests = (
-                effort.asleep
-                and 0 <= ran <= most_run
-                and 0 <= waited <= longest_wait
-            )
-        self.last = (now, effort)
+        glance = Glance(now, effort)
+        first = self.first or glance
+        self.lasts = now - first.at >= QUIET_SECONDS
+        work = glance.work_since(first)
+        if work:
+            self.waited = work.waited
+            self.lasts = self.lasts and 0 <= work.waited <= work.ran
+        self.rests = self.last is not None and is_rest(glance, self.last)
+        self.first = first
+        self.last = glance
+
+
+def is_rest(glance: Glance, before: Glance) -> bool:
+    """Did the CLI do nothing between two looks, and does it sleep now?"""
+    span = glance.at - before.at
+    work = glance.work_since(before)
+    if work is None or not work.asleep:
+        return False
+    most_run = RAN_SHARE * span
+    longest_wait = WAITED_SHARE * span
+    return 0 <= work.ran <= most_run and 0 <= work.waited <= longest_wait
 
 
 class TerminalDoor(Door):
